@@ -1,0 +1,184 @@
+"""Moves what the schedule names: cartridges with their optimiser state between device, host memory and a store.
+
+Three places, one rule: a cartridge is on the device, else perhaps in host memory, else only in the store. What was
+trained and is not in the store yet is *dirty*; host memory that is full spills its longest unused entry to the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from budget.ledger import Ledger
+
+
+class BackingStore(Protocol):
+    """The slow, durable place."""
+
+    def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of the newest written version: ``kv`` and, once trained, ``exp_avg``, ``exp_avg_sq``, perhaps ``pending``."""
+        ...
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a new version; it counts after the next checkpoint."""
+        ...
+
+
+@dataclass
+class Slot:
+    """A trainee on the device, float32: the leaf that gets gradients, Adam's moments, and a gradient that waits."""
+
+    kv: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    pending: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"kv": self.kv.detach(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return found if self.pending is None else {**found, "pending": self.pending}
+
+
+@dataclass
+class _Host:
+    tensors: dict[str, Tensor]
+    dirty: bool
+
+
+@dataclass
+class Counters:
+    """What the manager did since it was made."""
+
+    rotations: int = 0
+    device_loads: int = 0
+    store_reads: int = 0
+    store_writes: int = 0
+
+
+@dataclass
+class Manager:
+    """Residents of the device and the host cache behind them.
+
+    Attributes:
+        device_bytes: limit for trainees (with gradient and moments) and guests; None for no limit.
+        host_bytes: limit for evicted cartridges kept in host memory; 0 sends each leaver straight to the store.
+    """
+
+    store: BackingStore
+    device: torch.device
+    device_bytes: int | None = None
+    host_bytes: int | None = 0
+    guest_dtype: torch.dtype = torch.bfloat16
+    trainees: dict[str, Slot] = field(default_factory=dict)
+    guests: dict[str, Tensor] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger({"device": self.device_bytes, "host": self.host_bytes})
+        self._host: dict[str, _Host] = {}
+        self._dirty: set[str] = set()  # trainees whose newest values are only on the device
+
+    def rotate(self, pool: Sequence[str], guests: Sequence[str]) -> None:
+        """Make exactly these trainees and guests resident. Leavers go first, so the device never holds both."""
+        assert not set(pool) & set(guests)
+        self.counters.rotations += 1
+        for name in [n for n in self.trainees if n not in set(pool)]:
+            self._evict(name)
+        for name in [n for n in self.guests if n not in set(guests)]:
+            del self.guests[name]
+            self.ledger.take("device", f"guest:{name}")
+        for name in guests:
+            if name not in self.guests:
+                self._admit_guest(name)
+        for name in pool:
+            if name not in self.trainees:
+                self._admit(name)
+
+    def touch(self, name: str) -> None:
+        """Say that a trainee has changed."""
+        assert name in self.trainees
+        self._dirty.add(name)
+
+    def flush(self, before_write: Callable[[str], None] | None = None) -> list[str]:
+        """Write everything dirty to the store (a checkpoint's first half); returns the names."""
+        written = []
+        for name, tensors in [(n, self.trainees[n].tensors()) for n in sorted(self._dirty)] + [
+            (n, h.tensors) for n, h in sorted(self._host.items()) if h.dirty
+        ]:
+            if before_write is not None:
+                before_write(name)
+            self._write(name, tensors)
+            written.append(name)
+        self._dirty.clear()
+        for entry in self._host.values():
+            entry.dirty = False
+        return written
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.counters.store_writes += 1
+        self.store.write_tensors(name, {k: t.to("cpu") for k, t in tensors.items()})
+
+    def _tensors(self, name: str, parts: Sequence[str] | None) -> dict[str, Tensor]:
+        if name in self._host:
+            self.ledger.use("host", name)
+            tensors = self._host[name].tensors
+            return tensors if parts is None else {k: tensors[k] for k in parts}
+        self.counters.store_reads += 1
+        return self.store.read_tensors(name, parts)
+
+    def _admit(self, name: str) -> None:
+        tensors = self._tensors(name, None)
+        kv = tensors["kv"]
+        if name in self._host:
+            if self._host.pop(name).dirty:
+                self._dirty.add(name)
+            self.ledger.take("host", name)
+        self.ledger.put("device", name, trainee_bytes(kv.numel()))
+        self.counters.device_loads += 1
+
+        def own(key: str) -> Tensor:
+            # A copy of our own even on the CPU: a slot is changed in place, what it came from must not be.
+            return tensors[key].to(self.device, torch.float32, copy=True) if key in tensors else torch.zeros_like(leaf)
+
+        leaf = kv.detach().to(self.device, torch.float32, copy=True)
+        slot = Slot(leaf, own("exp_avg"), own("exp_avg_sq"), own("pending") if "pending" in tensors else None)
+        self.trainees[name] = slot
+
+    def _admit_guest(self, name: str) -> None:
+        kv = self._tensors(name, ["kv"])["kv"]
+        self.ledger.put("device", f"guest:{name}", guest_bytes(kv.numel()))
+        self.guests[name] = kv.to(self.device, self.guest_dtype, copy=True)
+
+    def _evict(self, name: str) -> None:
+        slot = self.trainees.pop(name)
+        self.ledger.take("device", name)
+        tensors = {k: t.to("cpu") for k, t in slot.tensors().items()}
+        dirty = name in self._dirty
+        self._dirty.discard(name)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        while not self.ledger.fits("host", size) and self._host:
+            self._spill(self.ledger.names("host")[0])
+        if self.ledger.fits("host", size):
+            self.ledger.put("host", name, size)
+            self._host[name] = _Host(tensors, dirty)
+        elif dirty:
+            self._write(name, tensors)
+
+    def _spill(self, name: str) -> None:
+        entry = self._host.pop(name)
+        self.ledger.take("host", name)
+        if entry.dirty:
+            self._write(name, entry.tensors)
+
+
+def trainee_bytes(elements: int) -> int:
+    """Device bytes of a cartridge in training: float32 values, gradient and two moments."""
+    return 16 * elements
+
+
+def guest_bytes(elements: int) -> int:
+    """Device bytes of a read-only copy in a 16-bit dtype: an eighth of a trainee."""
+    return 2 * elements

@@ -1,0 +1,140 @@
+"""Bytes and hours before anything starts, and the pool that fits. Plain arithmetic on sizes; no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from budget.manager import guest_bytes, trainee_bytes
+
+RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries and thread stacks: measured, see docs/architecture.md
+
+
+class DoesNotFit(ValueError):
+    """The budget cannot hold what was asked for; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the plan is made from, all in numbers of elements, tokens or bytes.
+
+    Attributes:
+        weights: bytes of the frozen model. element: bytes of one number in its compute dtype.
+        largest: elements of the largest cartridge. total: elements of all cartridges together.
+        documents: how many. tokens: of all documents.
+        step_tokens: own tokens of one step; supervised: of these, rows that need logits.
+        prefix: prefix positions that the step's conversations see, all added up (with the header).
+        layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
+        longest: own tokens of the longest conversation.
+    """
+
+    weights: int
+    element: int
+    largest: int
+    total: int
+    documents: int
+    tokens: int
+    step_tokens: int
+    supervised: int
+    prefix: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    longest: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory in bytes. ``device`` adds up runtime (on a CPU), weights, activations, pool and guests."""
+
+    documents: int
+    tokens: int
+    pool: int
+    guests: int
+    weights: int
+    activations: int
+    trainees: int
+    guest_copies: int
+    runtime: int
+    device: int
+    host: int
+    disk: int
+    largest: int
+
+    def lines(self) -> list[str]:
+        """The plan for people, a line each."""
+        return [
+            f"documents   {self.documents:,} ({self.tokens:,} tokens)",
+            f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimiser state",
+            f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, activations up to "
+            f"{size(self.activations)}, pool of {self.pool} {size(self.trainees)}, {self.guests} guests {size(self.guest_copies)}",
+            f"host        up to {size(self.host)} for evicted cartridges",
+            f"disk        {size(self.disk)} for cartridges and state",
+        ]
+
+
+def activation_bytes(s: Sizes) -> int:
+    """An upper bound of what one forward and backward over a packed step keeps.
+
+    Per layer and token: about 14 hidden-sized, 2 query-sized and 5 MLP-sized tensors; per layer: the gathered prefix,
+    keys and values, with room for its gradient; for the supervised rows three float32 copies of the logits and one in
+    the compute dtype.
+    """
+    kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
+    per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
+    padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
+    gathered = 2 * kv_width * (s.prefix + padded) + 2 * q_width * padded
+    masks = s.longest * (s.prefix + padded)
+    logits = s.supervised * s.vocabulary * (s.element + 3 * 4)
+    return s.layers * ((s.step_tokens * per_token + gathered) * s.element + masks) + 2 * gathered * s.element + logits
+
+
+def make_plan(
+    s: Sizes, *, pool: int | None, guests: int, budget: int | None, host_budget: int | None, on_cpu: bool
+) -> Plan:
+    """What training will take. Without ``pool``, the largest that fits ``budget`` (at most 20, as in 2606.04557). Pool and
+    guests together are never more than the documents.
+
+    Raises: DoesNotFit with the figures when the budget cannot hold it.
+    """
+    runtime = RUNTIME_BYTES if on_cpu else 0
+    activations = activation_bytes(s)
+    fixed, each = runtime + s.weights + activations, trainee_bytes(s.largest)
+
+    def copies(pool: int) -> int:
+        return min(guests, s.documents - pool)
+
+    def needed(pool: int) -> int:
+        return fixed + pool * each + copies(pool) * guest_bytes(s.largest)
+
+    most = min(20 if pool is None else pool, s.documents)
+    least = 1 if pool is None else most
+    fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
+    if not fitting:
+        raise DoesNotFit(
+            f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, activations up to {size(activations)}, "
+            f"runtime {size(runtime)}, {copies(least)} guests {size(copies(least) * guest_bytes(s.largest))}, pool of {least} "
+            f"{size(least * each)} make {size(needed(least))}; raise --budget or lower --pool, --guests, --targets or --per-target"
+        )
+    pool = fitting[0]
+    guests = copies(pool)
+    everything = 12 * s.total
+    host = everything if host_budget is None else min(host_budget, everything)
+    return Plan(
+        documents=s.documents, tokens=s.tokens, pool=pool, guests=guests, weights=s.weights, activations=activations,
+        trainees=pool * each, guest_copies=guests * guest_bytes(s.largest), runtime=runtime, device=needed(pool), host=host,
+        disk=everything + everything // 8, largest=s.largest,
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 3.4 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,94 @@
+"""What all command lines share: one line for an error, the exit status, Ctrl-C, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cas.errors import CasError
+
+
+def run(main: Callable[[], int]) -> int:
+    """Call a command and turn what it raises into one line on stderr and an exit status."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(transformers|sentence_transformers|torch)\b.*")
+    try:
+        return main()
+    except CasError as error:
+        print(f"cas: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("cas: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM: the first asks the work to stop at the next safe place, a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether somebody wants us to stop."""
+        return self.signal is not None
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Interrupt]:
+        """Handle the signals inside; the former handlers come back."""
+        before = {s: signal.signal(s, self._heard) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def exit_status(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (self.signal or 0)
+
+
+class Display:
+    """A progress bar with rate and time left on stderr; silent when stderr is no terminal."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+
+    def __enter__(self) -> Display:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(self.unit), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self.title, total=self.total, note="")
+        return self
+
+    def show(self, done: int, note: str = "") -> None:
+        """Set how much is done."""
+        self._progress.update(self._task, completed=done, note=note)
+
+    def say(self, line: str) -> None:
+        """A line above the bar, on stderr."""
+        self._progress.console.print(line, highlight=False, markup=False)
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()

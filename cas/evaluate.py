@@ -1,0 +1,156 @@
+"""How good is an answer, and how sure are we?
+
+Answer metrics follow SQuAD: lower case, no punctuation, no articles, best over the gold answers; each is a float from
+0 to 1. The log-perplexity of the gold answer is measured by the model code and is one more float per question here.
+
+Intervals come from the percentile bootstrap (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 13) over
+clusters: questions about one document share its cartridge, so they are not independent, and whole documents are
+resampled, never single questions. With S_c the sum of the values and N_c the number of questions of document c, and
+c_1 ... c_C drawn with replacement from the C documents, one resample has the mean
+
+    (S_c1 + ... + S_cC) / (N_c1 + ... + N_cC)
+
+and the interval runs between the (1 - level)/2 and (1 + level)/2 quantiles of these means.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cas.errors import ConfigError, UserError
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_DRAWS_AT_ONCE = 1 << 20  # keeps the bootstrap within some 30 MB for up to a million documents
+
+
+def normalise_answer(text: str) -> str:
+    """Lower-case ``text``, drop ASCII punctuation, then a/an/the, and join the words with single spaces.
+
+    The order is SQuAD's and has its quirks: ``"U.S."`` becomes ``"us"``, ``"4-5"`` becomes ``"45"`` and the lone letter
+    ``"A"`` becomes ``""``, so a multiple-choice question needs the text of its option as gold answer, not the letter.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 when the normalised prediction equals a normalised gold answer, else 0.0.
+
+    Without a gold answer (the question has none), 1.0 for a prediction that normalises to nothing, as in SQuAD 2.0.
+    """
+    return _best(lambda predicted, gold: float(predicted == gold), prediction, answers)
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of word precision and recall (repeated words count), 0 to 1, best over the gold answers.
+
+    When either side is empty, 1.0 if both are and else 0.0, as in SQuAD 2.0.
+    """
+    return _best(_word_f1, prediction, answers)
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 when the words of a normalised gold answer occur in a row in the normalised prediction, else 0.0.
+
+    Whole words: ``"7"`` is not in ``"17 bar"``. Without a gold answer, 1.0 for an empty prediction only.
+    """
+    # Words have one space between them, so an empty gold answer (two spaces) is found in an empty prediction only.
+    return _best(lambda predicted, gold: float(f" {gold} " in f" {predicted} "), prediction, answers)
+
+
+def _word_f1(predicted: str, gold: str) -> float:
+    predicted_words, gold_words = predicted.split(), gold.split()
+    if not predicted_words or not gold_words:
+        return float(predicted_words == gold_words)
+    shared = (Counter(predicted_words) & Counter(gold_words)).total()
+    return 2 * shared / (len(predicted_words) + len(gold_words))
+
+
+def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+    """Highest score over the gold answers; those that normalise to nothing count only when there is no other."""
+    if isinstance(answers, str):
+        raise TypeError("answers is one string: give a list of gold answers")
+    golds = [gold for gold in map(normalise_answer, answers) if gold] or [""]
+    predicted = normalise_answer(prediction)
+    return max(score(predicted, gold) for gold in golds)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of ``n`` values and the bounds of its interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(
+    values: npt.ArrayLike, clusters: Sequence[str], seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """Mean of ``values`` and its percentile bootstrap interval over clusters (formula at the top of this file).
+
+    ``values``: (n,) finite floats, one per question. ``clusters``: n labels, the document that each question is about.
+    The same values give the same bounds in any order of the questions (up to rounding) and with any numpy release.
+    With a single cluster only its questions can be resampled: the interval then speaks of other questions about that
+    document, not of other documents.
+
+    Raises UserError when the values are empty, not finite or not as many as the clusters; ConfigError for a seed,
+    number of resamples or level out of range.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or numbers.size == 0 or numbers.size != len(clusters):
+        raise UserError(f"need a value and a cluster per question: {numbers.shape} values, {len(clusters)} clusters")
+    broken = np.flatnonzero(~np.isfinite(numbers))
+    if broken.size:
+        raise UserError(f"value {broken[0]} is {numbers[broken[0]]}: only finite values have a mean")
+    if resamples < 1 or seed < 0 or not 0 < level < 1:
+        raise ConfigError(f"need resamples >= 1, seed >= 0, 0 < level < 1: {resamples=}, {seed=}, {level=}")
+
+    place = {label: i for i, label in enumerate(sorted(set(clusters)))}
+    if len(place) > 1:
+        members = np.array([place[label] for label in clusters])
+    else:
+        members = np.arange(numbers.size)
+    means = _resampled_means(np.bincount(members, weights=numbers), np.bincount(members), seed, resamples)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(numbers.mean()), float(low), float(high), int(numbers.size))
+
+
+def paired_difference(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    clusters: Sequence[str],
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """:func:`interval` of ``a - b``: (n,) values each, two arms on the same questions in the same order."""
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise UserError(f"a pair needs both arms on the same questions: {first.shape} and {second.shape} values")
+    return interval(first - second, clusters, seed, resamples, level)
+
+
+def _resampled_means(
+    sums: npt.NDArray[np.number], counts: npt.NDArray[np.number], seed: int, resamples: int
+) -> npt.NDArray[np.float64]:
+    """(resamples,) means, each of as many clusters drawn with replacement as there are; sums and counts per cluster."""
+    # Numpy promises that a bit generator's raw stream stays as it is, but not Generator.integers, and a published
+    # interval must come out the same in years to come. The remainder's bias is below clusters / 2**64.
+    stream = np.random.PCG64(seed)
+    size = len(sums)
+    rows = max(1, _DRAWS_AT_ONCE // size)
+    means = np.empty(resamples)
+    for start in range(0, resamples, rows):
+        block = means[start : start + rows]
+        drawn = (stream.random_raw(block.size * size) % size).astype(np.intp).reshape(block.size, size)
+        block[:] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    return means

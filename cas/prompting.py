@@ -1,0 +1,46 @@
+"""Every way of answering builds one kind of prompt: what stands where the document goes, then the same question.
+
+All arms share the header, the footer and the question's own tokens; they differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cas.collection import Document
+from cas.decoding import Prompt
+from cas.errors import UserError
+from cas.model import FrozenModel
+from retrieval.chunk import with_title
+
+
+def question_tokens(model: FrozenModel, question: str) -> tuple[int, ...]:
+    """Footer, question, suffix: what follows the document in every arm."""
+    return (*model.template.footer_ids, *model.encode(question), *model.template.suffix_ids)
+
+
+def no_context(model: FrozenModel, question: str) -> Prompt:
+    """The question alone."""
+    return Prompt(question_tokens(model, question))
+
+
+def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Prompt:
+    """Texts (whole documents, or retrieved chunks, with their titles) where the document stands, joined by blank lines.
+
+    Raises: UserError if that is longer than the model's window.
+    """
+    tokens = (*model.encode("\n\n".join(texts)), *question_tokens(model, question))
+    room = model.geometry.max_positions - model.layout_header
+    if len(tokens) >= room:
+        raise UserError(f"the text takes {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts")
+    return Prompt(tokens)
+
+
+def full_document(model: FrozenModel, question: str, documents: Sequence[Document]) -> Prompt:
+    """Whole documents, titled, as the teacher reads its chunks."""
+    return text_context(model, question, [with_title(d.title, d.text) for d in documents])
+
+
+def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:
+    """Loaded cartridges, ordered by document id as in training (the order changes nothing under `fixed` and `offset`)."""
+    return Prompt(question_tokens(model, question), tuple(sorted(ids)))

@@ -1,0 +1,103 @@
+"""``python -m cas.query --retrieve-k 4 "…"``: retrieve k cartridges, compose them, answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cas import console
+from cas.config import QueryConfig, parse, store_folder
+from cas.errors import CasError, UserError
+
+if TYPE_CHECKING:
+    from cas.answer import Answer, Answerer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, open, answer. Returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return console.run(lambda: query(parse(QueryConfig, "python -m cas.query", arguments)))
+
+
+def query(config: QueryConfig) -> int:
+    """Answer one question, or those typed at a prompt."""
+    from cas.answer import Answerer
+    from cas.model import FrozenModel
+    from cas.store import Store
+    from retrieval import EmbedderUnavailable, SentenceEmbedder
+
+    folder = store_folder(config.store)
+    unread = Store.open(folder)
+    recorded = unread.meta["model"]
+    unread.close()
+    if config.question is not None and not config.question.strip():
+        raise UserError("the question is empty")
+    model = FrozenModel.from_pretrained(
+        recorded["source"]["name"], revision=recorded["source"]["revision"], dtype=config.dtype, device=config.device, system=recorded["system"]
+    )
+    store = Store.open(folder, model)
+    try:
+        embedder = None if config.documents else SentenceEmbedder(config.embedder)
+    except EmbedderUnavailable as error:
+        raise UserError(str(error)) from error
+    answerer = Answerer(model, store, embedder)
+    if config.question is not None:
+        _answer(answerer, config, config.question)
+        return 0
+    return _prompt(answerer, config)
+
+
+def _prompt(answerer: Answerer, config: QueryConfig) -> int:
+    """Questions until an empty line or the end of input; an error in one does not end the others."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Ask; an empty line ends.", file=sys.stderr)
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return 0
+        try:
+            _answer(answerer, config, line.strip())
+        except CasError as error:
+            print(f"cas: {error}", file=sys.stderr)
+
+
+def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:
+    chosen = [d.strip() for d in config.documents.split(",") if d.strip()] if config.documents is not None else None
+    if chosen == []:
+        raise UserError("--documents names no document; give ids, comma-separated")
+    stream = not config.json
+
+    def write(text: str) -> None:
+        print(_harmless(text), end="", flush=True)
+
+    answer = answerer.ask(question, config.retrieve_k, chosen, config.max_new_tokens, on_text=write if stream else None)
+    if config.json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
+    else:
+        print(f"\n\n{_summary(answer)}", flush=True)
+
+
+def _summary(answer: Answer) -> str:
+    """The cartridges with score and share of the attention, then tokens, bytes and timings."""
+    lines = []
+    for c in sorted(answer.cartridges, key=lambda c: -c.attention):
+        score = "     " if c.score is None else f"{c.score:5.2f}"
+        lines.append(f"  {score}  {c.attention:6.1%} of the attention  {_harmless(c.id)}" + (f"  ({_harmless(c.title)})" if c.title != c.id else ""))
+    t, s = answer.tokens, answer.timings
+    lines.append(f"  {t['cartridge']} cartridge positions, {t['prompt']} prompt tokens, {t['answer']} answer tokens, {answer.bytes / 2**20:.1f} MiB of KV")
+    lines.append(f"  retrieve {s['retrieve_s']:.2f} s, load {s['load_s']:.2f} s, prefill {s['prefill_s']:.2f} s, decode {s['decode_s']:.2f} s")
+    return "\n".join(lines)
+
+
+def _harmless(text: str) -> str:
+    """Text without the control characters that could steer a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

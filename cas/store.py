@@ -1,0 +1,486 @@
+"""The store: one LMDB environment; every value is a whole safetensors file, exportable as it is.
+
+Keys: ``meta`` (what the store is, fixed at creation), ``run`` (the trainer's state), ``row/<key>`` (one document:
+which version counts, checksums, figures), ``text/<key>`` (its text, for retrieval), ``kv/<key>/<version>`` and
+``state/<key>/<version>`` (blobs).
+
+Versions are written before the row that names them, and a checkpoint is one transaction that names a consistent set
+and deletes what it replaces. Killed at any instant, the rows name whole versions; readers never block the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
+from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cas.collection import Collection
+    from cas.composed import Composed
+    from cas.model import FrozenModel
+
+FORMAT = 1
+_FILE = "cartridges.lmdb"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document of the store. ``version`` names the blobs that count; ``drawn`` conversations and ``steps`` Adam
+    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'."""
+
+    id: str
+    title: str
+    hash: str
+    tokens: int
+    p: int
+    version: int
+    kv_crc: int
+    state_crc: int | None = None
+    drawn: int = 0
+    steps: int = 0
+    trained_tokens: int = 0
+
+
+def _key(document: str) -> str:
+    """Ids are anybody's text and LMDB keys are short: a hash stands for the id."""
+    return hashlib.blake2b(document.encode(), digest_size=12).hexdigest()
+
+
+class Store:
+    """Cartridges of one collection over one model. Make one with :meth:`create`, open one with :meth:`open`."""
+
+    def __init__(self, folder: Path, environment: Any, model: FrozenModel | None) -> None:
+        self.folder, self.model = folder, model
+        self._env = environment
+        self._meta: dict[str, Any] | None = None
+        self._unnamed: dict[str, tuple[int, int, int | None]] = {}  # written since the last commit: version, checksums
+
+    # -- making and opening -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, model: FrozenModel, *, tokens: int | None = None, ratio: float | None = None,
+        span: int | None = None, positions: str = "fixed", initialisation: str = "first", seed: int = 0,
+    ) -> Store:
+        """A new, empty store for this model. ``span`` (the largest p) is fixed now, or by the first documents added.
+
+        Raises: StoreMismatch if the folder holds a store; ConfigError for impossible settings.
+        """
+        cartridge_size(MULTIPLE, tokens, ratio, span)
+        if span is not None and (span < MULTIPLE or span % MULTIPLE):
+            raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
+        if positions not in ("fixed", "offset", "sequential") or initialisation not in ("first", "sampled", "random"):
+            raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
+        folder = Path(folder)
+        if (folder / _FILE).exists():
+            raise StoreMismatch(f"{folder} holds a store already; give another --store, or train on by the same command")
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
+            "positions": positions, "initialisation": initialisation, "seed": seed,
+        }
+        # Under another name first: a store that exists says what it is.
+        partial = folder / f"{_FILE}.partial"
+        partial.unlink(missing_ok=True)
+        store = cls(folder, _environment(partial, write=True), model)
+        store._write(lambda txn: txn.put(b"meta", _json(meta)))
+        store.close()
+        partial.replace(folder / _FILE)
+        Path(f"{partial}-lock").unlink()
+        return cls(folder, _environment(folder / _FILE, write=True), model)
+
+    @classmethod
+    def open(cls, folder: str | Path, model: FrozenModel | None = None, *, write: bool = False) -> Store:
+        """Open an existing store, for reading or (``write``) for training.
+
+        Raises: StoreMismatch if there is none, or it has another format or was made with another model.
+        """
+        folder = Path(folder)
+        if not (folder / _FILE).exists():
+            raise StoreMismatch(f"{folder} holds no store; train one: python -m cas.train --collection … --store {folder}")
+        store = cls(folder, _environment(folder / _FILE, write=write), model)
+        try:
+            store._check()
+        except BaseException:
+            store.close()  # a process can hold a file open only once
+            raise
+        return store
+
+    def _check(self) -> None:
+        """Raise StoreMismatch if this is not a store of our format, made with our model."""
+        folder, model, found = self.folder, self.model, self.meta.get("format")
+        if found != FORMAT:
+            raise StoreMismatch(f"{folder} has store format {found}, this version reads {FORMAT}; train into a new --store")
+        if model is None:
+            return
+        recorded = self.meta["model"]
+        if recorded["fingerprint"] != model.fingerprint or recorded["rope"] != model.rope_fingerprint:
+            raise StoreMismatch(
+                f"{folder} was made with {recorded['source']['name']} (fingerprint {recorded['fingerprint']}), "
+                f"not with {model.source.name} ({model.fingerprint}); open it with the model it was made with"
+            )
+        if recorded["header_ids"] != list(model.template.header_ids):
+            raise StoreMismatch(
+                f"{folder} was made with another header (system text or chat template); open it with --system {recorded['system']!r}"
+            )
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Hold the store as its only trainer; versions that no checkpoint names are removed first.
+
+        Raises: StoreMismatch if another trainer holds it.
+        """
+        with open(self.folder / "trainer.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StoreMismatch(f"{self.folder}: another trainer is running on this store; wait for it or stop it") from error
+            self._env.reader_check()  # a killed reader would pin the pages it was reading
+            self._collect()
+            yield
+
+    def close(self) -> None:
+        """Release the file."""
+        self._env.close()
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What was fixed at creation."""
+        if self._meta is None:
+            with self._read() as txn:
+                self._meta = self._parse(txn.get(b"meta"))
+        return self._meta
+
+    @property
+    def layout(self) -> Layout:
+        """Positions of header, cartridges and tokens."""
+        span = self.meta["span"]
+        assert span is not None, "the span is known once documents were added"
+        return Layout(self.meta["positions"], len(self.meta["model"]["header_ids"]), span)
+
+    def rows(self) -> dict[str, Row]:
+        """All documents by id, in order of id, as of the last checkpoint."""
+        with self._read() as txn:
+            rows = [self._row(value) for _, value in _under(txn, b"row/")]
+        return {row.id: row for row in sorted(rows, key=lambda row: row.id)}
+
+    def row(self, document: str) -> Row:
+        """One document's row. Raises CollectionError for an unknown id."""
+        with self._read() as txn:
+            return self._row(txn.get(_row_key(document)), document)
+
+    def texts(self) -> list[tuple[str, str, str]]:
+        """(id, title, text) of every document, in order of id: what retrieval indexes."""
+        rows = self.rows().values()
+        with self._read() as txn:
+            return [(row.id, row.title, self._text(txn, row)) for row in rows]
+
+    def run_state(self) -> dict[str, Any] | None:
+        """The trainer's state at the last checkpoint."""
+        with self._read() as txn:
+            value = txn.get(b"run")
+        return None if value is None else self._parse(value)
+
+    # -- documents --------------------------------------------------------------------------------------------------
+
+    def add_documents(self, documents: Collection, progress: Callable[[int], None] | None = None) -> None:
+        """Give every document that has none its initial cartridge; fixes the span the first time. Resumable.
+
+        Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
+            StoreMismatch if a trainer holds the store.
+        """
+        model, rows = self.model, self.rows()
+        assert model is not None
+        for document in documents.documents:
+            if document.id in rows and rows[document.id].hash != document.hash:
+                raise CollectionError(f"{document.id} has changed since it was trained; train into a new --store")
+        encoded = {d.id: model.encode(d.text) for d in documents.documents if d.id not in rows}
+        if not encoded:
+            return
+        meta = dict(self.meta)
+        if meta["span"] is None:
+            meta["span"] = max(cartridge_size(len(e), meta["tokens"], meta["ratio"], None) for e in encoded.values())
+        needed = len(meta["model"]["header_ids"]) + meta["span"]
+        if needed >= model.geometry.max_positions:
+            raise ConfigError(
+                f"cartridges of {meta['span']} positions need {needed} of the model's {model.geometry.max_positions}; "
+                "raise --ratio or give --span"
+            )
+        with self.training():
+            new = [d for d in documents.documents if d.id in encoded]
+            self._write(lambda txn: [txn.put(b"meta", _json(meta)), *(txn.put(_text_key(d.id), d.text.encode()) for d in new)])
+            self._meta = meta
+            for n, document in enumerate(new, 1):
+                ids = encoded[document.id]
+                p = cartridge_size(len(ids), meta["tokens"], meta["ratio"], meta["span"])
+                seed = int(document.hash[:15], 16) ^ meta["seed"]
+                kv = initialise(model, ids, p, meta["initialisation"], seed)
+                version, crc, _ = self._unnamed[document.id] = self._put(document.id, 0, {"kv": kv.cpu()}, document.title)
+                rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, crc)
+                if n % 64 == 0:
+                    self.commit(rows, None)
+                if progress is not None:
+                    progress(1)
+            self.commit(rows, None)
+
+    # -- tensors ----------------------------------------------------------------------------------------------------
+
+    def cartridge(self, document: str) -> Tensor:
+        """The trained KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified."""
+        with self._read() as txn:  # row and tensors in one transaction: a trainer may be at work
+            row = self._row(txn.get(_row_key(document)), document)
+            return self._get(txn, "kv", document, row.version, row.kv_crc)["kv"]
+
+    def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """(BackingStore) Newest written tensors, committed or not."""
+        if name in self._unnamed:
+            version, kv_crc, state_crc = self._unnamed[name]
+        else:
+            row = self.row(name)
+            version, kv_crc, state_crc = row.version, row.kv_crc, row.state_crc
+        with self._read() as txn:
+            tensors = self._get(txn, "kv", name, version, kv_crc)
+            if state_crc is not None and (parts is None or set(parts) - {"kv"}):
+                tensors |= self._get(txn, "state", name, version, state_crc)
+        return tensors
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """(BackingStore) Write a new version that the next commit will name."""
+        row = self.row(name)
+        previous = self._unnamed.get(name)
+        version = (previous[0] if previous else row.version) + 1
+        self._unnamed[name] = self._put(name, version, tensors, row.title)
+        if previous is not None:
+            self._write(lambda txn: [txn.delete(k) for k in _blob_keys(name, previous[0])])
+
+    def commit(self, rows: Mapping[str, Row], run_state: Mapping[str, Any] | None) -> None:
+        """One transaction: rows of everything written since the last commit, and the run state.
+
+        Args: rows: current figures by id; the version and checksums of written ones are filled in here.
+        """
+
+        def write(txn: Any) -> None:
+            for name, (version, kv_crc, state_crc) in self._unnamed.items():
+                key = _row_key(name)
+                before = txn.get(key)
+                if before is not None:
+                    old = Row(**json.loads(before)).version
+                    if old != version:
+                        for blob in _blob_keys(name, old):
+                            txn.delete(blob)
+                row = replace(rows[name], version=version, kv_crc=kv_crc, state_crc=state_crc)
+                txn.put(key, _json(asdict(row)))
+            if run_state is not None:
+                txn.put(b"run", _json(run_state))
+
+        self._write(write)
+        self._unnamed.clear()
+
+    # -- sharing ----------------------------------------------------------------------------------------------------
+
+    def compose(self, documents: Sequence[str]) -> Composed:
+        """The header and these cartridges as one KV cache, for our engine or for plain transformers."""
+        from cas.composed import Composed
+
+        assert self.model is not None, "open the store with its model to compose"
+        return Composed(self.model, self.layout, {d: self.cartridge(d) for d in documents})
+
+    def export(self, document: str, file: str | Path) -> None:
+        """Write a cartridge's stored safetensors bytes to a file, whole or not at all."""
+        file = Path(file)
+        with self._read() as txn:
+            row = self._row(txn.get(_row_key(document)), document)
+            blob = self._blob(txn, "kv", document, row.version, row.kv_crc)
+        partial = file.with_name(f"{file.name}.partial")
+        try:
+            with partial.open("wb") as handle:
+                handle.write(blob)
+                handle.flush()
+                os.fsync(handle.fileno())
+            partial.replace(file)
+        except OSError as error:
+            raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
+
+    def verify(self) -> list[str]:
+        """Read everything back; one line for each thing that is broken (none: the store is whole)."""
+        broken = []
+        with self._read() as txn:
+            keys = [key for key, _ in _under(txn, b"row/")]
+            for key in (b"meta", b"run"):
+                try:
+                    self._parse(txn.get(key, b"{}"))
+                except StoreError:
+                    broken.append(f"{key.decode()}: the record is damaged")
+        for key in keys:
+            with self._read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
+                try:
+                    row = self._row(txn.get(key))
+                except StoreError:
+                    broken.append(f"{key.decode()}: the record is damaged")
+                    continue
+                try:
+                    self._text(txn, row)
+                except StoreError as error:
+                    broken.append(str(error).rpartition("; run:")[0])
+                for kind, crc in (("kv", row.kv_crc), ("state", row.state_crc)):
+                    try:
+                        tensors = {} if crc is None else self._get(txn, kind, row.id, row.version, crc)
+                    except StoreError as error:
+                        broken.append(str(error).rpartition("; run:")[0])
+                        continue
+                    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                        broken.append(f"{row.id}: {kind}: holds a value that is not finite")
+                    if any(t.shape[3] != row.p for t in tensors.values()):
+                        broken.append(f"{row.id}: {kind}: has another size than its record says")
+        return broken
+
+    # -- LMDB -------------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, version: int, tensors: Mapping[str, Tensor], title: str) -> tuple[int, int, int | None]:
+        from safetensors.torch import save
+
+        model = self.meta["model"]
+        about = {
+            "format": str(FORMAT), "id": name, "title": title, "model": model["source"]["name"], "fingerprint": model["fingerprint"],
+            "rope": model["rope"], "header": str(len(model["header_ids"])), "positions": self.meta["positions"],
+        }
+        kv_key, state_key = _blob_keys(name, version)
+        kv = save({"kv": tensors["kv"].contiguous()}, metadata=about)
+        state = {k: t.contiguous() for k, t in tensors.items() if k != "kv"}
+        blob = save(state) if state else None
+
+        def write(txn: Any) -> None:
+            txn.put(kv_key, kv)
+            if blob is not None:
+                txn.put(state_key, blob)
+
+        self._write(write)
+        return version, zlib.crc32(kv), None if blob is None else zlib.crc32(blob)
+
+    def _get(self, txn: Any, kind: str, name: str, version: int, crc: int) -> dict[str, Tensor]:
+        from safetensors.torch import load
+
+        return load(self._blob(txn, kind, name, version, crc))
+
+    def _blob(self, txn: Any, kind: str, name: str, version: int, crc: int) -> bytes:
+        blob = txn.get(_blob_keys(name, version)[0 if kind == "kv" else 1])
+        if blob is None or zlib.crc32(blob) != crc:
+            what = "is missing" if blob is None else "fails its checksum"
+            raise self._broken(f"{kind} of {name!r} {what}")
+        return bytes(blob)
+
+    def _text(self, txn: Any, row: Row) -> str:
+        text = txn.get(_text_key(row.id))
+        if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
+            raise self._broken(f"the text of {row.id!r} is missing or damaged")
+        return str(text.decode())
+
+    def _broken(self, what: str) -> StoreError:
+        return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")
+
+    def _parse(self, value: bytes | None) -> dict[str, Any]:
+        try:
+            return dict(json.loads(value or b""))
+        except (ValueError, TypeError) as error:
+            raise self._broken("a record is damaged") from error
+
+    def _row(self, value: bytes | None, document: str = "") -> Row:
+        if value is None:
+            raise CollectionError(f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}")
+        try:
+            return Row(**self._parse(value))
+        except TypeError as error:
+            raise self._broken("a record is damaged") from error
+
+    def _collect(self) -> None:
+        """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""
+        self._unnamed.clear()
+        named = {key for row in self.rows().values() for key in _blob_keys(row.id, row.version)}
+        with self._read() as txn:
+            stale = [key for kind in (b"kv/", b"state/") for key, _ in _under(txn, kind, values=False) if key not in named]
+        if stale:
+            self._write(lambda txn: [txn.delete(k) for k in stale])
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Any]:
+        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile."""
+        import lmdb
+
+        try:
+            try:
+                txn = self._env.begin()
+            except lmdb.MapResizedError:  # that trainer has grown the map
+                self._env.set_mapsize(0)
+                txn = self._env.begin()
+            with txn:
+                yield txn
+        except lmdb.Error as error:
+            raise StoreError(f"{self.folder}: cannot be read ({error})") from error
+
+    def _write(self, action: Callable[[Any], _T]) -> _T:
+        """One write transaction; a full map grows, a full disk is said in one line."""
+        import lmdb
+
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    return action(txn)
+            except lmdb.MapFullError:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.MapResizedError:
+                self._env.set_mapsize(0)
+            except lmdb.DiskError as error:
+                raise StoreError(f"{self.folder}: the disk is full; free some space and run the same command again") from error
+            except lmdb.Error as error:
+                raise StoreError(f"{self.folder}: cannot be written ({error})") from error
+
+
+def _environment(file: Path, write: bool) -> Any:
+    import lmdb
+
+    existing = file.stat().st_size if file.exists() else 0
+    try:
+        # The map is address space, not disk; it doubles when it is full.
+        return lmdb.open(str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True)
+    except lmdb.Error as error:
+        raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
+
+
+def _under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
+    """Keys that begin with a prefix, and their values (empty if not wanted: a blob is large)."""
+    with txn.cursor() as cursor:
+        found = cursor.set_range(prefix)
+        while found and cursor.key().startswith(prefix):
+            yield cursor.key(), cursor.value() if values else b""
+            found = cursor.next()
+
+
+def _row_key(document: str) -> bytes:
+    return f"row/{_key(document)}".encode()
+
+
+def _text_key(document: str) -> bytes:
+    return f"text/{_key(document)}".encode()
+
+
+def _blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
+    return f"kv/{_key(name)}/{version}".encode(), f"state/{_key(name)}/{version}".encode()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()

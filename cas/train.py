@@ -1,0 +1,191 @@
+"""``python -m cas.train --collection FOLDER``: documents in, a collection of trained cartridges out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cas import console
+from cas.config import TrainConfig, memory, parse, store_folder
+from cas.errors import BudgetError, ConfigError, StoreMismatch
+
+if TYPE_CHECKING:
+    from budget.planner import Plan
+    from cas.collection import Collection
+    from cas.model import FrozenModel
+    from cas.store import Store
+    from cas.trainer import Report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, plan, synthesise, train, index. Returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return console.run(lambda: train(parse(TrainConfig, "python -m cas.train", arguments), arguments))
+
+
+def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
+    """The whole way of the data for one configuration. Prints the plan and the end on stdout, progress on stderr."""
+    if config.collection is None:
+        raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+    from cas.answer import open_index
+    from cas.collection import Collection, split_long
+    from cas.model import FrozenModel
+    from cas.selfstudy import SelfStudy, synthesize
+    from cas.store import Store
+    from cas.trainer import Trainer, Training
+
+    folder = store_folder(config.store, config.collection)
+    documents = Collection.load(config.collection)
+    for line in documents.skipped:
+        print(line, file=sys.stderr)
+    if config.documents is not None:
+        documents = documents.select(config.documents)
+    if config.merge:
+        documents = documents.merged()
+    name = _recorded_model(folder, config)
+    model = FrozenModel.from_pretrained(name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system)
+    ratio = config.ratio if config.ratio or config.tokens else 16.0
+    if config.span is not None and ratio is not None:
+        documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
+    plan = make_plan(config, model, documents, ratio)
+    print(f"model       {model.source.name} ({model.source.kind}, {str(model.dtype).removeprefix('torch.')}, {model.device})")
+    print("\n".join(plan.lines()), flush=True)
+    if config.dry_run:
+        return 0
+    store = _open_or_create(folder, model, config, ratio)
+    study = SelfStudy(
+        conversations=config.conversations, chunk_tokens=config.chunk_tokens, questions_per_call=config.questions_per_call,
+        kinds=config.kinds, seed=config.seed,
+    )
+    again = shlex.join(["python", "-m", "cas.train", *arguments])
+    with console.Interrupt().listening() as interrupt:
+        with console.Display("self-study", 0, "conversations") as display:
+
+            def synthesised(kept: int, wanted: int) -> None:
+                display.total = wanted
+                display._progress.update(display._task, total=wanted)
+                display.show(kept)
+                if interrupt():
+                    raise _Stopped
+
+            try:
+                conversations = synthesize(model, documents, store, study, progress=synthesised)
+            except _Stopped:
+                print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
+                return interrupt.exit_status
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
+        print(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}", flush=True)
+        values = {f.name: getattr(config, f.name) for f in fields(Training) if hasattr(config, f.name)}
+        training = Training(**{**values, "pool": plan.pool})
+        trainer = Trainer(model, store, conversations, training, host_bytes=memory(config.host_memory, "--host-memory"))
+        started = time.monotonic()
+        with console.Display("training", trainer.steps, "steps") as display:
+            first: list[int] = []
+
+            def stepped(report: Report) -> None:
+                first.append(report.step)
+                display.show(
+                    report.step + 1, f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  pool {len(report.pool)}  rotations {report.rotations}"
+                )
+                if len(first) == 10:
+                    each = (time.monotonic() - started) / 10
+                    display.say(f"about {(report.steps - report.step - 1) * each / 3600:.2f} hours to go ({each:.2f} s a step)")
+
+            trainer.on_step = stepped
+            finished = trainer.run(stop=interrupt)
+        if not finished:
+            print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
+            return interrupt.exit_status
+    from retrieval import SentenceEmbedder
+
+    open_index(store, SentenceEmbedder(config.embedder))
+    rows = store.rows().values()
+    print(f"trained     {len(rows)} cartridges, {trainer.steps} steps, {sum(r.trained_tokens for r in rows):,} tokens of conversation")
+    print(f"store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 \"...\"")
+    store.close()
+    return 0
+
+
+class _Stopped(Exception):
+    """Somebody asked the synthesis to stop between two units."""
+
+
+def make_plan(config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None) -> Plan:
+    """Bytes of everything before anything starts. Raises BudgetError with the figures if the budget cannot hold it."""
+    from budget.planner import DoesNotFit, Sizes, make_plan
+    from cas.cartridge import cartridge_size
+    from cas.selfstudy import SelfStudy
+
+    tokens = [len(model.encode(d.text)) for d in documents.documents]
+    sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
+    g, study = model.geometry, SelfStudy()
+    around = len(model.template.footer_ids) + len(model.template.suffix_ids)
+    longest = study.question_tokens + study.answer_tokens + around + 16
+    rows = min(config.targets, len(sizes)) * config.per_target
+    loaded = min(len(sizes), 1 + (0 if config.isolation >= 1 else config.max_distractors))
+    mixed = 1 - config.isolation
+    # Twice the expected number of mixed conversations, each with the most distractors.
+    prefix = int(rows * (model.layout_header + max(sizes)) + min(rows, 2 * mixed * rows + 1) * (loaded - 1) * max(sizes))
+    needed = Sizes(
+        weights=model.weight_bytes, element=model.dtype.itemsize, largest=g.elements(max(sizes)), total=g.elements(sum(sizes)),
+        documents=len(sizes), tokens=sum(tokens), step_tokens=rows * longest, supervised=rows * study.answer_tokens, prefix=prefix,
+        layers=g.layers, hidden=g.hidden, intermediate=getattr(model.config, "intermediate_size", 4 * g.hidden), vocabulary=g.vocabulary,
+        query_heads=g.query_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, longest=longest, rows=rows,
+    )
+    try:
+        return make_plan(
+            needed, pool=None if config.pool is None else min(config.pool, len(sizes)), guests=min(config.guests, len(sizes)),
+            budget=None if config.budget is None else memory(config.budget, "--budget"), host_budget=memory(config.host_memory, "--host-memory"),
+            on_cpu=model.device.type == "cpu",
+        )
+    except DoesNotFit as error:
+        raise BudgetError(str(error)) from error
+
+
+def _recorded_model(folder: Path, config: TrainConfig) -> str:
+    """The model of an existing store wins over the default, and is refused against another named one by its fingerprint."""
+    from cas.store import Store
+
+    if config.model != TrainConfig.model or not (folder / "cartridges.lmdb").exists():
+        return config.model
+    store = Store.open(folder)
+    name = str(store.meta["model"]["source"]["name"])
+    store.close()
+    return name
+
+
+def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio: float | None) -> Store:
+    from cas.store import Store
+
+    tokens, ratio = config.tokens, None if config.tokens else ratio
+    wanted: dict[str, Any] = {
+        "tokens": tokens, "ratio": ratio, "positions": config.positions, "initialisation": config.initialisation, "seed": config.seed,
+    }
+    if not (folder / "cartridges.lmdb").exists():
+        store = Store.create(folder, model, span=config.span, **wanted)
+        _save_config(folder, config)
+        return store
+    store = Store.open(folder, model, write=True)
+    changed = [f"{k} {store.meta[k]} (now {v})" for k, v in wanted.items() if store.meta[k] != v]
+    if changed:
+        store.close()
+        raise StoreMismatch(f"{folder} was made with {', '.join(changed)}; use the same settings or give a new --store")
+    return store
+
+
+def _save_config(folder: Path, config: TrainConfig) -> None:
+    import yaml
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(config, config=None)).items()}
+    partial = folder / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    partial.replace(folder / "config.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Joint training of many cartridges over one frozen model: the method of 2606.04557, top to bottom.
+
+A small pool of cartridges is on the device. A step takes a few of them as targets, draws conversations about each, and
+decides for every conversation whether it sees its own cartridge alone or among distractors. The frozen model answers
+with what it sees, the loss compares it with what it answered when it had the text, and only cartridges learn. Every so
+many steps the most trained leave the pool, with their Adam state, and the least trained enter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from budget.manager import Manager
+from cas.attention import Batch, Gathered, packed_positions
+from cas.distill import distillation_loss, next_token_loss
+from cas.errors import ConfigError, RunError
+from cas.model import FrozenModel
+from cas.optim import adam_step, learning_rate
+from cas.schedule import Schedule, Step
+from cas.selfstudy import Conversation, Conversations
+from cas.store import Store
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a run. Those of the schedule are explained in :class:`cas.schedule.Schedule`.
+
+    Attributes:
+        epochs: passes over all conversations; ``steps`` overrides it.
+        lr, warmup, final_lr: peak of Adam's learning rate, own steps of warm-up, where the linear decay ends (share).
+        distractor_gradients: a visible trainee that is not a target keeps its gradient for its next turn as target.
+        objective: "distillation" (teacher's probabilities) or "next-token" (teacher's words).
+        checkpoint_every: steps between checkpoints.
+    """
+
+    epochs: float = 8.0
+    steps: int | None = None
+    lr: float = 2e-2
+    warmup: int = 20
+    final_lr: float = 0.02
+    pool: int = 20
+    targets: int = 4
+    per_target: int = 8
+    isolation: float = 0.75
+    max_distractors: int = 10
+    guests: int = 0
+    rotate_every: int = 10
+    rotate_fraction: float = 0.5
+    distractor_gradients: bool = False
+    objective: str = "distillation"
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one step did, for the progress display and ``metrics.jsonl``. Loss in nats per supervised token."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    tokens: int
+    tokens_per_s: float
+    pool: tuple[str, ...]
+    rotations: int
+
+
+class Trainer:
+    """Trains a store's cartridges on its conversations; resumes where the store's last checkpoint is.
+
+    ``host_bytes`` is memory for cartridges outside the pool; it never changes a result. ``options`` are fields of
+    :class:`Training`.
+    """
+
+    def __init__(
+        self, model: FrozenModel, store: Store, conversations: Conversations, training: Training | None = None, *,
+        host_bytes: int | None = 0, device_bytes: int | None = None, on_step: Callable[[Report], None] | None = None, **options: Any,
+    ) -> None:
+        self.model, self.store, self.conversations = model, store, conversations
+        self.training = t = training or Training(**options)
+        if t.objective not in ("distillation", "next-token"):
+            raise ConfigError(f"--objective {t.objective}: choose distillation or next-token")
+        self.on_step = on_step
+        self.layout = store.layout
+        counts = {i: len(conversations.by_document.get(i, ())) for i in store.rows()}
+        without = [i for i, n in counts.items() if not n]
+        if without:
+            raise ConfigError(f"no conversations about {', '.join(without[:3])}; run the synthesis for this store again")
+        self.schedule = Schedule(
+            counts, t.seed, min(t.pool, len(counts)), min(t.targets, t.pool, len(counts)), t.per_target, t.isolation,
+            t.max_distractors, t.guests, t.rotate_every, t.rotate_fraction,
+        )
+        per_step = self.schedule.targets * t.per_target
+        self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
+        self._limits = (device_bytes, host_bytes)
+
+    def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
+        """Train to the end, or until ``stop()`` or step ``until``; always leaves a checkpoint.
+
+        Returns: whether the last step was reached. Raises: RunError when the loss is no longer a number.
+        """
+        with self.store.training():
+            step, pool, guests = self._resume()
+            end = self.steps if until is None else min(until, self.steps)
+            with (self.store.folder / "metrics.jsonl").open("a") as log:
+                while step < end and not stop():
+                    started = time.perf_counter()
+                    if self.schedule.rotates(step):
+                        pool, guests = self.schedule.rotate(step, pool, self._drawn)
+                        self.manager.rotate(pool, guests)
+                    work = self.schedule.step(step, pool, guests, self._drawn)
+                    loss, tokens, lr = self.train_step(step, work)
+                    seconds = time.perf_counter() - started
+                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, self.manager.counters.rotations)
+                    log.write(json.dumps({**asdict(report), "pool": len(pool), "targets": work.targets}) + "\n")
+                    step += 1
+                    if step % self.training.checkpoint_every == 0:
+                        self._checkpoint(step, pool, guests, log)
+                    if self.on_step is not None:
+                        self.on_step(report)
+                self._checkpoint(step, pool, guests, log)
+        return step >= self.steps
+
+    def train_step(self, step: int, work: Step) -> tuple[float, int, float]:
+        """One step on the resident pool: forward, loss, backward, Adam on the targets. Returns loss, tokens, lr."""
+        t = self.training
+        learners = set(self.manager.trainees) if t.distractor_gradients else set(work.targets)
+        leaves = {name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()}
+        examples = [self.conversations.by_document[e.document][e.index] for e in work.examples]
+        loss, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RunError(f"the loss is {value} at step {step}; lower --lr and run the same command on the last checkpoint")
+        loss.backward()
+        lr = 0.0
+        for name in sorted(learners):
+            slot, grad = self.manager.trainees[name], leaves[name].grad
+            if grad is None:  # nobody saw it
+                continue
+            if slot.pending is not None:
+                grad = grad + slot.pending
+            if name not in work.targets:
+                # Adam would blow a distractor's faint gradient up to a full step: it waits for its own turn.
+                slot.pending = grad
+            else:
+                row = self._rows[name]
+                lr = learning_rate(t.lr, row.steps + 1, t.warmup, step, self.steps, t.final_lr)
+                adam_step(slot.kv, grad, slot.exp_avg, slot.exp_avg_sq, row.steps + 1, lr)
+                slot.pending = None
+            self.manager.touch(name)
+        for name in work.targets:
+            mine = [c for c in examples if c.document == name]
+            row = self._rows[name]
+            trained = row.trained_tokens + sum(len(c.tokens(self.model)) for c in mine)
+            self._rows[name] = replace(row, drawn=row.drawn + len(mine), steps=row.steps + 1, trained_tokens=trained)
+            self._drawn[name] = row.drawn + len(mine)
+        return value, tokens, lr
+
+    def loss(
+        self, conversations: list[Conversation], visible: list[tuple[str, ...]], cartridges: Mapping[str, Tensor]
+    ) -> tuple[Tensor, int]:
+        """Mean loss per supervised token of conversations under what each of them sees, and the number of own tokens.
+
+        Only tokens of answers count (2506.06266); the conversations are packed without padding.
+        """
+        tokens = [c.tokens(self.model) for c in conversations]
+        batch = Batch(tuple(map(len, tokens)), tuple(visible))
+        context = Gathered(batch, self.model.header_kv, cartridges, self.layout, self.model.rope, self.model.dtype)
+        positions = packed_positions(batch, {n: kv.shape[3] for n, kv in cartridges.items()}, self.layout)
+        rows = [
+            torch.arange(start + length - len(c.answer), start + length)
+            for start, length, c in zip(batch.starts(), batch.lengths, conversations, strict=True)
+        ]
+        ids = torch.tensor([[token for row in tokens for token in row]])
+        logits = self.model.forward(ids, positions, context, rows=torch.cat(rows))[0]
+        if self.training.objective == "next-token":
+            answers = torch.cat([torch.from_numpy(c.answer) for c in conversations]).long()
+            return next_token_loss(logits, answers.to(logits.device)).mean(), ids.numel()
+        top_ids = torch.cat([torch.from_numpy(c.top_ids) for c in conversations]).long().to(logits.device)
+        top = torch.cat([torch.from_numpy(c.top_logprobs) for c in conversations]).to(logits.device)
+        return distillation_loss(logits, top_ids, top).mean(), ids.numel()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+        """Step, pool and guests of the last checkpoint, with the residents loaded; the settings must be the same."""
+        self._rows = self.store.rows()
+        self._drawn = {i: row.drawn for i, row in self._rows.items()}
+        state = self.store.run_state()
+        settings = {**asdict(self.training), "total_steps": self.steps}
+        settings.pop("checkpoint_every")
+        if state is None:
+            self._settings, step, pool, guests = settings, 0, (), ()
+        else:
+            changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
+            if changed:
+                told = ", ".join(f"{k} {state['settings'].get(k)} (now {settings[k]})" for k in changed)
+                raise ConfigError(f"{self.store.folder} was begun with {told}; go on with the same settings or give a new --store")
+            self._settings, step = settings, int(state["step"])
+            pool, guests = tuple(state["pool"]), tuple(state["guests"])
+        self._cut_log(step)
+        # A new one every time: the old one may hold what a failed run did after the checkpoint.
+        self.manager = Manager(self.store, self.model.device, *self._limits)
+        self.manager.rotate(pool, guests)
+        return step, pool, guests
+
+    def _checkpoint(self, step: int, pool: tuple[str, ...], guests: tuple[str, ...], log: TextIO) -> None:
+        """Everything trained so far, and where the run is, in one transaction; the log is on disk before it."""
+        log.flush()
+        os.fsync(log.fileno())
+        self.manager.flush()
+        self.store.commit(self._rows, {"step": step, "pool": pool, "guests": guests, "settings": self._settings})
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the log lines of steps that a killed run made after its last checkpoint."""
+        file = self.store.folder / "metrics.jsonl"
+        if file.exists():
+            with file.open("rb+") as log:
+                end = 0
+                for line in log:
+                    if not line.endswith(b"}\n") or json.loads(line)["step"] >= step:
+                        break
+                    end += len(line)
+                log.truncate(end)

@@ -1,0 +1,1 @@
+"""Experiments: one file per claim. Every run leaves a folder that ``python -m experiments.check`` can recompute."""

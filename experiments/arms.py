@@ -1,0 +1,140 @@
+"""One way to answer questions under every arm, and to score the answers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cas import prompting
+from cas.answer import open_index
+from cas.collection import Collection, Question
+from cas.decoding import Prompt, generate, log_likelihood
+from cas.evaluate import contains, exact_match, f1
+from cas.model import FrozenModel
+from cas.selfstudy import BRIEF, Conversations
+from cas.store import Store
+from experiments.results import Prediction
+from retrieval import Embedder, rank_documents, with_title
+
+METRICS = ("contains", "f1", "exact_match", "log_perplexity")
+
+
+def build_prompts(
+    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], arm: str, embedder: Embedder | None = None
+) -> list[Prompt]:
+    """The prompts of one arm, with "answer in a few words" in every one.
+
+    Arms: ``no_context``; ``full_document``: the gold documents' text; ``oracle``: the gold documents' cartridges; ``loaded``:
+    every cartridge of the store; ``retrieved<k>``: the k best by retrieval; ``rag``: the best chunks that fit into as many
+    tokens as four of the store's largest cartridges, titles counted.
+    """
+    asked = [q.question + BRIEF for q in questions]
+    rows = store.rows()
+
+    def own(question: Question) -> list[str]:
+        return [i for i in rows if i in question.document_ids]
+
+    if arm == "no_context":
+        return [prompting.no_context(model, a) for a in asked]
+    if arm == "full_document":
+        return [prompting.full_document(model, a, [collection[i] for i in own(q)]) for a, q in zip(asked, questions, strict=True)]
+    if arm == "oracle":
+        return [prompting.cartridges(model, a, own(q)) for a, q in zip(asked, questions, strict=True)]
+    if arm == "loaded":
+        return [prompting.cartridges(model, a, list(rows)) for a in asked]
+    index = open_index(store, embedder)
+    plain = [q.question for q in questions]
+    if arm.startswith("retrieved"):
+        ranked = rank_documents(index, plain, int(arm.removeprefix("retrieved")))
+        return [prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)]
+    assert arm == "rag", arm
+    _, best_rows = index.search(plain, len(index))
+    prompts = []
+    for a, best in zip(asked, best_rows, strict=True):
+        texts: list[str] = []
+        for row in best:
+            name, start, length = index.span(int(row))
+            chunk = with_title(collection[name].title, collection[name].text[start : start + length])
+            if len(model.encode("\n\n".join([*texts, chunk]))) > 4 * store.layout.span:
+                break
+            texts.append(chunk)
+        prompts.append(prompting.text_context(model, a, texts))
+    return prompts
+
+
+def run_arms(
+    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], arms: Sequence[str], *,
+    cartridges: Mapping[str, Tensor] | None = None, embedder: Embedder | None = None, seed: int = 0, max_new_tokens: int = 32,
+    prefix: str = "", progress: Callable[[str], None] | None = None,
+) -> list[Prediction]:
+    """Greedy answers and gold log-perplexities of every arm.
+
+    Args:
+        cartridges: by id, in place of the store's (another training of the same documents).
+        prefix: put before the arm's name in the predictions.
+    ``log_perplexity``: minus the mean log-probability (nats per token) of the first gold answer and the end of the turn.
+    """
+    kv = dict(cartridges) if cartridges is not None else {name: store.cartridge(name) for name in store.rows()}
+    kv = {name: tensor.to(model.device, model.dtype) for name, tensor in kv.items()}
+    gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in questions]
+    predictions: list[Prediction] = []
+    for arm in arms:
+        prompts = build_prompts(model, store, collection, questions, arm, embedder)
+        answers = generate(model, prompts, kv, store.layout, max_new_tokens=max_new_tokens)
+        likelihoods = log_likelihood(model, prompts, gold, kv, store.layout)
+        for q, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
+            text = model.decode(answer.ids)
+            scores = {"contains": contains(text, q.answers), "f1": f1(text, q.answers), "exact_match": exact_match(text, q.answers)}
+            predictions.append({
+                "arm": prefix + arm, "seed": seed, "question_id": q.id, "document_id": q.document_ids[0],
+                "scores": {**scores, "log_perplexity": -likelihood}, "answer": text,
+            })
+        if progress is not None:
+            progress(prefix + arm)
+    return predictions
+
+
+def unseen(questions: Sequence[Question], conversations: Conversations) -> list[Question]:
+    """The questions whose wording no training conversation has (case, punctuation and spacing ignored)."""
+    from cas.selfstudy import normal
+
+    asked = {normal(c.question) for items in conversations.by_document.values() for c in items}
+    return [q for q in questions if normal(q.question) not in asked]
+
+
+class PeakMemory:
+    """Peak anonymous memory of this process while inside, in bytes, sampled twice a second; where the system does not
+    tell, the peak resident size."""
+
+    peak = 0
+
+    def __enter__(self) -> PeakMemory:
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self._now())
+            if self._done.wait(0.5):
+                return
+
+    @staticmethod
+    def _now() -> int:
+        try:
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+        except (OSError, StopIteration):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+
+    def __exit__(self, *exc: Any) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak = max(self.peak, self._now())

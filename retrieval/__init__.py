@@ -1,0 +1,32 @@
+"""Dense retrieval over a collection: chunk, embed, index, rank, and the retrieval metrics.
+
+Stands on its own: nothing here knows about cartridges. Importing the package costs numpy and the standard library
+only; faiss, torch and sentence-transformers are loaded by the calls that need them.
+"""
+
+from retrieval.chunk import Chunk, chunk_document, split_sentences, with_title
+from retrieval.embed import Embedder, HashEmbedder, SentenceEmbedder
+from retrieval.files import IndexBroken
+from retrieval.hub import EmbedderUnavailable
+from retrieval.index import ChunkIndex
+from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarise
+from retrieval.rank import Ranked, rank_documents
+
+__all__ = [
+    "Chunk",
+    "ChunkIndex",
+    "Embedder",
+    "EmbedderUnavailable",
+    "HashEmbedder",
+    "IndexBroken",
+    "Ranked",
+    "SentenceEmbedder",
+    "chunk_document",
+    "hit_at_k",
+    "rank_documents",
+    "recall_at_k",
+    "reciprocal_rank",
+    "split_sentences",
+    "summarise",
+    "with_title",
+]
