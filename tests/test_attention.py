@@ -12,11 +12,11 @@ from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokeni
 from torch import Tensor
 
 from cas.attention import Batch, Gathered, Masked, Reference, causal_mask, packed_positions
-from cas.cartridge import Layout
+from cas.cartridge import Layout, Positions
 from cas.decoding import Decoding, Prompt
 from cas.model import FrozenModel, Source
 
-POLICIES = ("fixed", "offset", "sequential")
+POLICIES: tuple[Positions, ...] = ("fixed", "offset", "sequential")
 QUESTION = "Which valve is red, and when is it opened?"
 
 
@@ -139,7 +139,8 @@ def test_fast_paths_equal_the_reference(kind: str, policy: Any, tiny: Callable[.
     layout = Layout(policy, model.layout_header, SPAN)
     values = tiny_cartridges(model, SIZES)
     weights = torch.randn(ids.shape[1], 384, generator=torch.Generator().manual_seed(1))
-    outputs, gradients = {}, {}
+    outputs: dict[str, Tensor] = {}
+    gradients: dict[str, dict[str, Any]] = {}
     for path in ("reference", *paths(policy)):
         leaves = {name: kv.clone().requires_grad_() for name, kv in values.items()}
         logits = packed(path, model, batch, ids, leaves, layout)
@@ -165,14 +166,15 @@ def test_bfloat16_is_near_the_reference(kind: str, policy: Any) -> None:
     batch, ids = conversations()
     layout = Layout(policy, model.layout_header, SPAN)
     values = tiny_cartridges(model, SIZES)
-    gradients, outputs = {}, {}
+    outputs: dict[str, Tensor] = {}
+    gradients: dict[str, Any] = {}
     for path in ("reference", *paths(policy)):
         leaves = {name: kv.clone().requires_grad_() for name, kv in values.items()}
         logits = packed(path, model, batch, ids, leaves, layout)
         logits.log_softmax(-1)[:, 7].mean().backward()
         outputs[path], gradients[path] = logits.detach(), leaves["b"].grad
     for path in paths(policy):
-        assert gradients[path] is not None and gradients[path].dtype == torch.float32
+        assert gradients[path].dtype == torch.float32
         assert close(outputs[path], outputs["reference"], 0.05)
         assert torch.cosine_similarity(gradients[path].flatten(), gradients["reference"].flatten(), dim=0) > 0.98
 
@@ -216,7 +218,7 @@ def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]
     batch, generator = Batch((40,) * 48, (("a",),) * 48), torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 40 * 48, 12, generator=generator)
     key, value = torch.randn(2, 1, 2, 40 * 48, 12, generator=generator)
-    gradients = []
+    gradients: list[Any] = []
     torch.set_num_threads(2)
     try:
         for _ in range(5):
@@ -226,7 +228,7 @@ def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]
             gradients.append(leaf.grad)
     finally:
         torch.set_num_threads(1)
-    assert gradients[0] is not None and all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert gradients[0].any() and all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_causal_mask_with_and_without_window() -> None:

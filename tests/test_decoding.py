@@ -11,13 +11,13 @@ from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokeni
 from torch import Tensor
 
 from cas.attention import Batch, Reference, packed_positions
-from cas.cartridge import Layout
+from cas.cartridge import Layout, Positions
 from cas.composed import Composed
 from cas.decoding import Decoding, Prompt, generate, log_likelihood
 from cas.errors import ModelError
 from cas.model import FrozenModel, Source
 
-POLICIES = ("fixed", "offset", "sequential")
+POLICIES: tuple[Positions, ...] = ("fixed", "offset", "sequential")
 SIZES = {"a": 16, "b": 48, "c": 32}
 SPAN = 48
 
@@ -115,7 +115,8 @@ def test_batches_equal_one_by_one(kind: str, tiny: Callable[..., FrozenModel]) -
     alone = [generate(model, [item], cartridges, layout, max_new_tokens=12)[0].ids for item in items[:7]]
     assert together == alone * 3
     # However the prompts are dealt out to batches.
-    for limits in ({"batch_rows": 2}, {"batch_positions": 300}, {"batch_positions": 1}):
+    settings: list[dict[str, Any]] = [{"batch_rows": 2}, {"batch_positions": 300}, {"batch_positions": 1}]
+    for limits in settings:
         dealt = generate(model, items, cartridges, layout, max_new_tokens=12, **limits)
         assert [result.ids for result in dealt] == together
     assert generate(model, [], cartridges, layout, max_new_tokens=12) == []
@@ -177,7 +178,8 @@ def test_sampling_follows_the_temperature(tiny: Callable[..., FrozenModel]) -> N
     model = tiny("llama")
     cartridges, layout = tiny_cartridges(model, {"a": 16}), Layout("fixed", model.layout_header, 16)
     item = prompt(model, "Which?", "a")
-    results = generate(model, [item] * 2000, cartridges, layout, max_new_tokens=1, temperature=0.5, batch_rows=2000, batch_positions=10**6)
+    many: dict[str, Any] = {"temperature": 0.5, "batch_rows": 2000, "batch_positions": 10**6}
+    results = generate(model, [item] * 2000, cartridges, layout, max_new_tokens=1, **many)
     logits = reference_logits(model, item.tokens, item.cartridges, cartridges, layout)[-1]
     expected = (logits / 0.5).softmax(-1)
     drawn = torch.zeros(384)
@@ -210,7 +212,8 @@ class Eager:
     """Attention as in the Reference, which also keeps the weights of the last token on every key of one conversation."""
 
     def __init__(self, reference: Reference) -> None:
-        self.reference, self.weights = reference, []
+        self.reference = reference
+        self.weights: list[Tensor] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         r = self.reference
