@@ -80,17 +80,18 @@ class Plan:
 def activation_bytes(s: Sizes) -> int:
     """An upper bound of what one forward and backward over a packed step keeps.
 
-    Per layer and token: about 14 hidden-sized, 2 query-sized and 5 MLP-sized tensors; per layer: the gathered prefix,
-    keys and values, with room for its gradient; for the supervised rows three float32 copies of the logits and one in
-    the compute dtype.
+    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the gathered
+    keys and values, and the attention weights of every head, with room once for their gradients and twice for masks; for
+    the supervised rows three float32 copies of the logits and one in the compute dtype.
     """
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
     padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
     gathered = 2 * kv_width * (s.prefix + padded) + 2 * q_width * padded
-    masks = s.longest * (s.prefix + padded)
+    weights = s.query_heads * s.longest * (s.prefix + padded)
     logits = s.supervised * s.vocabulary * (s.element + 3 * 4)
-    return s.layers * ((s.step_tokens * per_token + gathered) * s.element + masks) + 2 * gathered * s.element + logits
+    kept = s.layers * (s.step_tokens * per_token + gathered + weights)
+    return (kept + 2 * gathered + 4 * weights) * s.element + logits
 
 
 def make_plan(
@@ -125,9 +126,19 @@ def make_plan(
     everything = 12 * s.total
     host = everything if host_budget is None else min(host_budget, everything)
     return Plan(
-        documents=s.documents, tokens=s.tokens, pool=pool, guests=guests, weights=s.weights, activations=activations,
-        trainees=pool * each, guest_copies=guests * guest_bytes(s.largest), runtime=runtime, device=needed(pool), host=host,
-        disk=everything + everything // 8, largest=s.largest,
+        documents=s.documents,
+        tokens=s.tokens,
+        pool=pool,
+        guests=guests,
+        weights=s.weights,
+        activations=activations,
+        trainees=pool * each,
+        guest_copies=guests * guest_bytes(s.largest),
+        runtime=runtime,
+        device=needed(pool),
+        host=host,
+        disk=everything + everything // 8,
+        largest=s.largest,
     )
 
 

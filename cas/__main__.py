@@ -39,8 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a collection of cartridges (cas train --help)", add_help=False)
     commands.add_parser("query", help="answer questions from a store (cas query --help)", add_help=False)
     texts = {
-        "ls": "list the cartridges of a store", "show": "what a store or one cartridge is",
-        "verify": "read everything back; names what is broken and exits 1", "export": "write one cartridge as a safetensors file",
+        "ls": "list the cartridges of a store",
+        "show": "what a store or one cartridge is",
+        "verify": "read everything back; names what is broken and exits 1",
+        "export": "write one cartridge as a safetensors file",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -94,15 +96,21 @@ def _show(store: Store, document: str | None, as_json: bool) -> int:
     else:
         rows, run = store.rows(), store.run_state() or {}
         about = {
-            **store.meta, "folder": str(store.folder), "documents": len(rows), "cartridge_positions": sum(r.p for r in rows.values()),
-            "document_tokens": sum(r.tokens for r in rows.values()), "step": run.get("step", 0),
+            **store.meta,
+            "folder": str(store.folder),
+            "documents": len(rows),
+            "cartridge_positions": sum(r.p for r in rows.values()),
+            "document_tokens": sum(r.tokens for r in rows.values()),
+            "step": run.get("step", 0),
             "total_steps": run.get("settings", {}).get("total_steps"),
         }
     if as_json:
         print(json.dumps(about, ensure_ascii=False))
         return 0
     for key, value in about.items():
-        print(f"{key}: {value if isinstance(value, (str, int, float, type(None))) else json.dumps(value, ensure_ascii=False)}")
+        print(
+            f"{key}: {value if isinstance(value, (str, int, float, type(None))) else json.dumps(value, ensure_ascii=False)}"
+        )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -67,10 +68,8 @@ def open_index(store: Store, embedder: Embedder | None = None) -> ChunkIndex:
     except (IndexBroken, OSError):
         index, changed = ChunkIndex(documents, embedder), True
     if changed:
-        try:
+        with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
             index.save(folder)
-        except OSError:
-            pass  # a read-only store still answers; it only has to embed again next time
     return index
 
 
@@ -101,8 +100,13 @@ class Answerer:
         return self._hot[key]
 
     def ask(
-        self, question: str, k: int = 4, documents: Sequence[str] | None = None, max_new_tokens: int = 128,
-        on_loaded: Callable[[Sequence[tuple[str, str, float | None]]], None] | None = None, on_text: Callable[[str], None] | None = None,
+        self,
+        question: str,
+        k: int = 4,
+        documents: Sequence[str] | None = None,
+        max_new_tokens: int = 128,
+        on_loaded: Callable[[Sequence[tuple[str, str, float | None]]], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer one question from k retrieved cartridges, or from those of ``documents``.
 
@@ -141,14 +145,21 @@ class Answerer:
 
         started = time.perf_counter()
         result = generate(
-            self.model, [prompt], loaded, self.store.layout, max_new_tokens=max_new_tokens, watch=True, on_token=on_token
+            self.model,
+            [prompt],
+            loaded,
+            self.store.layout,
+            max_new_tokens=max_new_tokens,
+            watch=True,
+            on_token=on_token,
         )[0]
         total = time.perf_counter() - started
         prefill_s = (first - started) if first else total
         positions = sum(kv.shape[3] for kv in loaded.values())
         held = self.store.layout.header + positions + len(prompt.tokens) + len(result.ids)
         return Answer(
-            question=question, answer=self.model.decode(result.ids),
+            question=question,
+            answer=self.model.decode(result.ids),
             cartridges=tuple(Loaded(n, titles[n], s, result.attention.get(n, 0.0)) for n, s in scores.items()),
             tokens={"cartridge": positions, "prompt": len(prompt.tokens), "answer": len(result.ids)},
             bytes=self.model.geometry.elements(held) * self.model.dtype.itemsize,

@@ -38,8 +38,14 @@ class AttentionContext(Protocol):
 
 
 def cas_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, cas: AttentionContext | None = None, **kwargs: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cas: AttentionContext | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that Hugging Face's attention layers call under the name ``"cas"``."""
     assert cas is not None, "the 'cas' attention needs its context: call FrozenModel.forward"
@@ -129,7 +135,9 @@ def _visible_columns(pool: _Pool, seen: Sequence[str], layout: Layout) -> tuple[
 class Reference:
     """The plain truth for every fast path: one conversation at a time over exactly what it sees."""
 
-    def __init__(self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, rope: Rope) -> None:
+    def __init__(
+        self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, rope: Rope
+    ) -> None:
         self.batch, self.header, self.cartridges, self.layout, self.rope = batch, header, cartridges, layout, rope
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -159,7 +167,9 @@ class Reference:
 class Masked:
     """All residents as one prefix, what each token sees as one dense mask. No conversation may need turned keys."""
 
-    def __init__(self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
+    ) -> None:
         assert layout.policy != "sequential", "turned keys cannot be shared between conversations"
         self.pool = _Pool(header, cartridges, dtype)
         total = sum(batch.lengths)
@@ -210,7 +220,13 @@ class Gathered:
     groups of conversations with similar visible sizes, each over a gather of its visible pool columns."""
 
     def __init__(
-        self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, rope: Rope, dtype: torch.dtype
+        self,
+        batch: Batch,
+        header: Tensor,
+        cartridges: Mapping[str, Tensor],
+        layout: Layout,
+        rope: Rope,
+        dtype: torch.dtype,
     ) -> None:
         used = {name for seen in batch.visible for name in seen}
         self.pool = _Pool(header, {n: kv for n, kv in cartridges.items() if n in used}, dtype)
@@ -234,7 +250,12 @@ class Gathered:
         self.back[torch.cat([g.rows.flatten() for g in self.groups])[inside]] = inside
 
     def _group(
-        self, members: list[int], batch: Batch, starts: list[int], prefixes: list[tuple[list[int], list[int], list[int]]], layout: Layout
+        self,
+        members: list[int],
+        batch: Batch,
+        starts: list[int],
+        prefixes: list[tuple[list[int], list[int], list[int]]],
+        layout: Layout,
     ) -> _Group:
         s = max(len(prefixes[i][0]) for i in members)
         t = max(batch.lengths[i] for i in members)
@@ -246,7 +267,11 @@ class Gathered:
         for b, i in enumerate(members):
             cols, placed, turned = prefixes[i]
             n, length = len(cols), batch.lengths[i]
-            columns[b, :n], turn[b, :n], key_positions[b, :n] = torch.tensor(cols), torch.tensor(turned), torch.tensor(placed)
+            columns[b, :n], turn[b, :n], key_positions[b, :n] = (
+                torch.tensor(cols),
+                torch.tensor(turned),
+                torch.tensor(placed),
+            )
             rows[b, :length] = torch.arange(starts[i], starts[i] + length)
             # Padded queries keep counting, so that every row sees at least itself and no softmax is empty.
             start = layout.token_start([len(self.pool.places[name]) for name in batch.visible[i]])
@@ -257,8 +282,13 @@ class Gathered:
             inside[b, :length] = True
         device = self.pool.layers[0].device
         return _Group(
-            rows.to(device), columns.to(device), turn.to(device) if bool(turn.any()) else None, own_positions.to(device),
-            key_positions.to(device), valid.to(device), inside.to(device),
+            rows.to(device),
+            columns.to(device),
+            turn.to(device) if bool(turn.any()) else None,
+            own_positions.to(device),
+            key_positions.to(device),
+            valid.to(device),
+            inside.to(device),
         )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -47,7 +47,9 @@ class Composed:
         tokens = [*template.footer_ids, *self.model.encode(question), *template.suffix_ids]
         length = self.kv.shape[3]
         if windows:
-            raise ModelError("plain transformers places sliding windows by cache index; use cas.Answerer for this model")
+            raise ModelError(
+                "plain transformers places sliding windows by cache index; use cas.Answerer for this model"
+            )
         device = self.model.device
         cache = DynamicCache([(layer[0][None].clone(), layer[1][None].clone()) for layer in self.kv])
         positions = [*range(length), *range(self.start, self.start + len(tokens))]

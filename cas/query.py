@@ -35,7 +35,11 @@ def query(config: QueryConfig) -> int:
     if config.question is not None and not config.question.strip():
         raise UserError("the question is empty")
     model = FrozenModel.from_pretrained(
-        recorded["source"]["name"], revision=recorded["source"]["revision"], dtype=config.dtype, device=config.device, system=recorded["system"]
+        recorded["source"]["name"],
+        revision=recorded["source"]["revision"],
+        dtype=config.dtype,
+        device=config.device,
+        system=recorded["system"],
     )
     store = Store.open(folder, model)
     try:
@@ -87,11 +91,14 @@ def _summary(answer: Answer) -> str:
     lines = []
     for c in sorted(answer.cartridges, key=lambda c: -c.attention):
         score = "     " if c.score is None else f"{c.score:5.2f}"
-        lines.append(f"  {score}  {c.attention:6.1%} of the attention  {_harmless(c.id)}" + (f"  ({_harmless(c.title)})" if c.title != c.id else ""))
+        lines.append(
+            f"  {score}  {c.attention:6.1%} of the attention  {_harmless(c.id)}"
+            + (f"  ({_harmless(c.title)})" if c.title != c.id else "")
+        )
     t, s = answer.tokens, answer.timings
-    lines.append(f"  {t['cartridge']} cartridge positions, {t['prompt']} prompt tokens, {t['answer']} answer tokens, {answer.bytes / 2**20:.1f} MiB of KV")
-    lines.append(f"  retrieve {s['retrieve_s']:.2f} s, load {s['load_s']:.2f} s, prefill {s['prefill_s']:.2f} s, decode {s['decode_s']:.2f} s")
-    return "\n".join(lines)
+    used = f"{t['cartridge']} cartridge positions, {t['prompt']} prompt tokens, {t['answer']} answer tokens"
+    took = ", ".join(f"{name} {s[f'{name}_s']:.2f} s" for name in ("retrieve", "load", "prefill", "decode"))
+    return "\n".join([*lines, f"  {used}, {answer.bytes / 2**20:.1f} MiB of KV", f"  {took}"])
 
 
 def _harmless(text: str) -> str:

@@ -66,7 +66,9 @@ class Schedule:
         """Whether pool and guests are chosen anew before this step."""
         return step % self.rotate_every == 0
 
-    def rotate(self, step: int, pool: Sequence[str], drawn: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def rotate(
+        self, step: int, pool: Sequence[str], drawn: Mapping[str, int]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The pool and the guests from this step on. ``drawn``: conversations trained so far by document."""
         outside = [i for i in self.conversations if i not in set(pool)]
         need = self._by_need(outside, drawn, self._random(step, "enter"))

@@ -72,8 +72,16 @@ class Store:
 
     @classmethod
     def create(
-        cls, folder: str | Path, model: FrozenModel, *, tokens: int | None = None, ratio: float | None = None,
-        span: int | None = None, positions: str = "fixed", initialisation: str = "first", seed: int = 0,
+        cls,
+        folder: str | Path,
+        model: FrozenModel,
+        *,
+        tokens: int | None = None,
+        ratio: float | None = None,
+        span: int | None = None,
+        positions: str = "fixed",
+        initialisation: str = "first",
+        seed: int = 0,
     ) -> Store:
         """A new, empty store for this model. ``span`` (the largest p) is fixed now, or by the first documents added.
 
@@ -86,11 +94,19 @@ class Store:
             raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
         folder = Path(folder)
         if (folder / _FILE).exists():
-            raise StoreMismatch(f"{folder} holds a store already; give another --store, or train on by the same command")
+            raise StoreMismatch(
+                f"{folder} holds a store already; give another --store, or train on by the same command"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
-            "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
-            "positions": positions, "initialisation": initialisation, "seed": seed,
+            "format": FORMAT,
+            "model": model.describe(),
+            "tokens": tokens,
+            "ratio": ratio,
+            "span": span,
+            "positions": positions,
+            "initialisation": initialisation,
+            "seed": seed,
         }
         # Under another name first: a store that exists says what it is.
         partial = folder / f"{_FILE}.partial"
@@ -110,7 +126,9 @@ class Store:
         """
         folder = Path(folder)
         if not (folder / _FILE).exists():
-            raise StoreMismatch(f"{folder} holds no store; train one: python -m cas.train --collection … --store {folder}")
+            raise StoreMismatch(
+                f"{folder} holds no store; train one: python -m cas.train --collection … --store {folder}"
+            )
         store = cls(folder, _environment(folder / _FILE, write=write), model)
         try:
             store._check()
@@ -123,7 +141,9 @@ class Store:
         """Raise StoreMismatch if this is not a store of our format, made with our model."""
         folder, model, found = self.folder, self.model, self.meta.get("format")
         if found != FORMAT:
-            raise StoreMismatch(f"{folder} has store format {found}, this version reads {FORMAT}; train into a new --store")
+            raise StoreMismatch(
+                f"{folder} has store format {found}, this version reads {FORMAT}; train into a new --store"
+            )
         if model is None:
             return
         recorded = self.meta["model"]
@@ -147,7 +167,9 @@ class Store:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreMismatch(f"{self.folder}: another trainer is running on this store; wait for it or stop it") from error
+                raise StoreMismatch(
+                    f"{self.folder}: another trainer is running on this store; wait for it or stop it"
+                ) from error
             self._env.reader_check()  # a killed reader would pin the pages it was reading
             self._collect()
             yield
@@ -223,14 +245,18 @@ class Store:
             )
         with self.training():
             new = [d for d in documents.documents if d.id in encoded]
-            self._write(lambda txn: [txn.put(b"meta", _json(meta)), *(txn.put(_text_key(d.id), d.text.encode()) for d in new)])
+            self._write(
+                lambda txn: [txn.put(b"meta", _json(meta)), *(txn.put(_text_key(d.id), d.text.encode()) for d in new)]
+            )
             self._meta = meta
             for n, document in enumerate(new, 1):
                 ids = encoded[document.id]
                 p = cartridge_size(len(ids), meta["tokens"], meta["ratio"], meta["span"])
                 seed = int(document.hash[:15], 16) ^ meta["seed"]
                 kv = initialise(model, ids, p, meta["initialisation"], seed)
-                version, crc, _ = self._unnamed[document.id] = self._put(document.id, 0, {"kv": kv.cpu()}, document.title)
+                version, crc, _ = self._unnamed[document.id] = self._put(
+                    document.id, 0, {"kv": kv.cpu()}, document.title
+                )
                 rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, crc)
                 if n % 64 == 0:
                     self.commit(rows, None)
@@ -356,8 +382,14 @@ class Store:
 
         model = self.meta["model"]
         about = {
-            "format": str(FORMAT), "id": name, "title": title, "model": model["source"]["name"], "fingerprint": model["fingerprint"],
-            "rope": model["rope"], "header": str(len(model["header_ids"])), "positions": self.meta["positions"],
+            "format": FORMAT,
+            "id": name,
+            "title": title,
+            "model": model["source"]["name"],
+            "fingerprint": model["fingerprint"],
+            "rope": model["rope"],
+            "header": len(model["header_ids"]),
+            "positions": self.meta["positions"],
         }
         kv_key, state_key = _blob_keys(name, version)
         # One entry: safetensors writes several in any order, and equal cartridges should be equal bytes.
@@ -402,7 +434,9 @@ class Store:
 
     def _row(self, value: bytes | None, document: str = "") -> Row:
         if value is None:
-            raise CollectionError(f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}")
+            raise CollectionError(
+                f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}"
+            )
         try:
             return Row(**self._parse(value))
         except TypeError as error:
@@ -413,7 +447,9 @@ class Store:
         self._unnamed.clear()
         named = {key for row in self.rows().values() for key in _blob_keys(row.id, row.version)}
         with self._read() as txn:
-            stale = [key for kind in (b"kv/", b"state/") for key, _ in _under(txn, kind, values=False) if key not in named]
+            stale = [
+                key for kind in (b"kv/", b"state/") for key, _ in _under(txn, kind, values=False) if key not in named
+            ]
         if stale:
             self._write(lambda txn: [txn.delete(k) for k in stale])
 
@@ -446,7 +482,9 @@ class Store:
             except lmdb.MapResizedError:
                 self._env.set_mapsize(0)
             except lmdb.DiskError as error:
-                raise StoreError(f"{self.folder}: the disk is full; free some space and run the same command again") from error
+                raise StoreError(
+                    f"{self.folder}: the disk is full; free some space and run the same command again"
+                ) from error
             except lmdb.Error as error:
                 raise StoreError(f"{self.folder}: cannot be written ({error})") from error
 
@@ -457,7 +495,9 @@ def _environment(file: Path, write: bool) -> Any:
     existing = file.stat().st_size if file.exists() else 0
     try:
         # The map is address space, not disk; it doubles when it is full.
-        return lmdb.open(str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True)
+        return lmdb.open(
+            str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True
+        )
     except lmdb.Error as error:
         raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
 

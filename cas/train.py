@@ -36,7 +36,6 @@ def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
     from cas.collection import Collection, split_long
     from cas.model import FrozenModel
     from cas.selfstudy import SelfStudy, synthesize
-    from cas.store import Store
     from cas.trainer import Trainer, Training
 
     folder = store_folder(config.store, config.collection)
@@ -48,19 +47,26 @@ def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
     if config.merge:
         documents = documents.merged()
     name = _recorded_model(folder, config)
-    model = FrozenModel.from_pretrained(name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system)
+    model = FrozenModel.from_pretrained(
+        name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
+    )
     ratio = config.ratio if config.ratio or config.tokens else 16.0
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
     plan = make_plan(config, model, documents, ratio)
-    print(f"model       {model.source.name} ({model.source.kind}, {str(model.dtype).removeprefix('torch.')}, {model.device})")
+    print(
+        f"model       {model.source.name} ({model.source.kind}, {str(model.dtype).removeprefix('torch.')}, {model.device})"
+    )
     print("\n".join(plan.lines()), flush=True)
     if config.dry_run:
         return 0
     store = _open_or_create(folder, model, config, ratio)
     study = SelfStudy(
-        conversations=config.conversations, chunk_tokens=config.chunk_tokens, questions_per_call=config.questions_per_call,
-        kinds=config.kinds, seed=config.seed,
+        conversations=config.conversations,
+        chunk_tokens=config.chunk_tokens,
+        questions_per_call=config.questions_per_call,
+        kinds=config.kinds,
+        seed=config.seed,
     )
     again = shlex.join(["python", "-m", "cas.train", *arguments])
     with console.Interrupt().listening() as interrupt:
@@ -90,11 +96,14 @@ def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
             def stepped(report: Report) -> None:
                 first.append(report.step)
                 display.show(
-                    report.step + 1, f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  pool {len(report.pool)}  rotations {report.rotations}"
+                    report.step + 1,
+                    f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  pool {len(report.pool)}  rotations {report.rotations}",
                 )
                 if len(first) == 10:
                     each = (time.monotonic() - started) / 10
-                    display.say(f"about {(report.steps - report.step - 1) * each / 3600:.2f} hours to go ({each:.2f} s a step)")
+                    display.say(
+                        f"about {(report.steps - report.step - 1) * each / 3600:.2f} hours to go ({each:.2f} s a step)"
+                    )
 
             trainer.on_step = stepped
             finished = trainer.run(stop=interrupt)
@@ -105,8 +114,10 @@ def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
 
     open_index(store, SentenceEmbedder(config.embedder))
     rows = store.rows().values()
-    print(f"trained     {len(rows)} cartridges, {trainer.steps} steps, {sum(r.trained_tokens for r in rows):,} tokens of conversation")
-    print(f"store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 \"...\"")
+    print(
+        f"trained     {len(rows)} cartridges, {trainer.steps} steps, {sum(r.trained_tokens for r in rows):,} tokens of conversation"
+    )
+    print(f'store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 "..."')
     store.close()
     return 0
 
@@ -130,17 +141,36 @@ def make_plan(config: TrainConfig, model: FrozenModel, documents: Collection, ra
     loaded = min(len(sizes), 1 + (0 if config.isolation >= 1 else config.max_distractors))
     mixed = 1 - config.isolation
     # Twice the expected number of mixed conversations, each with the most distractors.
-    prefix = int(rows * (model.layout_header + max(sizes)) + min(rows, 2 * mixed * rows + 1) * (loaded - 1) * max(sizes))
+    prefix = int(
+        rows * (model.layout_header + max(sizes)) + min(rows, 2 * mixed * rows + 1) * (loaded - 1) * max(sizes)
+    )
     needed = Sizes(
-        weights=model.weight_bytes, element=model.dtype.itemsize, largest=g.elements(max(sizes)), total=g.elements(sum(sizes)),
-        documents=len(sizes), tokens=sum(tokens), step_tokens=rows * longest, supervised=rows * study.answer_tokens, prefix=prefix,
-        layers=g.layers, hidden=g.hidden, intermediate=getattr(model.config, "intermediate_size", 4 * g.hidden), vocabulary=g.vocabulary,
-        query_heads=g.query_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, longest=longest, rows=rows,
+        weights=model.weight_bytes,
+        element=model.dtype.itemsize,
+        largest=g.elements(max(sizes)),
+        total=g.elements(sum(sizes)),
+        documents=len(sizes),
+        tokens=sum(tokens),
+        step_tokens=rows * longest,
+        supervised=rows * study.answer_tokens,
+        prefix=prefix,
+        layers=g.layers,
+        hidden=g.hidden,
+        intermediate=getattr(model.config, "intermediate_size", 4 * g.hidden),
+        vocabulary=g.vocabulary,
+        query_heads=g.query_heads,
+        kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        longest=longest,
+        rows=rows,
     )
     try:
         return make_plan(
-            needed, pool=None if config.pool is None else min(config.pool, len(sizes)), guests=min(config.guests, len(sizes)),
-            budget=None if config.budget is None else memory(config.budget, "--budget"), host_budget=memory(config.host_memory, "--host-memory"),
+            needed,
+            pool=None if config.pool is None else min(config.pool, len(sizes)),
+            guests=min(config.guests, len(sizes)),
+            budget=None if config.budget is None else memory(config.budget, "--budget"),
+            host_budget=memory(config.host_memory, "--host-memory"),
             on_cpu=model.device.type == "cpu",
         )
     except DoesNotFit as error:
@@ -164,7 +194,11 @@ def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio
 
     tokens, ratio = config.tokens, None if config.tokens else ratio
     wanted: dict[str, Any] = {
-        "tokens": tokens, "ratio": ratio, "positions": config.positions, "initialisation": config.initialisation, "seed": config.seed,
+        "tokens": tokens,
+        "ratio": ratio,
+        "positions": config.positions,
+        "initialisation": config.initialisation,
+        "seed": config.seed,
     }
     if not (folder / "cartridges.lmdb").exists():
         store = Store.create(folder, model, span=config.span, **wanted)

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from budget.manager import Manager
 from cas.attention import Batch, Gathered, packed_positions
+from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, next_token_loss
 from cas.errors import ConfigError, RunError
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
 from cas.schedule import Schedule, Step
-from cas.selfstudy import Conversation, Conversations
 from cas.store import Store
 
 
@@ -97,8 +97,16 @@ class Trainer:
     """
 
     def __init__(
-        self, model: FrozenModel, store: Store, conversations: Conversations, training: Training | None = None, *,
-        host_bytes: int | None = 0, device_bytes: int | None = None, on_step: Callable[[Report], None] | None = None, **options: Any,
+        self,
+        model: FrozenModel,
+        store: Store,
+        conversations: Conversations,
+        training: Training | None = None,
+        *,
+        host_bytes: int | None = 0,
+        device_bytes: int | None = None,
+        on_step: Callable[[Report], None] | None = None,
+        **options: Any,
     ) -> None:
         self.model, self.store, self.conversations = model, store, conversations
         self.training = t = training or Training(**options)
@@ -107,10 +115,20 @@ class Trainer:
         counts = {i: len(conversations.by_document.get(i, ())) for i in store.rows()}
         without = [i for i, n in counts.items() if not n]
         if without:
-            raise ConfigError(f"no conversations about {', '.join(without[:3])}; run the synthesis for this store again")
+            raise ConfigError(
+                f"no conversations about {', '.join(without[:3])}; run the synthesis for this store again"
+            )
         self.schedule = Schedule(
-            counts, t.seed, min(t.pool, len(counts)), min(t.targets, t.pool, len(counts)), t.per_target, t.isolation,
-            t.max_distractors, t.guests, t.rotate_every, t.rotate_fraction,
+            counts,
+            t.seed,
+            min(t.pool, len(counts)),
+            min(t.targets, t.pool, len(counts)),
+            t.per_target,
+            t.isolation,
+            t.max_distractors,
+            t.guests,
+            t.rotate_every,
+            t.rotate_fraction,
         )
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
@@ -133,7 +151,9 @@ class Trainer:
                     work = self.schedule.step(step, pool, guests, self._drawn)
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
-                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, self.manager.counters.rotations)
+                    report = Report(
+                        step, self.steps, loss, lr, tokens, tokens / seconds, pool, self.manager.counters.rotations
+                    )
                     log.write(json.dumps({**asdict(report), "pool": len(pool), "targets": work.targets}) + "\n")
                     step += 1
                     if step % self.training.checkpoint_every == 0:
@@ -147,7 +167,9 @@ class Trainer:
         """One step on the resident pool: forward, loss, backward, Adam on the targets. Returns loss, tokens, lr."""
         t = self.training
         learners = set(self.manager.trainees) if t.distractor_gradients else set(work.targets)
-        leaves = {name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()}
+        leaves = {
+            name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()
+        }
         examples = [self.conversations.by_document[e.document][e.index] for e in work.examples]
         loss, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
         loss.backward()
@@ -157,7 +179,9 @@ class Trainer:
             if grad is None:  # nobody saw it
                 continue
             if not (math.isfinite(value) and bool(grad.isfinite().all())):
-                raise RunError(f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr")
+                raise RunError(
+                    f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr"
+                )
             if slot.pending is not None:
                 grad = grad + slot.pending
             if name not in work.targets:
@@ -216,7 +240,9 @@ class Trainer:
             changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
             if changed:
                 told = ", ".join(f"{k} {state['settings'].get(k)} (now {settings[k]})" for k in changed)
-                raise ConfigError(f"{self.store.folder} was begun with {told}; go on with the same settings or give a new --store")
+                raise ConfigError(
+                    f"{self.store.folder} was begun with {told}; go on with the same settings or give a new --store"
+                )
             self._settings, step = settings, int(state["step"])
             pool, guests = tuple(state["pool"]), tuple(state["guests"])
         self._cut_log(step)

@@ -12,11 +12,18 @@ COMMANDS = ("cas.train", "cas.query", "cas", "cas ls", "cas show", "cas verify",
 
 def text() -> str:
     """The page."""
-    parts = ["# Command lines\n\nMade by `python docs/make_cli.py`. Exit status: 0 done; 1 a check or a run failed; 2 a mistake in what was asked, nothing written; 130 or 143 interrupted, saved.\n"]
+    parts = [
+        "# Command lines\n\nMade by `python docs/make_cli.py`. Exit status: 0 done; 1 a check or a run failed; "
+        "2 a mistake in what was asked, nothing written; 130 or 143 interrupted, saved.\n"
+    ]
     for command in COMMANDS:
         words = ["-m", *command.split(), "--help"]
         shown = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
         ).stdout
         parts.append(f"## python -m {command}\n\n```\n{shown.strip()}\n```\n")
     return "\n".join(parts)

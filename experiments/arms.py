@@ -13,10 +13,11 @@ from torch import Tensor
 from cas import prompting
 from cas.answer import open_index
 from cas.collection import Collection, Question
+from cas.conversations import Conversations
 from cas.decoding import Prompt, generate, log_likelihood
 from cas.evaluate import contains, exact_match, f1
 from cas.model import FrozenModel
-from cas.selfstudy import BRIEF, Conversations
+from cas.seeds import BRIEF, normal
 from cas.store import Store
 from experiments.results import Prediction
 from retrieval import Embedder, rank_documents, with_title
@@ -25,7 +26,12 @@ METRICS = ("contains", "f1", "exact_match", "log_perplexity")
 
 
 def build_prompts(
-    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], arm: str, embedder: Embedder | None = None
+    model: FrozenModel,
+    store: Store,
+    collection: Collection,
+    questions: Sequence[Question],
+    arm: str,
+    embedder: Embedder | None = None,
 ) -> list[Prompt]:
     """The prompts of one arm, with "answer in a few words" in every one.
 
@@ -42,7 +48,10 @@ def build_prompts(
     if arm == "no_context":
         return [prompting.no_context(model, a) for a in asked]
     if arm == "full_document":
-        return [prompting.full_document(model, a, [collection[i] for i in own(q)]) for a, q in zip(asked, questions, strict=True)]
+        return [
+            prompting.full_document(model, a, [collection[i] for i in own(q)])
+            for a, q in zip(asked, questions, strict=True)
+        ]
     if arm == "oracle":
         return [prompting.cartridges(model, a, own(q)) for a, q in zip(asked, questions, strict=True)]
     if arm == "loaded":
@@ -51,7 +60,9 @@ def build_prompts(
     plain = [q.question for q in questions]
     if arm.startswith("retrieved"):
         ranked = rank_documents(index, plain, int(arm.removeprefix("retrieved")))
-        return [prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)]
+        return [
+            prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)
+        ]
     assert arm == "rag", arm
     _, best_rows = index.search(plain, len(index))
     prompts = []
@@ -68,9 +79,18 @@ def build_prompts(
 
 
 def run_arms(
-    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], arms: Sequence[str], *,
-    cartridges: Mapping[str, Tensor] | None = None, embedder: Embedder | None = None, seed: int = 0, max_new_tokens: int = 32,
-    prefix: str = "", progress: Callable[[str], None] | None = None,
+    model: FrozenModel,
+    store: Store,
+    collection: Collection,
+    questions: Sequence[Question],
+    arms: Sequence[str],
+    *,
+    cartridges: Mapping[str, Tensor] | None = None,
+    embedder: Embedder | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 32,
+    prefix: str = "",
+    progress: Callable[[str], None] | None = None,
 ) -> list[Prediction]:
     """Greedy answers and gold log-perplexities of every arm.
 
@@ -89,11 +109,21 @@ def run_arms(
         likelihoods = log_likelihood(model, prompts, gold, kv, store.layout)
         for q, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
             text = model.decode(answer.ids)
-            scores = {"contains": contains(text, q.answers), "f1": f1(text, q.answers), "exact_match": exact_match(text, q.answers)}
-            predictions.append({
-                "arm": prefix + arm, "seed": seed, "question_id": q.id, "document_id": q.document_ids[0],
-                "scores": {**scores, "log_perplexity": -likelihood}, "answer": text,
-            })
+            scores = {
+                "contains": contains(text, q.answers),
+                "f1": f1(text, q.answers),
+                "exact_match": exact_match(text, q.answers),
+            }
+            predictions.append(
+                {
+                    "arm": prefix + arm,
+                    "seed": seed,
+                    "question_id": q.id,
+                    "document_id": q.document_ids[0],
+                    "scores": {**scores, "log_perplexity": -likelihood},
+                    "answer": text,
+                }
+            )
         if progress is not None:
             progress(prefix + arm)
     return predictions
@@ -101,8 +131,6 @@ def run_arms(
 
 def unseen(questions: Sequence[Question], conversations: Conversations) -> list[Question]:
     """The questions whose wording no training conversation has (case, punctuation and spacing ignored)."""
-    from cas.selfstudy import normal
-
     asked = {normal(c.question) for items in conversations.by_document.values() for c in items}
     return [q for q in questions if normal(q.question) not in asked]
 

@@ -17,7 +17,11 @@ from cas.config import TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
-READ = ("Who runs Dunmoor Pump House today?", "What is the nickname of Gannet Rock Lighthouse?", "How many boats does Blue Heron Ferry Line own?")
+READ = (
+    "Who runs Dunmoor Pump House today?",
+    "What is the nickname of Gannet Rock Lighthouse?",
+    "How many boats does Blue Heron Ferry Line own?",
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,11 @@ class DemoConfig:
 
     output: str = "runs/demo"
     """The store, with summary.json and the results beside it."""
-    conversations: int = 640
+    conversations: int = 800
     """Self-study conversations."""
-    epochs: float = 12.0
+    epochs: float = 10.0
     """Passes over them."""
-    lr: float = 2e-2
+    lr: float = 4e-2
     """Peak learning rate."""
     seed: int = 0
     """Seed of everything random."""
@@ -45,8 +49,8 @@ def demo(config: DemoConfig) -> int:
     """Train, evaluate, print, and write ``summary.json``."""
     from cas.answer import Answerer
     from cas.collection import Collection
+    from cas.conversations import Conversations
     from cas.model import FrozenModel
-    from cas.selfstudy import Conversations
     from cas.store import Store
     from cas.train import train
     from experiments.arms import METRICS, PeakMemory, run_arms, unseen
@@ -55,8 +59,20 @@ def demo(config: DemoConfig) -> int:
     started = time.monotonic()
     folder = Path(config.output)
     settings = TrainConfig(
-        collection="examples", store=config.output, tokens=64, pool=3, targets=3, per_target=8, guests=5, max_distractors=7, isolation=0.5,
-        conversations=config.conversations, epochs=config.epochs, lr=config.lr, seed=config.seed, rotate_every=8,
+        collection="examples",
+        store=config.output,
+        tokens=64,
+        pool=3,
+        targets=3,
+        per_target=2,
+        guests=5,
+        max_distractors=7,
+        isolation=0.5,
+        conversations=config.conversations,
+        epochs=config.epochs,
+        lr=config.lr,
+        seed=config.seed,
+        rotate_every=24,
     )
     with PeakMemory() as memory:
         status = train(settings, ["--config", relative(folder / "config.yaml")])
@@ -66,31 +82,59 @@ def demo(config: DemoConfig) -> int:
         store = Store.open(folder, model)
         collection = Collection.load("examples")
         questions = unseen(collection.questions, Conversations.load(folder / "conversations"))
-        print(f"questions   {len(questions)} of {len(collection.questions)}: the others' wording occurs in the self-study")
+        print(
+            f"questions   {len(questions)} of {len(collection.questions)}: the others' wording occurs in the self-study"
+        )
         if len(questions) < 40:
             raise RunError(f"only {len(questions)} questions are left to measure with")
-        predictions = run_arms(model, store, collection, questions, ARMS, seed=config.seed, progress=lambda a: print(f"measured    {a}", flush=True))
+        predictions = run_arms(
+            model,
+            store,
+            collection,
+            questions,
+            ARMS,
+            seed=config.seed,
+            progress=lambda a: print(f"measured    {a}", flush=True),
+        )
     run = write_run(
-        folder / "results", name="demo_real", command=f"python -m experiments.demo_real --conversations {config.conversations} --epochs {config.epochs} --lr {config.lr} --seed {config.seed}",
-        seeds=[config.seed], model=model.source.name, collection={"name": "examples", "sha256": collection.hash},
-        settings={k: v for k, v in asdict(settings).items() if k != "store"}, predictions=predictions,
-        compare=[("oracle", "no_context"), ("loaded", "no_context"), ("full_document", "oracle")], metric_names=list(METRICS), keep_answers=True,
+        folder / "results",
+        name="demo_real",
+        command=" ".join(
+            ["python -m experiments.demo_real", *(f"--{k} {v}" for k, v in asdict(config).items() if k != "output")]
+        ),
+        seeds=[config.seed],
+        model=model.source.name,
+        collection={"name": "examples", "sha256": collection.hash},
+        settings={k: v for k, v in asdict(settings).items() if k != "store"},
+        predictions=predictions,
+        compare=[("oracle", "no_context"), ("loaded", "no_context"), ("full_document", "oracle")],
+        metric_names=list(METRICS),
+        keep_answers=True,
     )
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
     answerer = Answerer(model, store)
     for question in READ:
         answer = answerer.ask(question, k=4, max_new_tokens=48)
-        print(f"{question}\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n")
+        print(
+            f"{question}\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
+        )
     rows = store.rows().values()
     summary = {
-        "documents": len(rows), "tokens": sum(r.tokens for r in rows), "pool": settings.pool, "cartridge_tokens": settings.tokens,
-        "wall_s": round(time.monotonic() - started, 1), "peak_rss_bytes": memory.peak, "questions": len(questions),
+        "documents": len(rows),
+        "tokens": sum(r.tokens for r in rows),
+        "pool": settings.pool,
+        "cartridge_tokens": settings.tokens,
+        "wall_s": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": memory.peak,
+        "questions": len(questions),
         "accuracy": {arm: run["metrics"][f"{arm}.contains"]["mean"] for arm in ARMS},
     }
     partial = folder / "summary.partial"
     partial.write_text(json.dumps(summary, indent=1) + "\n")
     partial.replace(folder / "summary.json")
-    print(f"{summary['wall_s']:.0f} s, at most {memory.peak / 2**30:.1f} GiB; written: {folder}/summary.json, {folder}/results")
+    print(
+        f"{summary['wall_s']:.0f} s, at most {memory.peak / 2**30:.1f} GiB; written: {folder}/summary.json, {folder}/results"
+    )
     return 0
 
 

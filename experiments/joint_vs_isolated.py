@@ -23,8 +23,8 @@ from cas.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from cas.collection import Collection
+    from cas.conversations import Conversations
     from cas.model import FrozenModel
-    from cas.selfstudy import Conversations
     from cas.store import Store
     from cas.trainer import Trainer
 
@@ -89,16 +89,25 @@ def experiment(config: Config) -> int:
     from cas.store import Store
 
     whole = Collection.load(config.collection)
-    chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[: config.shortest]
+    chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[
+        : config.shortest
+    ]
     if not chosen:
         raise ConfigError(f"--prefix {config.prefix}: no document of {config.collection} has such an id")
     documents = whole.select([d.id for d in chosen])
     model = FrozenModel.from_pretrained(config.model)
     base = Path(config.output) / "base"
     exists = (base / "cartridges.lmdb").exists()
-    store = Store.open(base, model, write=True) if exists else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    store = (
+        Store.open(base, model, write=True)
+        if exists
+        else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    )
     everything = synthesize(
-        model, documents, store, SelfStudy(conversations=config.conversations, seed=config.seed),
+        model,
+        documents,
+        store,
+        SelfStudy(conversations=config.conversations, seed=config.seed),
         progress=lambda kept, wanted: print(f"self-study  {kept}/{wanted}", file=sys.stderr, flush=True),
     )
     store.close()
@@ -111,13 +120,21 @@ def experiment(config: Config) -> int:
 
 def split(conversations: Conversations) -> tuple[Conversations, Conversations]:
     """Every tenth conversation of a document is held out."""
-    from cas.selfstudy import Conversations
+    from cas.conversations import Conversations
 
     items = [(i, c) for per in conversations.by_document.values() for i, c in enumerate(per)]
     return Conversations([c for i, c in items if i % 10], {}), Conversations([c for i, c in items if not i % 10], {})
 
 
-def trainer_for(config: Config, model: FrozenModel, documents: Collection, training: Conversations, arm: str, lr: float, epochs: float) -> Trainer:
+def trainer_for(
+    config: Config,
+    model: FrozenModel,
+    documents: Collection,
+    training: Conversations,
+    arm: str,
+    lr: float,
+    epochs: float,
+) -> Trainer:
     """A trainer on this arm's own store."""
     from cas.store import Store
     from cas.trainer import Trainer, Training
@@ -129,13 +146,27 @@ def trainer_for(config: Config, model: FrozenModel, documents: Collection, train
         store = Store.create(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     store.add_documents(documents)
     settings = Training(
-        epochs=epochs, lr=lr, pool=config.pool, targets=config.targets, per_target=config.per_target, guests=len(documents) - config.pool,
-        isolation=config.isolation if arm == "joint" else 1.0, max_distractors=len(documents) - 1, seed=config.seed,
+        epochs=epochs,
+        lr=lr,
+        pool=config.pool,
+        targets=config.targets,
+        per_target=config.per_target,
+        guests=len(documents) - config.pool,
+        isolation=config.isolation if arm == "joint" else 1.0,
+        max_distractors=len(documents) - 1,
+        seed=config.seed,
     )
     return Trainer(model, store, training, settings)
 
 
-def train(config: Config, model: FrozenModel, documents: Collection, training: Conversations, held_out: Conversations, arm: str) -> None:
+def train(
+    config: Config,
+    model: FrozenModel,
+    documents: Collection,
+    training: Conversations,
+    held_out: Conversations,
+    arm: str,
+) -> None:
     """Choose the arm's learning rate by short trials, then train with it; writes ``<arm>.json``."""
     import torch
 
@@ -158,7 +189,17 @@ def train(config: Config, model: FrozenModel, documents: Collection, training: C
     with torch.no_grad():
         final = held_out_loss(trainer, held_out)
     tokens = sum(r.trained_tokens for r in trainer.store.rows().values())
-    write(record, {"trials": found, "lr": best, "store": trainer.store.folder.name, "held_out": final, "trained_tokens": tokens, "steps": trainer.steps})
+    write(
+        record,
+        {
+            "trials": found,
+            "lr": best,
+            "store": trainer.store.folder.name,
+            "held_out": final,
+            "trained_tokens": tokens,
+            "steps": trainer.steps,
+        },
+    )
     print(f"{arm} lr {best:g}: {tokens:,} tokens, held-out loss {final}", flush=True)
     trainer.store.close()
 
@@ -169,7 +210,9 @@ def progress(trainer: Trainer, title: str) -> None:
     def show(report: object) -> None:
         step, loss, rate = (getattr(report, n) for n in ("step", "loss", "tokens_per_s"))
         if step % 20 == 0:
-            print(f"{title}: step {step}/{trainer.steps} loss {loss:.3f} {rate:.0f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"{title}: step {step}/{trainer.steps} loss {loss:.3f} {rate:.0f} tokens/s", file=sys.stderr, flush=True
+            )
 
     trainer.on_step = show
     with console.Interrupt().listening() as interrupt:
@@ -204,7 +247,10 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     from experiments.results import table, write_run
 
     questions = unseen(documents.questions, conversations)
-    print(f"{len(questions)} of {len(documents.questions)} questions: the others' wording occurs in the self-study", flush=True)
+    print(
+        f"{len(questions)} of {len(documents.questions)} questions: the others' wording occurs in the self-study",
+        flush=True,
+    )
     records = {arm: json.loads((Path(config.output) / f"{arm}.json").read_text()) for arm in ("joint", "isolated")}
     predictions = []
     for arm, record in records.items():
@@ -213,21 +259,44 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
         own = [a for a in arms if a in ARMS]
         if arm == "joint":
             predictions += run_arms(model, store, documents, questions, TEXT_ARMS, seed=config.seed, progress=said)
-        predictions += run_arms(model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=said)
+        predictions += run_arms(
+            model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=said
+        )
         store.close()
     run = write_run(
-        Path(config.output) / "results", name="joint_vs_isolated", command="python -m experiments.joint_vs_isolated " + flags(config),
-        seeds=[config.seed], model=model.source.name, collection={"name": config.collection, "sha256": documents.hash},
-        settings={**asdict(replace(config, output="DIR")), "documents": [d.id for d in documents.documents], "arms": records},
-        predictions=predictions, metric_names=list(METRICS), keep_answers=config.keep_answers,
+        Path(config.output) / "results",
+        name="joint_vs_isolated",
+        command="python -m experiments.joint_vs_isolated " + flags(config),
+        seeds=[config.seed],
+        model=model.source.name,
+        collection={"name": config.collection, "sha256": documents.hash},
+        settings={
+            **asdict(replace(config, output="DIR")),
+            "documents": [d.id for d in documents.documents],
+            "arms": records,
+        },
+        predictions=predictions,
+        metric_names=list(METRICS),
+        keep_answers=config.keep_answers,
         compare=[
-            ("joint_loaded", "isolated_loaded"), ("joint_oracle", "isolated_oracle"), ("joint_retrieved4", "isolated_retrieved4"),
-            ("full_document", "no_context"), ("full_document", "joint_oracle"), ("joint_oracle", "joint_loaded"), ("joint_retrieved4", "rag"),
+            ("joint_loaded", "isolated_loaded"),
+            ("joint_oracle", "isolated_oracle"),
+            ("joint_retrieved4", "isolated_retrieved4"),
+            ("full_document", "no_context"),
+            ("full_document", "joint_oracle"),
+            ("joint_oracle", "joint_loaded"),
+            ("joint_retrieved4", "rag"),
         ],
     )
     shown = [*TEXT_ARMS, *(f"{a}_{b}" for a in ("joint", "isolated") for b in ARMS)]
     print(table(run, shown, ["f1", "contains", "log_perplexity"]))
-    print(table(run, ["joint_loaded_minus_isolated_loaded", "full_document_minus_no_context"], ["f1", "contains", "log_perplexity"]))
+    print(
+        table(
+            run,
+            ["joint_loaded_minus_isolated_loaded", "full_document_minus_no_context"],
+            ["f1", "contains", "log_perplexity"],
+        )
+    )
     return 0
 
 

@@ -48,9 +48,14 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    bpe.train_from_iterator([*TEXTS.values(), *[DEFAULT_SYSTEM] * 3, "system user assistant Question: Answer:"], trainer)
+    bpe.train_from_iterator(
+        [*TEXTS.values(), *[DEFAULT_SYSTEM] * 3, "system user assistant Question: Answer:"], trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

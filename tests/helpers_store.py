@@ -18,12 +18,27 @@ import torch
 from conftest import tiny_model
 
 from cas.collection import Collection, Document
+from cas.conversations import Conversation, Conversations
 from cas.model import FrozenModel
-from cas.selfstudy import Conversation, Conversations
-from cas.store import Row, Store
+from cas.store import Row, Store, _key
 from cas.trainer import Trainer
 
-WORDS = "amber birch cellar drum ember flint gravel hinge ivory jetty kettle lantern mortar nettle orchard pebble quill rope".split()
+WORDS = (
+    "amber",
+    "birch",
+    "cellar",
+    "drum",
+    "ember",
+    "flint",
+    "gravel",
+    "hinge",
+    "ivory",
+    "jetty",
+    "kettle",
+    "lantern",
+    "mortar",
+    "nettle",
+)
 
 
 def many_documents(count: int, words: int = 12) -> Collection:
@@ -36,7 +51,9 @@ def many_documents(count: int, words: int = 12) -> Collection:
     return Collection("many", tuple(documents))
 
 
-def converse(model: FrozenModel, documents: Collection, per_document: int = 6, top_k: int = 20, seed: int = 0) -> Conversations:
+def converse(
+    model: FrozenModel, documents: Collection, per_document: int = 6, top_k: int = 20, seed: int = 0
+) -> Conversations:
     """Random questions and answers about every document, with what the model itself expects of every answer token when
     header and document stand before the question: a plain teacher-forced pass of the Hugging Face model."""
     template, items = model.template, []
@@ -45,9 +62,17 @@ def converse(model: FrozenModel, documents: Collection, per_document: int = 6, t
             random = Random(f"{seed}/{document.id}/{n}")
             prompt = [random.randrange(3, 300) for _ in range(random.randint(3, 7))]
             answer = [*(random.randrange(3, 300) for _ in range(random.randint(1, 5))), template.end_ids[0]]
-            before = [*template.header_ids, *model.encode(document.text), *template.footer_ids, *prompt, *template.suffix_ids]
+            before = [
+                *template.header_ids,
+                *model.encode(document.text),
+                *template.footer_ids,
+                *prompt,
+                *template.suffix_ids,
+            ]
             with torch.no_grad():
-                logits = model.hf(input_ids=torch.tensor([[*before, *answer[:-1]]]), use_cache=False).logits[0, -len(answer) :]
+                logits = model.hf(input_ids=torch.tensor([[*before, *answer[:-1]]]), use_cache=False).logits[
+                    0, -len(answer) :
+                ]
             top = logits.float().log_softmax(-1).topk(top_k, dim=-1)
             items.append(
                 Conversation(
@@ -75,21 +100,17 @@ def contents(store: Store) -> dict[str, tuple[Row, dict[str, bytes]]]:
     """Each document's record (but for the version number, which counts writes) and the exact bytes of all its tensors.
 
     Also makes sure that nothing else is stored."""
-    found, named = {}, {"meta", "run"}
+    found, named = {}, {"meta"}
     for name, row in store.rows().items():
         tensors = store.read_tensors(name)
-        found[name] = (dataclasses.replace(row, version=0), {k: t.numpy().tobytes() for k, t in sorted(tensors.items())})
+        found[name] = (
+            dataclasses.replace(row, version=0),
+            {k: t.numpy().tobytes() for k, t in sorted(tensors.items())},
+        )
         kinds = ("kv", "state") if row.state_crc is not None else ("kv",)
-        short = _short(name)
-        named |= {f"row/{short}", f"text/{short}", *(f"{kind}/{short}/{row.version}" for kind in kinds)}
-    assert stored_keys(store) - {"run"} == named - {"run"}
+        named |= {f"row/{_key(name)}", f"text/{_key(name)}", *(f"{kind}/{_key(name)}/{row.version}" for kind in kinds)}
+    assert stored_keys(store) - {"run"} == named
     return found
-
-
-def _short(name: str) -> str:
-    from cas.store import _key
-
-    return _key(name)
 
 
 def log(store: Store) -> list[dict[str, Any]]:
@@ -104,7 +125,9 @@ SETTINGS: dict[str, Any] = {
     "steps": 14, "lr": 0.02, "warmup": 3, "pool": 4, "targets": 2, "per_target": 2, "isolation": 0.4, "max_distractors": 4,
     "guests": 2, "rotate_every": 3, "distractor_gradients": True, "checkpoint_every": 4, "seed": 5,
 }  # fmt: skip
-HOST_BYTES = 2 * 12 * 4 * 2 * 3 * 2 * 16 * 12  # of kv, moments and a waiting gradient: a few cartridges, so that some spill
+HOST_BYTES = (
+    2 * 12 * 4 * 2 * 3 * 2 * 16 * 12
+)  # of kv, moments and a waiting gradient: a few cartridges, so that some spill
 
 
 @cache

@@ -66,7 +66,9 @@ def paths(policy: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_whole_document_as_cartridge_equals_its_prefill(kind: str, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
+def test_a_whole_document_as_cartridge_equals_its_prefill(
+    kind: str, policy: Any, tiny: Callable[..., FrozenModel]
+) -> None:
     model = tiny(kind)
     header, document = list(model.template.header_ids), model.encode(TEXTS["pump"])
     question = [*model.template.footer_ids, *model.encode(QUESTION), *model.template.suffix_ids]

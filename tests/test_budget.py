@@ -111,12 +111,23 @@ def test_without_host_memory_everything_goes_to_the_store() -> None:
     m.rotate("ab", "")
     train(m, "a")
     m.rotate("cd", "")
-    assert shelf.take_calls() == ["read a", "read b", "write a", "read c", "read d"]  # leavers first, clean ones unwritten
+    assert shelf.take_calls() == [
+        "read a",
+        "read b",
+        "write a",
+        "read c",
+        "read d",
+    ]  # leavers first, clean ones unwritten
     m.rotate("ab", "")
     slot = m.trainees["a"]
     assert (slot.kv[0], slot.exp_avg[0], slot.exp_avg_sq[0]) == (0.5, 5, 50)
     assert (m.ledger.peak["host"], m.ledger.peak["device"]) == (0, 2 * SLOT)
-    assert (m.counters.store_reads, m.counters.store_writes, m.counters.device_loads, m.counters.rotations) == (6, 1, 6, 3)
+    assert (m.counters.store_reads, m.counters.store_writes, m.counters.device_loads, m.counters.rotations) == (
+        6,
+        1,
+        6,
+        3,
+    )
 
 
 def test_host_memory_spares_reads_and_writes() -> None:
@@ -208,7 +219,13 @@ def test_guests_are_16_bit_copies_of_the_newest_values() -> None:
     train(m, "a")
     m.rotate("bc", "ad")  # a's newest values are in host memory alone
     assert (m.guests["a"][0], m.guests["d"][0], m.trainees["c"].kv[0]) == (0.5, 3, 2)
-    assert shelf.take_calls() == ["read c", "read d", "read a", "read b", "read c"]  # a guest has no state to train on with
+    assert shelf.take_calls() == [
+        "read c",
+        "read d",
+        "read a",
+        "read b",
+        "read c",
+    ]  # a guest has no state to train on with
     m.guests["a"] += 1
     m.rotate("a", "")
     assert m.trainees["a"].kv[0] == 0.5
@@ -284,7 +301,16 @@ def test_plan_adds_up() -> None:
 
 def test_plan_is_told_in_figures() -> None:
     text = "\n".join(plan(pool=7, guests=3, host_budget=None).lines())
-    for figure in ("80 (100,000 tokens)", "4.0 MiB", "12.0 MiB", "pool of 7 112.0 MiB", "3 guests 6.0 MiB", "weights 500.0 MiB", "720.0 MiB"):
+    figures = (
+        "80 (100,000 tokens)",
+        "4.0 MiB",
+        "12.0 MiB",
+        "pool of 7 112.0 MiB",
+        "3 guests 6.0 MiB",
+        "weights 500.0 MiB",
+        "720.0 MiB",
+    )
+    for figure in figures:
         assert figure in text
 
 
@@ -320,7 +346,8 @@ def test_does_not_fit_has_the_figures() -> None:
         plan(budget=least - 1)
     message = str(caught.value)
     assert isinstance(caught.value, ValueError) and "\n" not in message
-    for figure in (size(least - 1), size(500 * MIB), size(RUNTIME_BYTES), size(activation_bytes(SIZES)), "pool of 1 16.0 MiB", size(least), "--budget"):
+    figures = (least - 1, 500 * MIB, RUNTIME_BYTES, activation_bytes(SIZES), least)
+    for figure in (*map(size, figures), "pool of 1 16.0 MiB", "raise --budget"):
         assert figure in message
     with pytest.raises(DoesNotFit, match=r"pool of 7 112\.0 MiB .*lower --pool"):
         plan(pool=7, budget=plan(pool=7).device - 1)
@@ -328,7 +355,14 @@ def test_does_not_fit_has_the_figures() -> None:
 
 def test_activations_grow_with_the_step() -> None:
     base = activation_bytes(SIZES)
-    for larger in ({"step_tokens": 6_000}, {"supervised": 1_200}, {"prefix": 40_000}, {"element": 4}, {"longest": 220}, {"layers": 60}):
+    for larger in (
+        {"step_tokens": 6_000},
+        {"supervised": 1_200},
+        {"prefix": 40_000},
+        {"element": 4},
+        {"longest": 220},
+        {"layers": 60},
+    ):
         assert activation_bytes(replace(SIZES, **larger)) > base
     logits = 600 * 49_152 * (2 + 12)
     assert activation_bytes(replace(SIZES, supervised=0)) == base - logits
@@ -336,7 +370,14 @@ def test_activations_grow_with_the_step() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3.4 * 2**30, "3.4 GiB"), (5 * 2**40, "5.0 TiB"), (-2048, "-2.0 KiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3.4 * 2**30, "3.4 GiB"),
+        (5 * 2**40, "5.0 TiB"),
+        (-2048, "-2.0 KiB"),
+    ],
 )
 def test_size(count: float, text: str) -> None:
     assert size(count) == text

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 def run(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     import os
 
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd or ROOT, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd or ROOT, env={**os.environ, **env}
+    )
 
 
 def test_options_are_the_golden_ones() -> None:
@@ -41,7 +43,10 @@ def test_cli_page_is_what_help_prints() -> None:
 
 @pytest.mark.parametrize("module", ["cas.train", "cas.query", "cas"])
 def test_help_needs_no_torch(module: str) -> None:
-    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -50,11 +55,20 @@ def test_flags_over_yaml_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("lr: 0.5\npool: 7\nmax-distractors: 3\nkinds: [question, creative]\nmerge: true\n")
     config = parse(TrainConfig, "x", ["--config", str(file), "--collection", "docs", "--pool", "9"])
-    assert (config.lr, config.pool, config.max_distractors, config.kinds, config.merge) == (0.5, 9, 3, ("question", "creative"), True)
+    assert (config.lr, config.pool, config.max_distractors, config.kinds, config.merge) == (
+        0.5,
+        9,
+        3,
+        ("question", "creative"),
+        True,
+    )
     assert config.epochs == TrainConfig.epochs
 
 
-@pytest.mark.parametrize("text", ["nonsense: 1", "lr: fast", "pool: 1.5", "merge: 1", "positions: sideways", "- a list", "a: [", "kinds: question"])
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense: 1", "lr: fast", "pool: 1.5", "merge: 1", "positions: sideways", "- a list", "a: [", "kinds: question"],
+)
 def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
@@ -71,8 +85,12 @@ def test_unknown_flag_exits_2() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["cas.train"], ["cas.train", "--collection", "no-such-thing"], ["cas.query", "--store", "no/such/store", "Why?"],
-        ["cas", "ls", "--store", "no/such/store"], ["cas", "verify", "--store", "no/such/store"], ["cas.train", "--config", "none.yaml"],
+        ["cas.train"],
+        ["cas.train", "--collection", "no-such-thing"],
+        ["cas.query", "--store", "no/such/store", "Why?"],
+        ["cas", "ls", "--store", "no/such/store"],
+        ["cas", "verify", "--store", "no/such/store"],
+        ["cas.train", "--config", "none.yaml"],
     ],
 )
 def test_user_mistakes_are_one_line_and_write_nothing(words: list[str], tmp_path: Path) -> None:
@@ -83,14 +101,23 @@ def test_user_mistakes_are_one_line_and_write_nothing(words: list[str], tmp_path
 
 
 def test_question_is_the_bare_word() -> None:
-    for words in (["Which valve?", "--json", "--retrieve-k", "2"], ["--retrieve-k", "2", "--json", "Which valve?"], ["--retrieve-k=2", "Which valve?", "--json"]):
+    for words in (
+        ["Which valve?", "--json", "--retrieve-k", "2"],
+        ["--retrieve-k", "2", "--json", "Which valve?"],
+        ["--retrieve-k=2", "Which valve?", "--json"],
+    ):
         config = parse(QueryConfig, "x", words)
         assert (config.question, config.retrieve_k, config.json) == ("Which valve?", 2, True)
     assert parse(QueryConfig, "x", []).question is None
 
 
 def test_memory_sizes() -> None:
-    assert memory("6GiB", "-") == 6 * 2**30 and memory("1.5G", "-") == 3 * 2**29 and memory("500MB", "-") == 500_000_000 and memory("0", "-") == 0
+    assert (
+        memory("6GiB", "-") == 6 * 2**30
+        and memory("1.5G", "-") == 3 * 2**29
+        and memory("500MB", "-") == 500_000_000
+        and memory("0", "-") == 0
+    )
     for bad in ("", "six", "-1", "6 GBit", "1e9"):
         with pytest.raises(ConfigError):
             memory(bad, "--budget")
@@ -99,7 +126,9 @@ def test_memory_sizes() -> None:
 def test_store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CAS_STORE", raising=False)
-    assert store_folder(None, "a/manuals/") == Path("runs/manuals") and store_folder(None, "x.jsonl.gz") == Path("runs/x")
+    assert store_folder(None, "a/manuals/") == Path("runs/manuals") and store_folder(None, "x.jsonl.gz") == Path(
+        "runs/x"
+    )
     with pytest.raises(ConfigError):
         store_folder(None)
     for n, name in enumerate(("old", "new")):

@@ -65,7 +65,9 @@ def slow_greedy(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_greedy_decoding_equals_recomputing_everything(kind: str, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
+def test_greedy_decoding_equals_recomputing_everything(
+    kind: str, policy: Any, tiny: Callable[..., FrozenModel]
+) -> None:
     """In one batch of mixed prefixes and lengths; the windows of sliding layers are shorter than any prefix."""
     model = tiny(kind)
     assert all(window is None or window == WINDOW < SPAN for window in model.geometry.windows)
@@ -91,7 +93,9 @@ def test_plain_transformers_generates_the_same(
     composed = Composed(model, layout, {name: cartridges[name] for name in loaded})
     for _ in range(2):  # a prompt can be made again and again
         inputs = composed.prompt(question)
-        output = model.hf.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :].tolist()
+        output = model.hf.generate(**inputs, do_sample=False, max_new_tokens=24)[
+            0, inputs["input_ids"].shape[1] :
+        ].tolist()
         assert output[: len(ours.ids)] == ours.ids
         assert len(output) == len(ours.ids) + ours.finished
     assert model.hf.config._attn_implementation == "sdpa"
@@ -147,7 +151,9 @@ def test_the_most_likely_tokens_are_kept(tiny: Callable[..., FrozenModel]) -> No
     model = tiny("gemma3")
     cartridges, layout = tiny_cartridges(model, SIZES), Layout("offset", model.layout_header, SPAN)
     items = prompts(model)
-    for item, result in zip(items, generate(model, items, cartridges, layout, max_new_tokens=6, keep_top=5), strict=True):
+    for item, result in zip(
+        items, generate(model, items, cartridges, layout, max_new_tokens=6, keep_top=5), strict=True
+    ):
         logits = reference_logits(model, [*item.tokens, *result.ids], item.cartridges, cartridges, layout)
         rows = logits[len(item.tokens) - 1 :].log_softmax(-1)[: len(result.top_ids)]
         kept_ids, kept = torch.stack(result.top_ids), torch.stack(result.top_logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from cas.optim import adam_step, learning_rate
 VOCABULARY = 32
 
 
-def case(seed: int, rows: int = 6, k: int = 8, student: float = 2.0, teacher: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def case(
+    seed: int, rows: int = 6, k: int = 8, student: float = 2.0, teacher: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student logits [N, V] (a leaf), teacher log-probabilities [N, V] in float64, and its top k as they are stored."""
     generator = torch.Generator().manual_seed(seed)
     logits = (student * torch.randn(rows, VOCABULARY, generator=generator)).requires_grad_()
@@ -39,7 +42,9 @@ def explicit(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
 
 def test_with_the_whole_vocabulary_it_is_the_full_kl() -> None:
     logits, full, ids, logprobs = case(0, k=VOCABULARY)
-    expected = torch.nn.functional.kl_div(logits.double().log_softmax(-1), full, log_target=True, reduction="none").sum(-1)
+    expected = torch.nn.functional.kl_div(logits.double().log_softmax(-1), full, log_target=True, reduction="none").sum(
+        -1
+    )
     loss = distillation_loss(logits, ids, logprobs)
     assert loss.shape == (6,) and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -133,7 +138,9 @@ def test_a_teacher_without_doubt() -> None:
     logprobs = torch.tensor([[0.0, -400.0]])
     loss = distillation_loss(logits, torch.tensor([[3, 4]]), logprobs)
     assert loss.item() == pytest.approx(float(-logits.detach().log_softmax(-1)[0, 3]), rel=1e-6)
-    rounded = distillation_loss(logits, torch.tensor([[3, 4]]), torch.tensor([[1e-7, -17.0]]))  # sums to a little over 1
+    rounded = distillation_loss(
+        logits, torch.tensor([[3, 4]]), torch.tensor([[1e-7, -17.0]])
+    )  # sums to a little over 1
     rounded.sum().backward()
     assert rounded.item() == pytest.approx(loss.item(), abs=1e-5)
     assert logits.grad is not None and logits.grad.isfinite().all()
@@ -227,7 +234,7 @@ def test_the_first_step_is_warmed_up_already() -> None:
 def test_the_decay_is_linear_and_ends_at_final() -> None:
     rates = [learning_rate(0.1, 99, 20, step, 101, 0.02) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[-1] == pytest.approx(0.002) and rates[50] == pytest.approx(0.051)
-    differences = {round(a - b, 12) for a, b in zip(rates, rates[1:], strict=False)}
+    differences = {round(a - b, 12) for a, b in pairwise(rates)}
     assert len(differences) == 1
     assert learning_rate(0.1, 99, 20, 500, 101, 0.02) == pytest.approx(0.002)  # never below
     assert learning_rate(0.1, 1, 1, 0, 1, 0.02) == pytest.approx(0.1)  # a run of one step

@@ -99,7 +99,9 @@ def test_imports_run_one_way(package: str) -> None:
 @pytest.mark.parametrize("module", ["cas", "cas.errors", "budget.ledger", "retrieval"])
 def test_import_needs_no_torch(module: str) -> None:
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     loaded = set(json.loads(done.stdout))
     assert module in loaded
     assert not loaded & {"torch", "transformers", "faiss", "sentence_transformers"}
@@ -135,7 +137,9 @@ def matches(pattern: re.Pattern[str], files: list[Path]) -> list[str]:
     found = []
     for file in files:
         text = file.read_bytes().decode("utf-8", errors="replace")
-        found += [f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}" for m in pattern.finditer(text)]
+        found += [
+            f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}" for m in pattern.finditer(text)
+        ]
     return found
 
 
@@ -162,7 +166,9 @@ def test_loaders_are_recognised(text: str) -> None:
     assert LOADERS.search(text)
 
 
-@pytest.mark.parametrize("text", ["safetensors.torch.load(blob)", "allow_pickle=False", "trust_remote_code=False", "pickled"])
+@pytest.mark.parametrize(
+    "text", ["safetensors.torch.load(blob)", "allow_pickle=False", "trust_remote_code=False", "pickled"]
+)
 def test_safe_code_is_no_loader(text: str) -> None:
     assert not LOADERS.search(text)
 

@@ -339,7 +339,10 @@ NO_SYSTEM = (
 @pytest.mark.parametrize("strict", [True, False], ids=["refuses", "drops"])
 def test_a_template_without_a_system_role(strict: bool) -> None:
     model = with_template(NO_SYSTEM.replace("strict", str(strict).lower()))
-    assert joined(model, "DOC", "Q?") == f"<|im_start|>user\n{DEFAULT_SYSTEM}\n\nDOC\n\nQ?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        joined(model, "DOC", "Q?")
+        == f"<|im_start|>user\n{DEFAULT_SYSTEM}\n\nDOC\n\nQ?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_tokenizer_without_a_template() -> None:
@@ -373,7 +376,9 @@ def test_plain_characters_do_not_end_answers() -> None:
 
 
 def test_the_template_may_end_turns_by_another_token_than_the_tokenizer() -> None:
-    model = with_template(CHATML, bos_token="<|im_start|>", eos_token="<|endoftext|>", additional_special_tokens=["<|im_end|>"])
+    model = with_template(
+        CHATML, bos_token="<|im_start|>", eos_token="<|endoftext|>", additional_special_tokens=["<|im_end|>"]
+    )
     assert model.template.end_ids == (2,) and model.template.stop_ids == {0, 2}
 
 
@@ -433,12 +438,21 @@ def other(name: str, **settings: Any) -> Any:
         ("Qwen3Next", {"head_dim": 12}, "qwen3_next: layers of type linear_attention"),
         ("Nemotron", {}, "nemotron: does not run through the attention interface"),
         ("Falcon", {"alibi": False}, "falcon: does not run through the attention interface"),
-        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "llama: RoPE type 'dynamic'"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "llama: RoPE type 'dynamic'",
+        ),
         (
             "Phi3",
             {
                 "original_max_position_embeddings": 128,
-                "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 6,
+                    "long_factor": [2.0] * 6,
+                },
             },
             "phi3: RoPE type 'longrope'",
         ),
@@ -459,7 +473,14 @@ def test_models_that_cannot_carry_cartridges_are_refused(name: str, settings: di
         ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, (None, None)),
         (
             "Mistral",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}},
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
             (4096, 4096),
         ),
     ],
@@ -497,7 +518,9 @@ def test_a_folder_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_fingerprints(folder: Path) -> None:
     """One for all dtypes of the same weights; another one for other weights, another tokenizer, another architecture."""
-    full, half = (FrozenModel.from_pretrained(str(folder), dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16"))
+    full, half = (
+        FrozenModel.from_pretrained(str(folder), dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")
+    )
     assert half.dtype == torch.bfloat16 and half.header_kv.dtype == torch.bfloat16
     assert full.fingerprint == half.fingerprint == tiny_model("qwen3").fingerprint
     assert full.rope_fingerprint == half.rope_fingerprint
@@ -565,7 +588,9 @@ def test_bad_dtypes_and_devices_are_refused(folder: Path) -> None:
         assert message in one_line(error)
 
 
-def test_a_packaged_copy_stands_in_for_a_hub_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_copy_stands_in_for_a_hub_that_does_not_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cas.loading, "_packaged", lambda name: str(folder) if name == "some/model" else None)
     expected = Source("package", "package:some/model")
     for answers in (False, True):  # dead; or alive, but without this model

@@ -23,7 +23,9 @@ def even(count: int = 12, conversations: int = 6, **options: Any) -> Schedule:
     return Schedule({f"d{i:02d}": conversations for i in range(count)}, **options)
 
 
-def play(schedule: Schedule, steps: int) -> tuple[list[Step], dict[str, int], list[tuple[tuple[str, ...], tuple[str, ...]]]]:
+def play(
+    schedule: Schedule, steps: int
+) -> tuple[list[Step], dict[str, int], list[tuple[tuple[str, ...], tuple[str, ...]]]]:
     """Steps as the trainer takes them, conversations drawn by document, and pool and guests after every rotation."""
     pool: tuple[str, ...] = ()
     guests: tuple[str, ...] = ()
@@ -61,7 +63,11 @@ def test_pure() -> None:
     for seed, ids in (("0", IDS), ("1", IDS[::-1]), ("random", sorted(IDS, key=lambda i: i[::-1]))):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(ids)], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, json.dumps(ids)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] == outputs[2]
@@ -119,7 +125,7 @@ def test_isolated_training_sees_nothing_else() -> None:
 
 def test_visibility_has_the_paper_s_distribution() -> None:
     """Alone with probability 0.75, else k ~ U(1, 10) others, and every other one equally often."""
-    schedule = even(30, **{"pool": 20, "targets": 20, "per_target": 10, "isolation": 0.75, "max_distractors": 10, "guests": 10})
+    schedule = even(30, pool=20, targets=20, per_target=10, isolation=0.75, max_distractors=10, guests=10)
     pool, guests = schedule.rotate(0, (), {})
     sizes, seen, total = Counter[int](), Counter[str](), 0
     for step in range(60):

@@ -20,14 +20,15 @@ from helpers_store import contents, converse, log, make_store, many_documents
 from torch import Tensor
 
 from budget.manager import Manager
+from budget.planner import Sizes, activation_bytes
 from cas.attention import Batch, Reference
 from cas.cartridge import Layout
 from cas.collection import Collection
+from cas.conversations import Conversation, Conversations
 from cas.errors import ConfigError, RunError
 from cas.model import FrozenModel, Source
 from cas.optim import learning_rate
 from cas.schedule import Example, Step
-from cas.selfstudy import Conversation, Conversations
 from cas.store import Store
 from cas.trainer import Report, Trainer, Training
 
@@ -69,7 +70,15 @@ def new_store(tmp_path: Path, model: FrozenModel, documents: Collection) -> Iter
 # -- learning -----------------------------------------------------------------------------------------------------------
 
 
-FIFTY: dict[str, Any] = {"steps": 50, "lr": 0.2, "warmup": 5, "pool": 4, "targets": 4, "per_target": 2, "max_distractors": 3}
+FIFTY: dict[str, Any] = {
+    "steps": 50,
+    "lr": 0.2,
+    "warmup": 5,
+    "pool": 4,
+    "targets": 4,
+    "per_target": 2,
+    "max_distractors": 3,
+}
 
 
 @pytest.mark.parametrize("initialisation", ["first", "sampled", "random"])
@@ -96,7 +105,9 @@ def test_only_joint_training_survives_loading_all(tmp_path: Path, model: FrozenM
         trainer = Trainer(model, store, talks, isolation=isolation, **FIFTY)
         names = tuple(store.rows())
 
-        def measure(alone: bool, trainer: Trainer = trainer, store: Store = store, names: tuple[str, ...] = names) -> float:
+        def measure(
+            alone: bool, trainer: Trainer = trainer, store: Store = store, names: tuple[str, ...] = names
+        ) -> float:
             cartridges = {name: store.cartridge(name) for name in names}
             with torch.no_grad():
                 return float(trainer.loss(items, [(c.document,) if alone else names for c in items], cartridges)[0])
@@ -109,9 +120,12 @@ def test_only_joint_training_survives_loading_all(tmp_path: Path, model: FrozenM
     assert losses[0.25][0] < 0.2 and losses[0.25][1] < 0.2
 
 
-def test_next_token_objective_learns(new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations) -> None:
+def test_next_token_objective_learns(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
+) -> None:
     store = new_store()
-    Trainer(model, store, conversations, objective="next-token", isolation=1, **(FIFTY | {"pool": 1, "targets": 1, "rotate_every": 99})).run()
+    one = {"objective": "next-token", "isolation": 1, "pool": 1, "targets": 1, "rotate_every": 99}
+    Trainer(model, store, conversations, **(FIFTY | one)).run()
     losses = [line["loss"] for line in log(store)]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
 
@@ -120,7 +134,11 @@ def test_next_token_objective_learns(new_store: Callable[..., Store], model: Fro
 
 
 def plain_loss(
-    model: FrozenModel, items: list[Conversation], visible: list[tuple[str, ...]], cartridges: dict[str, Tensor], layout: Layout
+    model: FrozenModel,
+    items: list[Conversation],
+    visible: list[tuple[str, ...]],
+    cartridges: dict[str, Tensor],
+    layout: Layout,
 ) -> Tensor:
     """Conversation by conversation: the reference attention and an explicit KL over k + 1 classes."""
     losses = []
@@ -140,7 +158,9 @@ def plain_loss(
 
 @pytest.mark.parametrize("positions", ["fixed", "offset", "sequential"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_loss_equals_a_plain_computation(tmp_path: Path, tiny: Callable[..., FrozenModel], kind: str, positions: str) -> None:
+def test_loss_equals_a_plain_computation(
+    tmp_path: Path, tiny: Callable[..., FrozenModel], kind: str, positions: str
+) -> None:
     model, documents = tiny(kind), many_documents(3, words=30)
     store = make_store(tmp_path / "s", model, documents, tokens=None, ratio=2, positions=positions)
     assert len({row.p for row in store.rows().values()}) > 1
@@ -162,7 +182,9 @@ def test_loss_equals_a_plain_computation(tmp_path: Path, tiny: Callable[..., Fro
     store.close()
 
 
-def started(model: FrozenModel, store: Store, conversations: Conversations, pool: tuple[str, ...], **options: Any) -> Trainer:
+def started(
+    model: FrozenModel, store: Store, conversations: Conversations, pool: tuple[str, ...], **options: Any
+) -> Trainer:
     """A trainer at step 0 with this pool resident."""
     trainer = Trainer(model, store, conversations, **options)
     trainer._resume()
@@ -181,7 +203,9 @@ def test_steps_equal_torch_adam(
 ) -> None:
     """Only targets move, each by its own Adam with its own step count; a distractor's gradient waits for its turn."""
     store, pool = new_store(), ("doc-00", "doc-01", "doc-02")
-    trainer = started(model, store, conversations, pool, steps=6, lr=0.05, warmup=2, distractor_gradients=distractor_gradients)
+    trainer = started(
+        model, store, conversations, pool, steps=6, lr=0.05, warmup=2, distractor_gradients=distractor_gradients
+    )
     work = [
         Step(("doc-00",), (Example("doc-00", 0, ("doc-00", "doc-01")), Example("doc-00", 1, ("doc-00",)))),
         Step(("doc-00", "doc-02"), (Example("doc-00", 2, ("doc-00", "doc-01")), Example("doc-02", 0, ("doc-02",)))),
@@ -231,7 +255,9 @@ def test_guests_are_seen_and_never_change(
     store = new_store()
     before = contents(store)
     seen: set[tuple[str, ...]] = set()
-    trainer = Trainer(model, store, conversations, **(MIXED | {"pool": 2, "guests": 2, "rotate_every": 100, "isolation": 0}))
+    trainer = Trainer(
+        model, store, conversations, **(MIXED | {"pool": 2, "guests": 2, "rotate_every": 100, "isolation": 0})
+    )
     original = trainer.train_step
 
     def watch(step: int, work: Step) -> tuple[float, int, float]:
@@ -249,12 +275,53 @@ def test_guests_are_seen_and_never_change(
     assert {name for name in before if before[name] != after[name]} == pool
 
 
+def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenModel]) -> None:
+    """What autograd really keeps of a step, weights and cartridges aside, against the planner's figure."""
+    documents = many_documents(6, words=60)
+    for kind in ("llama", "qwen3", "gemma3"):
+        model = tiny(kind)
+        talks = converse(model, documents, per_document=8)
+        store = make_store(tmp_path / kind, model, documents, tokens=64)
+        names = tuple(store.rows())
+        ours = {name: store.cartridge(name).requires_grad_() for name in names}
+        items = [c for name in names for c in talks.by_document[name]]
+        mixed = [names[: n % 5] if c.document in names[: n % 5] else (c.document,) for n, c in enumerate(items)]
+        for visible in (mixed, [names] * len(items), [(c.document,) for c in items]):
+            known = {t.untyped_storage().data_ptr() for t in [*model.hf.state_dict().values(), *ours.values()]}
+            kept: dict[int, tuple[int, Tensor]] = {}
+
+            def keep(tensor: Tensor, kept: dict[int, tuple[int, Tensor]] = kept, known: set[int] = known) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    kept[storage.data_ptr()] = storage.nbytes(), tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                _, tokens = Trainer(model, store, talks).loss(items, visible, ours)
+            g = model.geometry
+            sizes = Sizes(
+                weights=0, element=4, largest=0, total=0, documents=6, tokens=0, step_tokens=tokens,
+                supervised=sum(len(c.answer) for c in items), prefix=sum(model.layout_header + 64 * len(seen) for seen in visible),
+                layers=g.layers, hidden=g.hidden, intermediate=64, vocabulary=g.vocabulary, query_heads=g.query_heads,
+                kv_heads=g.kv_heads, head_dim=g.head_dim, longest=max(len(c.tokens(model)) for c in items), rows=len(items),
+            )  # fmt: skip
+            measured = sum(size for size, _ in kept.values())
+            assert measured < activation_bytes(sizes) < 4 * measured
+        store.close()
+
+
 # -- memory moves bytes, nothing else -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guests": 2}, {"distractor_gradients": True}, {"guests": 2, "distractor_gradients": True}, {"positions": "sequential"}],
+    [
+        {},
+        {"guests": 2},
+        {"distractor_gradients": True},
+        {"guests": 2, "distractor_gradients": True},
+        {"positions": "sequential"},
+    ],
     ids=lambda options: "+".join(options) or "plain",
 )
 def test_memory_never_changes_a_bit(
@@ -309,7 +376,9 @@ def test_memory_never_changes_a_bit(
     assert trainer.manager.counters.store_reads == 6
 
 
-def test_device_limit_is_kept(new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations) -> None:
+def test_device_limit_is_kept(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
+) -> None:
     store, elements = new_store(), model.geometry.elements(16)
     limit = 3 * 16 * elements + 2 * 2 * elements
     trainer = Trainer(model, store, conversations, device_bytes=limit, **(MIXED | {"guests": 2}))
@@ -363,7 +432,11 @@ def test_killed_anywhere_and_gone_on_with_equals_never_killed(tmp_path: Path) ->
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, helpers_store.__file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, helpers_store.__file__, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     model, documents, _ = helpers_store.ingredients()
@@ -426,7 +499,9 @@ def test_a_gradient_that_is_no_number_never_reaches_a_cartridge(
     assert store.verify() == []
 
 
-@pytest.mark.parametrize("changed", [{"lr": 0.03}, {"seed": 1}, {"pool": 4}, {"steps": 13}, {"distractor_gradients": True}])
+@pytest.mark.parametrize(
+    "changed", [{"lr": 0.03}, {"seed": 1}, {"pool": 4}, {"steps": 13}, {"distractor_gradients": True}]
+)
 def test_other_settings_are_refused(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, changed: dict[str, Any]
 ) -> None:
@@ -434,14 +509,20 @@ def test_other_settings_are_refused(
     Trainer(model, store, conversations, **MIXED).run(until=3)
     before = contents(store), log(store)
     name = next(iter(changed))
-    with pytest.raises(ConfigError, match=rf"was begun with .*{name} .* \(now {changed[name]}\).*; go on with the same settings") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"was begun with .*{name} .* \(now {changed[name]}\).*; go on with the same settings"
+    ) as caught:
         Trainer(model, store, conversations, **(MIXED | changed)).run()
     assert "\n" not in str(caught.value)
     assert (contents(store), log(store)) == before
-    Trainer(model, store, conversations, host_bytes=None, **(MIXED | {"checkpoint_every": 1})).run(until=4)  # not mathematics
+    Trainer(model, store, conversations, host_bytes=None, **(MIXED | {"checkpoint_every": 1})).run(
+        until=4
+    )  # not mathematics
 
 
-def test_metrics_survive_a_torn_line(new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations) -> None:
+def test_metrics_survive_a_torn_line(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
+) -> None:
     store = new_store()
     Trainer(model, store, conversations, **MIXED).run(until=5)
     file = store.folder / "metrics.jsonl"
