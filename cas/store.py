@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
+from cas.database import Database, Row, blob_keys, open_environment, row_key, text_key, to_json, under
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -36,35 +36,12 @@ _FILE = "cartridges.lmdb"
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One document of the store. ``version`` names the blobs that count; ``drawn`` conversations and ``steps`` Adam
-    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'."""
-
-    id: str
-    title: str
-    hash: str
-    tokens: int
-    p: int
-    version: int
-    kv_crc: int
-    state_crc: int | None = None
-    drawn: int = 0
-    steps: int = 0
-    trained_tokens: int = 0
-
-
-def _key(document: str) -> str:
-    """Ids are anybody's text and LMDB keys are short: a hash stands for the id."""
-    return hashlib.blake2b(document.encode(), digest_size=12).hexdigest()
-
-
-class Store:
+class Store(Database):
     """Cartridges of one collection over one model. Make one with :meth:`create`, open one with :meth:`open`."""
 
     def __init__(self, folder: Path, environment: Any, model: FrozenModel | None) -> None:
-        self.folder, self.model = folder, model
-        self._env = environment
+        super().__init__(folder, environment)
+        self.model = model
         self._meta: dict[str, Any] | None = None
         self._unnamed: dict[str, tuple[int, int, int | None]] = {}  # written since the last commit: version, checksums
 
@@ -111,12 +88,12 @@ class Store:
         # Under another name first: a store that exists says what it is.
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
-        store = cls(folder, _environment(partial, write=True), model)
-        store._write(lambda txn: txn.put(b"meta", _json(meta)))
+        store = cls(folder, open_environment(partial, write=True), model)
+        store._write(lambda txn: txn.put(b"meta", to_json(meta)))
         store.close()
         partial.replace(folder / _FILE)
         Path(f"{partial}-lock").unlink()
-        return cls(folder, _environment(folder / _FILE, write=True), model)
+        return cls(folder, open_environment(folder / _FILE, write=True), model)
 
     @classmethod
     def open(cls, folder: str | Path, model: FrozenModel | None = None, *, write: bool = False) -> Store:
@@ -129,7 +106,7 @@ class Store:
             raise StoreMismatch(
                 f"{folder} holds no store; train one: python -m cas.train --collection … --store {folder}"
             )
-        store = cls(folder, _environment(folder / _FILE, write=write), model)
+        store = cls(folder, open_environment(folder / _FILE, write=write), model)
         try:
             store._check()
         except BaseException:
@@ -174,10 +151,6 @@ class Store:
             self._collect()
             yield
 
-    def close(self) -> None:
-        """Release the file."""
-        self._env.close()
-
     # -- what it is -------------------------------------------------------------------------------------------------
 
     @property
@@ -198,13 +171,13 @@ class Store:
     def rows(self) -> dict[str, Row]:
         """All documents by id, in order of id, as of the last checkpoint."""
         with self._read() as txn:
-            rows = [self._row(value) for _, value in _under(txn, b"row/")]
+            rows = [self._row(value) for _, value in under(txn, b"row/")]
         return {row.id: row for row in sorted(rows, key=lambda row: row.id)}
 
     def row(self, document: str) -> Row:
         """One document's row. Raises CollectionError for an unknown id."""
         with self._read() as txn:
-            return self._row(txn.get(_row_key(document)), document)
+            return self._row(txn.get(row_key(document)), document)
 
     def texts(self) -> list[tuple[str, str, str]]:
         """(id, title, text) of every document, in order of id: what retrieval indexes."""
@@ -246,7 +219,7 @@ class Store:
         with self.training():
             new = [d for d in documents.documents if d.id in encoded]
             self._write(
-                lambda txn: [txn.put(b"meta", _json(meta)), *(txn.put(_text_key(d.id), d.text.encode()) for d in new)]
+                lambda txn: [txn.put(b"meta", to_json(meta)), *(txn.put(text_key(d.id), d.text.encode()) for d in new)]
             )
             self._meta = meta
             for n, document in enumerate(new, 1):
@@ -269,7 +242,7 @@ class Store:
     def cartridge(self, document: str) -> Tensor:
         """The trained KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified."""
         with self._read() as txn:  # row and tensors in one transaction: a trainer may be at work
-            row = self._row(txn.get(_row_key(document)), document)
+            row = self._row(txn.get(row_key(document)), document)
             return self._get(txn, "kv", document, row.version, row.kv_crc)["kv"]
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -292,7 +265,7 @@ class Store:
         version = (previous[0] if previous else row.version) + 1
         self._unnamed[name] = self._put(name, version, tensors, row.title)
         if previous is not None:
-            self._write(lambda txn: [txn.delete(k) for k in _blob_keys(name, previous[0])])
+            self._write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
 
     def commit(self, rows: Mapping[str, Row], run_state: Mapping[str, Any] | None) -> None:
         """One transaction: rows of everything written since the last commit, and the run state.
@@ -302,17 +275,17 @@ class Store:
 
         def write(txn: Any) -> None:
             for name, (version, kv_crc, state_crc) in self._unnamed.items():
-                key = _row_key(name)
+                key = row_key(name)
                 before = txn.get(key)
                 if before is not None:
                     old = Row(**json.loads(before)).version
                     if old != version:
-                        for blob in _blob_keys(name, old):
+                        for blob in blob_keys(name, old):
                             txn.delete(blob)
                 row = replace(rows[name], version=version, kv_crc=kv_crc, state_crc=state_crc)
-                txn.put(key, _json(asdict(row)))
+                txn.put(key, to_json(asdict(row)))
             if run_state is not None:
-                txn.put(b"run", _json(run_state))
+                txn.put(b"run", to_json(run_state))
 
         self._write(write)
         self._unnamed.clear()
@@ -330,7 +303,7 @@ class Store:
         """Write a cartridge's stored safetensors bytes to a file, whole or not at all."""
         file = Path(file)
         with self._read() as txn:
-            row = self._row(txn.get(_row_key(document)), document)
+            row = self._row(txn.get(row_key(document)), document)
             blob = self._blob(txn, "kv", document, row.version, row.kv_crc)
         partial = file.with_name(f"{file.name}.partial")
         try:
@@ -346,7 +319,7 @@ class Store:
         """Read everything back; one line for each thing that is broken (none: the store is whole)."""
         broken = []
         with self._read() as txn:
-            keys = [key for key, _ in _under(txn, b"row/")]
+            keys = [key for key, _ in under(txn, b"row/")]
             for key in (b"meta", b"run"):
                 try:
                     self._parse(txn.get(key, b"{}"))
@@ -391,9 +364,9 @@ class Store:
             "header": len(model["header_ids"]),
             "positions": self.meta["positions"],
         }
-        kv_key, state_key = _blob_keys(name, version)
+        kv_key, state_key = blob_keys(name, version)
         # One entry: safetensors writes several in any order, and equal cartridges should be equal bytes.
-        kv = save({"kv": tensors["kv"].contiguous()}, metadata={"cartridge": _json(about).decode()})
+        kv = save({"kv": tensors["kv"].contiguous()}, metadata={"cartridge": to_json(about).decode()})
         state = {k: t.contiguous() for k, t in tensors.items() if k != "kv"}
         blob = save(state) if state else None
 
@@ -410,118 +383,13 @@ class Store:
 
         return load(self._blob(txn, kind, name, version, crc))
 
-    def _blob(self, txn: Any, kind: str, name: str, version: int, crc: int) -> bytes:
-        blob = txn.get(_blob_keys(name, version)[0 if kind == "kv" else 1])
-        if blob is None or zlib.crc32(blob) != crc:
-            what = "is missing" if blob is None else "fails its checksum"
-            raise self._broken(f"{kind} of {name!r} {what}")
-        return bytes(blob)
-
-    def _text(self, txn: Any, row: Row) -> str:
-        text = txn.get(_text_key(row.id))
-        if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
-            raise self._broken(f"the text of {row.id!r} is missing or damaged")
-        return str(text.decode())
-
-    def _broken(self, what: str) -> StoreError:
-        return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")
-
-    def _parse(self, value: bytes | None) -> dict[str, Any]:
-        try:
-            return dict(json.loads(value or b""))
-        except (ValueError, TypeError) as error:
-            raise self._broken("a record is damaged") from error
-
-    def _row(self, value: bytes | None, document: str = "") -> Row:
-        if value is None:
-            raise CollectionError(
-                f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}"
-            )
-        try:
-            return Row(**self._parse(value))
-        except TypeError as error:
-            raise self._broken("a record is damaged") from error
-
     def _collect(self) -> None:
         """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""
         self._unnamed.clear()
-        named = {key for row in self.rows().values() for key in _blob_keys(row.id, row.version)}
+        named = {key for row in self.rows().values() for key in blob_keys(row.id, row.version)}
         with self._read() as txn:
             stale = [
-                key for kind in (b"kv/", b"state/") for key, _ in _under(txn, kind, values=False) if key not in named
+                key for kind in (b"kv/", b"state/") for key, _ in under(txn, kind, values=False) if key not in named
             ]
         if stale:
             self._write(lambda txn: [txn.delete(k) for k in stale])
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[Any]:
-        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile."""
-        import lmdb
-
-        try:
-            try:
-                txn = self._env.begin()
-            except lmdb.MapResizedError:  # that trainer has grown the map
-                self._env.set_mapsize(0)
-                txn = self._env.begin()
-            with txn:
-                yield txn
-        except lmdb.Error as error:
-            raise StoreError(f"{self.folder}: cannot be read ({error})") from error
-
-    def _write(self, action: Callable[[Any], _T]) -> _T:
-        """One write transaction; a full map grows, a full disk is said in one line."""
-        import lmdb
-
-        while True:
-            try:
-                with self._env.begin(write=True) as txn:
-                    return action(txn)
-            except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
-            except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
-            except lmdb.DiskError as error:
-                raise StoreError(
-                    f"{self.folder}: the disk is full; free some space and run the same command again"
-                ) from error
-            except lmdb.Error as error:
-                raise StoreError(f"{self.folder}: cannot be written ({error})") from error
-
-
-def _environment(file: Path, write: bool) -> Any:
-    import lmdb
-
-    existing = file.stat().st_size if file.exists() else 0
-    try:
-        # The map is address space, not disk; it doubles when it is full.
-        return lmdb.open(
-            str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True
-        )
-    except lmdb.Error as error:
-        raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
-
-
-def _under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
-    """Keys that begin with a prefix, and their values (empty if not wanted: a blob is large)."""
-    with txn.cursor() as cursor:
-        found = cursor.set_range(prefix)
-        while found and cursor.key().startswith(prefix):
-            yield cursor.key(), cursor.value() if values else b""
-            found = cursor.next()
-
-
-def _row_key(document: str) -> bytes:
-    return f"row/{_key(document)}".encode()
-
-
-def _text_key(document: str) -> bytes:
-    return f"text/{_key(document)}".encode()
-
-
-def _blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
-    return f"kv/{_key(name)}/{version}".encode(), f"state/{_key(name)}/{version}".encode()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()

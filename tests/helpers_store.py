@@ -19,8 +19,9 @@ from conftest import tiny_model
 
 from cas.collection import Collection, Document
 from cas.conversations import Conversation, Conversations
+from cas.database import Row, hashed
 from cas.model import FrozenModel
-from cas.store import Row, Store, _key
+from cas.store import Store
 from cas.trainer import Trainer
 
 WORDS = (
@@ -108,7 +109,11 @@ def contents(store: Store) -> dict[str, tuple[Row, dict[str, bytes]]]:
             {k: t.numpy().tobytes() for k, t in sorted(tensors.items())},
         )
         kinds = ("kv", "state") if row.state_crc is not None else ("kv",)
-        named |= {f"row/{_key(name)}", f"text/{_key(name)}", *(f"{kind}/{_key(name)}/{row.version}" for kind in kinds)}
+        named |= {
+            f"row/{hashed(name)}",
+            f"text/{hashed(name)}",
+            *(f"{kind}/{hashed(name)}/{row.version}" for kind in kinds),
+        }
     assert stored_keys(store) - {"run"} == named
     return found
 

@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 
 from cas.cartridge import initialise
 from cas.collection import Collection, Document
+from cas.database import Row, hashed
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 from cas.model import FrozenModel, Source
-from cas.store import Row, Store, _key
+from cas.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def damage(store: Store, key: bytes, change: Callable[[bytes], bytes]) -> None:
 
 
 def blob(store: Store, name: str, kind: str = "kv") -> bytes:
-    return f"{kind}/{_key(name)}/{store.row(name).version}".encode()
+    return f"{kind}/{hashed(name)}/{store.row(name).version}".encode()
 
 
 def one_line(error: pytest.ExceptionInfo[Any]) -> str:
@@ -337,8 +338,8 @@ def test_a_version_counts_after_the_checkpoint(store: Store) -> None:
     assert store.row("pump").version == 0
     new["kv"] = new["kv"] + 1
     store.write_tensors("pump", new)
-    assert {k for k in stored_keys(store) if _key("pump") in k and k.startswith("kv/")} == {
-        f"kv/{_key('pump')}/{v}" for v in (0, 2)
+    assert {k for k in stored_keys(store) if hashed("pump") in k and k.startswith("kv/")} == {
+        f"kv/{hashed('pump')}/{v}" for v in (0, 2)
     }
     rows = store.rows()
     store.commit(
@@ -434,7 +435,7 @@ def read_on_demand(pipe: Any) -> None:
     def values(txn: Any) -> set[tuple[float, int]]:
         found = set()
         for name in ("crane", "ferry", "lamp", "pump", "tide"):
-            row = store._row(txn.get(f"row/{_key(name)}".encode()))
+            row = store._row(txn.get(f"row/{hashed(name)}".encode()))
             tensors = store._get(txn, "kv", name, row.version, row.kv_crc)
             found.add((float(tensors["kv"][0, 0, 0, 0, 0]), row.steps))
         return found
@@ -556,7 +557,7 @@ def test_damage_is_found_and_named(store: Store, kind: str, change: Callable[[by
 def test_what_is_missing_is_named(store: Store) -> None:
     with store._env.begin(write=True) as txn:
         txn.delete(blob(store, "crane"))
-        txn.delete(f"text/{_key('tide')}".encode())
+        txn.delete(f"text/{hashed('tide')}".encode())
     lines = [line.removeprefix(f"{store.folder}: ") for line in store.verify()]
     assert sorted(lines) == ["kv of 'crane' is missing", "the text of 'tide' is missing or damaged"]
     with pytest.raises(StoreError, match="kv of 'crane' is missing"):
@@ -566,7 +567,7 @@ def test_what_is_missing_is_named(store: Store) -> None:
 
 
 def test_damaged_text_is_named(store: Store) -> None:
-    damage(store, f"text/{_key('tide')}".encode(), lambda value: value.replace(b"May", b"June"))
+    damage(store, f"text/{hashed('tide')}".encode(), lambda value: value.replace(b"May", b"June"))
     assert len(store.verify()) == 1 and "the text of 'tide'" in store.verify()[0]
     with pytest.raises(StoreError, match="the text of 'tide'"):
         store.texts()
@@ -579,10 +580,10 @@ def test_damaged_text_is_named(store: Store) -> None:
 )
 def test_damaged_records_are_named(store: Store, change: Callable[[bytes], bytes]) -> None:
     checkpoint(store, "pump")
-    damage(store, f"row/{_key('lamp')}".encode(), change)
+    damage(store, f"row/{hashed('lamp')}".encode(), change)
     damage(store, b"run", lambda value: value[:-1])
     broken = store.verify()
-    assert sorted(broken) == sorted(["run: the record is damaged", f"row/{_key('lamp')}: the record is damaged"])
+    assert sorted(broken) == sorted(["run: the record is damaged", f"row/{hashed('lamp')}: the record is damaged"])
     for read in (store.rows, store.run_state, lambda: store.row("lamp"), lambda: store.cartridge("lamp")):
         with pytest.raises(StoreError, match="a record is damaged") as caught:
             read()
@@ -671,4 +672,4 @@ def test_the_record_is_plain_json(store: Store) -> None:
                 assert safetensors.deserialize(bytes(value))
             elif not key.startswith(b"text/"):
                 assert isinstance(json.loads(bytes(value)), dict)
-        assert json.loads(bytes(txn.get(f"row/{_key('pump')}".encode()))) == asdict(store.row("pump"))
+        assert json.loads(bytes(txn.get(f"row/{hashed('pump')}".encode()))) == asdict(store.row("pump"))

@@ -1,0 +1,160 @@
+"""What lies under a store: records in an LMDB environment, its transactions, and what can go wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cas.errors import CollectionError, StoreError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document of the store. ``version`` names the blobs that count; ``drawn`` conversations and ``steps`` Adam
+    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'."""
+
+    id: str
+    title: str
+    hash: str
+    tokens: int
+    p: int
+    version: int
+    kv_crc: int
+    state_crc: int | None = None
+    drawn: int = 0
+    steps: int = 0
+    trained_tokens: int = 0
+
+
+class Database:
+    """A folder with one LMDB environment. ``_read`` and ``_write`` are its transactions."""
+
+    def __init__(self, folder: Path, environment: Any) -> None:
+        self.folder, self._env = folder, environment
+
+    def close(self) -> None:
+        """Release the file."""
+        self._env.close()
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Any]:
+        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile."""
+        import lmdb
+
+        try:
+            try:
+                txn = self._env.begin()
+            except lmdb.MapResizedError:  # that trainer has grown the map
+                self._env.set_mapsize(0)
+                txn = self._env.begin()
+            with txn:
+                yield txn
+        except lmdb.Error as error:
+            raise StoreError(f"{self.folder}: cannot be read ({error})") from error
+
+    def _write(self, action: Callable[[Any], _T]) -> _T:
+        """One write transaction; a full map grows, a full disk is said in one line."""
+        import lmdb
+
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    return action(txn)
+            except lmdb.MapFullError:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.MapResizedError:
+                self._env.set_mapsize(0)
+            except lmdb.DiskError as error:
+                raise StoreError(
+                    f"{self.folder}: the disk is full; free some space and run the same command again"
+                ) from error
+            except lmdb.Error as error:
+                raise StoreError(f"{self.folder}: cannot be written ({error})") from error
+
+    def _broken(self, what: str) -> StoreError:
+        return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")
+
+    def _parse(self, value: bytes | None) -> dict[str, Any]:
+        try:
+            return dict(json.loads(value or b""))
+        except (ValueError, TypeError) as error:
+            raise self._broken("a record is damaged") from error
+
+    def _blob(self, txn: Any, kind: str, name: str, version: int, crc: int) -> bytes:
+        blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
+        if blob is None or zlib.crc32(blob) != crc:
+            what = "is missing" if blob is None else "fails its checksum"
+            raise self._broken(f"{kind} of {name!r} {what}")
+        return bytes(blob)
+
+    def _text(self, txn: Any, row: Row) -> str:
+        text = txn.get(text_key(row.id))
+        if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
+            raise self._broken(f"the text of {row.id!r} is missing or damaged")
+        return str(text.decode())
+
+    def _row(self, value: bytes | None, document: str = "") -> Row:
+        if value is None:
+            raise CollectionError(
+                f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}"
+            )
+        try:
+            return Row(**self._parse(value))
+        except TypeError as error:
+            raise self._broken("a record is damaged") from error
+
+
+def open_environment(file: Path, write: bool) -> Any:
+    """Open or make an LMDB file. Raises StoreError if it is none."""
+    import lmdb
+
+    existing = file.stat().st_size if file.exists() else 0
+    try:
+        # The map is address space, not disk; it doubles when it is full.
+        return lmdb.open(
+            str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True
+        )
+    except lmdb.Error as error:
+        raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
+
+
+def under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
+    """Keys that begin with a prefix, and their values (empty if not wanted: a blob is large)."""
+    with txn.cursor() as cursor:
+        found = cursor.set_range(prefix)
+        while found and cursor.key().startswith(prefix):
+            yield cursor.key(), cursor.value() if values else b""
+            found = cursor.next()
+
+
+def hashed(document: str) -> str:
+    """Ids are anybody's text and LMDB keys are short: a hash stands for the id."""
+    return hashlib.blake2b(document.encode(), digest_size=12).hexdigest()
+
+
+def row_key(document: str) -> bytes:
+    """Where a document's row is."""
+    return f"row/{hashed(document)}".encode()
+
+
+def text_key(document: str) -> bytes:
+    """Where its text is."""
+    return f"text/{hashed(document)}".encode()
+
+
+def blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
+    """Where a version of its cartridge is, and of the optimiser state."""
+    return f"kv/{hashed(name)}/{version}".encode(), f"state/{hashed(name)}/{version}".encode()
+
+
+def to_json(value: Any) -> bytes:
+    """A record as bytes, the same for equal records."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
