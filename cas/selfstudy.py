@@ -93,13 +93,14 @@ def synthesize(
     )
     items: list[Conversation] = []
     dropped: Counter[str] = Counter()
+    silent = {d.id for d in documents.documents}  # every document gets at least one conversation, whatever was asked for
     unit = 0
-    while len(items) < teacher.wanted:
+    while len(items) < teacher.wanted or silent:
         # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
         if unit * settings.calls_per_unit * settings.questions_per_call > 12 * teacher.wanted + 1000:
-            kept = f"{len(items)} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
-            fewer = f" or --conversations {len(items)}" if items else ""
-            raise RunError(f"self-study kept {kept}; use a larger model{fewer}")
+            about_whom = f", none about {', '.join(sorted(silent)[:3])}" if silent and items else ""
+            kept = f"{len(items)} of {teacher.wanted} conversations{about_whom}; dropped: {dict(dropped)}"
+            raise RunError(f"self-study kept {kept}; use a larger model")
         file = folder / f"unit-{unit:06d}.parquet"
         if file.exists():
             found, counts, before = read_unit(file)
@@ -112,16 +113,11 @@ def synthesize(
             found, counts = teacher.unit(unit)
             write_unit(file, found, counts, made_with)
         items += found
+        silent -= {item.document for item in found}
         dropped.update(counts)
         unit += 1
         if progress is not None:
             progress(min(len(items), teacher.wanted), teacher.wanted)
-    heard = {i.document for i in items}
-    missing = [d.id for d in documents.documents if d.id not in heard]
-    if missing:
-        raise RunError(
-            f"no usable conversation about {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; raise --conversations"
-        )
     return Conversations(items, dict(dropped))
 
 

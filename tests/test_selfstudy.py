@@ -362,11 +362,26 @@ def test_a_model_that_writes_nothing_usable_is_said(
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_without_conversations_is_named(
+def test_every_document_is_heard_whatever_was_asked_for(
     new_store: Callable[..., Store], model: FrozenModel, writer: Writer
 ) -> None:
-    with pytest.raises(RunError, match=r"^no usable conversation about (\w+, ){2}\w+( …)?; raise --conversations$"):
-        synthesize(model, wells(10, 10, 10, 10, 10), new_store(), **(SMALL | {"conversations": 1}))
+    found = synthesize(model, wells(10, 10, 10, 10, 10), new_store(), **(SMALL | {"conversations": 1}))
+    assert set(found.by_document) == {name.lower() for name in PLACES}
+
+
+def test_a_document_about_which_nothing_is_kept_is_named(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = selfstudy.bad_question
+    monkeypatch.setattr(
+        selfstudy,
+        "bad_question",
+        lambda q, title, text: "off topic" if title == "Birch Well" else sound(q, title, text),
+    )
+    with pytest.raises(
+        RunError, match=r"kept \d+ of 3 conversations, none about birch; dropped: .*; use a larger model$"
+    ):
+        synthesize(model, wells(10, 10), new_store(), **(SMALL | {"conversations": 3}))
 
 
 # -- files --------------------------------------------------------------------------------------------------------------

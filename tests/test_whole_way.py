@@ -1,0 +1,170 @@
+"""From a folder to an answer: the README's Python, and the command lines, on a tiny model whose writer is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXTS
+from test_selfstudy import Writer
+
+from cas import __main__ as tool
+from cas import answer, console, query, selfstudy, train
+from cas.model import FrozenModel
+from retrieval import HashEmbedder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def manuals(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[FrozenModel]:
+    """A folder ``manuals/`` in the current directory, and nothing that needs the network or sense."""
+    model = tiny("llama")
+    writer = Writer(model)
+
+    class Talk(Writer):
+        def question(self, prompt: Any, seed: int) -> Any:
+            text = model.tokenizer.decode(list(prompt.tokens))
+            title = text.split("\nAbout ")[1].split(":")[0]
+            number = sum(prompt.tokens) % 97
+            from cas.decoding import Generation
+
+            return Generation(model.encode(f" of {title} number {number}?"), finished=True)
+
+    writer = Talk(model)
+    monkeypatch.setattr(selfstudy, "generate", writer)
+    monkeypatch.setattr(selfstudy, "bad_question", lambda *_: None)
+    monkeypatch.setattr(selfstudy, "bad_answer", lambda *_: None)
+    monkeypatch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
+    monkeypatch.setattr("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder())
+    monkeypatch.delenv("CAS_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "manuals").mkdir()
+    for name in ("pump", "tide", "lamp"):
+        (tmp_path / "manuals" / f"{name}.md").write_text(f"# The {name}\n\n{TEXTS[name]}\n")
+    (tmp_path / "manuals" / "valve.txt").write_text(TEXTS["ferry"])
+    (tmp_path / "manuals" / "empty.txt").write_text("")
+    assert answer.open_index and train.main and query.main
+    yield model
+
+
+TRAIN = [
+    "--collection",
+    "manuals",
+    "--tokens",
+    "16",
+    "--conversations",
+    "40",
+    "--steps",
+    "12",
+    "--pool",
+    "2",
+    "--targets",
+    "2",
+]
+TRAIN += ["--per-target", "2", "--rotate-every", "3", "--isolation", "0.5", "--guests", "1", "--lr", "0.01"]
+
+
+def call(main: Callable[[list[str]], int], *words: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(list(words))
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_python_of_the_readme_runs(manuals: FrozenModel) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    out = io.StringIO()
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), names)
+    store = names["store"]
+    assert set(store.rows()) == {"lamp", "pump", "tide", "valve"} and all(r.steps for r in store.rows().values())
+    assert "tensor" in out.getvalue() and store.verify() == []
+
+
+def test_a_folder_in_and_answers_out(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = call(train.main, *TRAIN)
+    assert status == 0, err
+    assert "empty.txt" in err and "documents   4" in out and "trained     4 cartridges, 12 steps" in out
+    lines = [json.loads(line) for line in Path("runs/manuals/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12)) and lines[-1]["rotations"] > 3
+
+    status, out, err = call(query.main, "Which valve?", "--retrieve-k", "2", "--json", "--max-new-tokens", "5")
+    assert status == 0 and "newest under runs/" in err
+    found = json.loads(out)
+    assert set(found) == {"question", "answer", "cartridges", "tokens", "bytes", "timings"}
+    assert len(found["cartridges"]) == 2 and set(found["cartridges"][0]) == {"id", "title", "score", "attention"}
+    assert set(found["tokens"]) == {"cartridge", "prompt", "answer"} and found["tokens"]["cartridge"] == 32
+    assert set(found["timings"]) == {"retrieve_s", "load_s", "prefill_s", "decode_s"}
+    assert all(0 <= c["attention"] <= 1 for c in found["cartridges"])
+
+    status, out, _ = call(query.main, "Which?", "--documents", "pump,tide", "--max-new-tokens", "5")
+    assert status == 0 and "of the attention  pump  (The pump)" in out and "MiB of KV" in out
+    assert call(query.main, "Which?", "--documents", "pumps")[0] == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("First?\nSecond?\n\nThird?\n"))
+    status, out, _ = call(query.main, "--documents", "pump", "--json", "--max-new-tokens", "3")
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["First?", "Second?"]
+
+    rows = json.loads(call(tool.main, "ls", "--json")[1])
+    assert [row["id"] for row in rows] == ["lamp", "pump", "tide", "valve"]
+    assert json.loads(call(tool.main, "show", "--json")[1])["step"] == 12
+    assert call(tool.main, "verify")[0] == 0
+    assert call(tool.main, "export", "pump", "pump.safetensors")[0] == 0 and Path("pump.safetensors").exists()
+    assert call(tool.main, "export", "pump", "pump.bin")[0] == 2
+
+
+def test_a_dry_run_writes_nothing(manuals: FrozenModel) -> None:
+    status, out, _ = call(train.main, *TRAIN, "--dry-run")
+    assert status == 0 and "device" in out and "disk" in out and not Path("runs").exists()
+
+
+def test_a_budget_too_small_is_refused_with_figures(manuals: FrozenModel) -> None:
+    status, _, err = call(train.main, *TRAIN, "--budget", "10MiB")
+    assert status == 2 and "10.0 MiB" in err and err.count("cas: ") == 1 and not Path("runs").exists()
+
+
+def test_interrupted_training_goes_on_by_the_printed_command(
+    manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cas.trainer import Trainer
+
+    whole = call(train.main, *TRAIN, "--store", "runs/whole")
+    step, stopping = Trainer.train_step, console.Interrupt()
+    monkeypatch.setattr(console, "Interrupt", lambda: stopping)
+
+    def interrupted(self: Trainer, number: int, work: Any) -> Any:
+        if number == 5:
+            stopping.signal = 2
+        return step(self, number, work)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    status, _, err = call(train.main, *TRAIN, "--store", "runs/cut")
+    assert status == 130 and "go on with:\n  python -m cas.train --collection manuals" in err and whole[0] == 0
+    monkeypatch.setattr(Trainer, "train_step", step)
+    stopping.signal = None
+    assert call(train.main, *TRAIN, "--store", "runs/cut")[0] == 0
+    from cas.store import Store
+
+    stores = [Store.open(f"runs/{name}") for name in ("whole", "cut")]
+    for name in stores[0].rows():
+        assert torch.equal(*(s.cartridge(name) for s in stores))
+    for store in stores:
+        store.close()
+    status, _, err = call(train.main, *TRAIN, "--store", "runs/cut", "--lr", "0.5")
+    assert status == 2 and "lr 0.01 (now 0.5)" in err
+
+
+def test_merging_makes_one_cartridge(manuals: FrozenModel) -> None:
+    status, out, err = call(train.main, *TRAIN, "--merge", "--store", "runs/one")
+    assert status == 0, err
+    assert [row["id"] for row in json.loads(call(tool.main, "ls", "--json", "--store", "runs/one")[1])] == [
+        "collection"
+    ]
