@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,51 @@ from cas.errors import ConfigError
 _C = TypeVar("_C")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a run. Those of the schedule are explained in :class:`cas.schedule.Schedule`.
+
+    Attributes:
+        epochs: passes over all conversations; ``steps`` overrides it.
+        lr, warmup, final_lr: peak of Adam's learning rate, own steps of warm-up, where the linear decay ends (share).
+        distractor_gradients: a visible trainee that is not a target keeps its gradient for its next turn as target.
+        objective: "distillation" (teacher's probabilities) or "next-token" (teacher's words).
+        checkpoint_every: steps between checkpoints.
+    """
+
+    epochs: float = 8.0
+    steps: int | None = None
+    lr: float = 2e-2
+    warmup: int = 20
+    final_lr: float = 0.02
+    pool: int = 20
+    targets: int = 4
+    per_target: int = 8
+    isolation: float = 0.75
+    max_distractors: int = 10
+    guests: int = 0
+    rotate_every: int = 10
+    rotate_fraction: float = 0.5
+    distractor_gradients: bool = False
+    objective: str = "distillation"
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            flag = f"--{name.replace('_', '-')} {value}"
+            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
+                raise ConfigError(f"{flag}: at least 1")
+            if name in ("guests", "max_distractors", "warmup") and value < 0:
+                raise ConfigError(f"{flag}: at least 0")
+            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
+                raise ConfigError(f"{flag}: from 0 to 1")
+            if name in ("lr", "epochs") and not 0 < value < math.inf:
+                raise ConfigError(f"{flag}: more than 0")
+            if name == "objective" and value not in ("distillation", "next-token"):
+                raise ConfigError(f"{flag}: choose distillation or next-token")
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class Interrupt:
 class Display:
     """A progress bar with rate and time left on stderr; silent when stderr is no terminal."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
 
     def __enter__(self) -> Display:
         from rich.console import Console
@@ -94,12 +94,12 @@ class Display:
             disable=not console.is_terminal,
         )
         self._progress.start()
-        self._task = self._progress.add_task(self.title, total=self.total, note="")
+        self._task = self._progress.add_task(self.title, total=None, note="")
         return self
 
-    def show(self, done: int, note: str = "") -> None:
-        """Set how much is done."""
-        self._progress.update(self._task, completed=done, note=note)
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Set how much is done, of how much."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
 
     def say(self, line: str) -> None:
         """A line above the bar, on stderr."""

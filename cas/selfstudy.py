@@ -93,7 +93,9 @@ def synthesize(
     )
     items: list[Conversation] = []
     dropped: Counter[str] = Counter()
-    silent = {d.id for d in documents.documents}  # every document gets at least one conversation, whatever was asked for
+    silent = {
+        d.id for d in documents.documents
+    }  # every document gets at least one conversation, whatever was asked for
     unit = 0
     while len(items) < teacher.wanted or silent:
         # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.

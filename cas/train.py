@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas import console
-from cas.config import TrainConfig, memory, parse, store_folder
+from cas.config import TrainConfig, Training, memory, parse, store_folder
 from cas.errors import BudgetError, ConfigError, StoreMismatch
 
 if TYPE_CHECKING:
     from budget.planner import Plan
     from cas.collection import Collection
+    from cas.conversations import Conversations
     from cas.model import FrozenModel
     from cas.store import Store
     from cas.trainer import Report
@@ -25,18 +26,23 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, plan, synthesise, train, index. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return console.run(lambda: train(parse(TrainConfig, "python -m cas.train", arguments), arguments))
+    again = shlex.join(["python", "-m", "cas.train", *arguments])
+    return console.run(lambda: train(parse(TrainConfig, "python -m cas.train", arguments), again))
 
 
-def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
-    """The whole way of the data for one configuration. Prints the plan and the end on stdout, progress on stderr."""
+def train(config: TrainConfig, again: str) -> int:
+    """The whole way of the data for one configuration. Prints the plan and the end on stdout, progress on stderr.
+
+    ``again``: the command that goes on, to print when interrupted.
+    """
     if config.collection is None:
         raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+    settings = {f.name: getattr(config, f.name) for f in fields(Training) if hasattr(config, f.name)}
+    Training(**{**settings, "pool": 1 if config.pool is None else config.pool})  # refuse nonsense early
     from cas.answer import open_index
     from cas.collection import Collection, split_long
     from cas.model import FrozenModel
-    from cas.selfstudy import SelfStudy, synthesize
-    from cas.trainer import Trainer, Training
+    from retrieval import SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
     documents = Collection.load(config.collection)
@@ -46,77 +52,29 @@ def train(config: TrainConfig, arguments: Sequence[str] = ()) -> int:
         documents = documents.select(config.documents)
     if config.merge:
         documents = documents.merged()
-    name = _recorded_model(folder, config)
+    name, pool = _recorded(folder, config)
     model = FrozenModel.from_pretrained(
         name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
     )
     ratio = config.ratio if config.ratio or config.tokens else 16.0
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
-    plan = make_plan(config, model, documents, ratio)
-    print(
-        f"model       {model.source.name} ({model.source.kind}, {str(model.dtype).removeprefix('torch.')}, {model.device})"
-    )
+    plan = make_plan(config, model, documents, ratio, pool)
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"model       {model.source.name} ({model.source.kind}, {dtype}, {model.device})")
     print("\n".join(plan.lines()), flush=True)
     if config.dry_run:
         return 0
     store = _open_or_create(folder, model, config, ratio)
-    study = SelfStudy(
-        conversations=config.conversations,
-        chunk_tokens=config.chunk_tokens,
-        questions_per_call=config.questions_per_call,
-        kinds=config.kinds,
-        seed=config.seed,
-    )
-    again = shlex.join(["python", "-m", "cas.train", *arguments])
     with console.Interrupt().listening() as interrupt:
-        with console.Display("self-study", 0, "conversations") as display:
-
-            def synthesised(kept: int, wanted: int) -> None:
-                display.total = wanted
-                display._progress.update(display._task, total=wanted)
-                display.show(kept)
-                if interrupt():
-                    raise _Stopped
-
-            try:
-                conversations = synthesize(model, documents, store, study, progress=synthesised)
-            except _Stopped:
-                print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
-                return interrupt.exit_status
-        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
-        print(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}", flush=True)
-        values = {f.name: getattr(config, f.name) for f in fields(Training) if hasattr(config, f.name)}
-        training = Training(**{**values, "pool": plan.pool})
-        trainer = Trainer(model, store, conversations, training, host_bytes=memory(config.host_memory, "--host-memory"))
-        started = time.monotonic()
-        with console.Display("training", trainer.steps, "steps") as display:
-            first: list[int] = []
-
-            def stepped(report: Report) -> None:
-                first.append(report.step)
-                display.show(
-                    report.step + 1,
-                    f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  pool {len(report.pool)}  rotations {report.rotations}",
-                )
-                if len(first) == 10:
-                    each = (time.monotonic() - started) / 10
-                    display.say(
-                        f"about {(report.steps - report.step - 1) * each / 3600:.2f} hours to go ({each:.2f} s a step)"
-                    )
-
-            trainer.on_step = stepped
-            finished = trainer.run(stop=interrupt)
-        if not finished:
+        conversations = _self_study(config, model, documents, store, interrupt)
+        if conversations is not None:
+            training = Training(**{**settings, "pool": plan.pool})
+            finished = _joint_training(config, model, store, conversations, training, plan, interrupt)
+        if conversations is None or not finished:
             print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
             return interrupt.exit_status
-    from retrieval import SentenceEmbedder
-
     open_index(store, SentenceEmbedder(config.embedder))
-    rows = store.rows().values()
-    print(
-        f"trained     {len(rows)} cartridges, {trainer.steps} steps, {sum(r.trained_tokens for r in rows):,} tokens of conversation"
-    )
     print(f'store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 "..."')
     store.close()
     return 0
@@ -126,7 +84,80 @@ class _Stopped(Exception):
     """Somebody asked the synthesis to stop between two units."""
 
 
-def make_plan(config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None) -> Plan:
+def _self_study(
+    config: TrainConfig, model: FrozenModel, documents: Collection, store: Store, interrupt: console.Interrupt
+) -> Conversations | None:
+    """The collection's conversations, or None when interrupted."""
+    from cas.selfstudy import SelfStudy, synthesize
+
+    study = SelfStudy(
+        conversations=config.conversations,
+        chunk_tokens=config.chunk_tokens,
+        questions_per_call=config.questions_per_call,
+        kinds=config.kinds,
+        seed=config.seed,
+    )
+    with console.Display("self-study", "conversations") as display:
+
+        def progress(kept: int, wanted: int) -> None:
+            display.show(kept, wanted)
+            if interrupt():
+                raise _Stopped
+
+        try:
+            conversations = synthesize(model, documents, store, study, progress=progress)
+        except _Stopped:
+            return None
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
+    print(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}", flush=True)
+    return conversations
+
+
+def _joint_training(
+    config: TrainConfig,
+    model: FrozenModel,
+    store: Store,
+    conversations: Conversations,
+    training: Training,
+    plan: Plan,
+    interrupt: console.Interrupt,
+) -> bool:
+    """Train to the end (true) or until interrupted (false)."""
+    from cas.trainer import Trainer
+
+    trainer = Trainer(
+        model,
+        store,
+        conversations,
+        training,
+        host_bytes=memory(config.host_memory, "--host-memory"),
+        device_bytes=plan.trainees + plan.guest_copies,
+    )
+    started, done = time.monotonic(), 0
+    with console.Display("training", "steps") as display:
+
+        def stepped(report: Report) -> None:
+            nonlocal done
+            done += 1
+            rate = f"{report.tokens_per_s:.0f} tokens/s"
+            pool = f"pool {len(report.pool)}  rotations {report.rotations}"
+            display.show(report.step + 1, report.steps, f"loss {report.loss:.3f}  {rate}  {pool}")
+            if done == 10:
+                each = (time.monotonic() - started) / done
+                hours = (report.steps - report.step - 1) * each / 3600
+                display.say(f"time        about {hours:.2f} hours to go ({each:.2f} s a step)")
+
+        trainer.on_step = stepped
+        finished = trainer.run(stop=interrupt)
+    rows = store.rows().values()
+    tokens = sum(row.trained_tokens for row in rows)
+    print(f"trained     {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned")
+    return finished
+
+
+def make_plan(
+    config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None, pool: int | None = None
+) -> Plan:
     """Bytes of everything before anything starts. Raises BudgetError with the figures if the budget cannot hold it."""
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
@@ -167,7 +198,7 @@ def make_plan(config: TrainConfig, model: FrozenModel, documents: Collection, ra
     try:
         return make_plan(
             needed,
-            pool=None if config.pool is None else min(config.pool, len(sizes)),
+            pool=None if pool is None else min(pool, len(sizes)),
             guests=min(config.guests, len(sizes)),
             budget=None if config.budget is None else memory(config.budget, "--budget"),
             host_budget=memory(config.host_memory, "--host-memory"),
@@ -177,16 +208,17 @@ def make_plan(config: TrainConfig, model: FrozenModel, documents: Collection, ra
         raise BudgetError(str(error)) from error
 
 
-def _recorded_model(folder: Path, config: TrainConfig) -> str:
-    """The model of an existing store wins over the default, and is refused against another named one by its fingerprint."""
+def _recorded(folder: Path, config: TrainConfig) -> tuple[str, int | None]:
+    """Model and pool: what an existing store was begun with, where the command leaves them open."""
     from cas.store import Store
 
-    if config.model != TrainConfig.model or not (folder / "cartridges.lmdb").exists():
-        return config.model
+    if not (folder / "cartridges.lmdb").exists():
+        return config.model, config.pool
     store = Store.open(folder)
-    name = str(store.meta["model"]["source"]["name"])
+    name = str(store.meta["model"]["source"]["name"]) if config.model == TrainConfig.model else config.model
+    begun = (store.run_state() or {}).get("settings", {})
     store.close()
-    return name
+    return name, begun.get("pool") if config.pool is None else config.pool
 
 
 def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio: float | None) -> Store:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from budget.manager import Manager
 from cas.attention import Batch, Gathered, packed_positions
+from cas.config import Training
 from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, next_token_loss
 from cas.errors import ConfigError, RunError
@@ -28,51 +29,6 @@ from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
 from cas.schedule import Schedule, Step
 from cas.store import Store
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of a run. Those of the schedule are explained in :class:`cas.schedule.Schedule`.
-
-    Attributes:
-        epochs: passes over all conversations; ``steps`` overrides it.
-        lr, warmup, final_lr: peak of Adam's learning rate, own steps of warm-up, where the linear decay ends (share).
-        distractor_gradients: a visible trainee that is not a target keeps its gradient for its next turn as target.
-        objective: "distillation" (teacher's probabilities) or "next-token" (teacher's words).
-        checkpoint_every: steps between checkpoints.
-    """
-
-    epochs: float = 8.0
-    steps: int | None = None
-    lr: float = 2e-2
-    warmup: int = 20
-    final_lr: float = 0.02
-    pool: int = 20
-    targets: int = 4
-    per_target: int = 8
-    isolation: float = 0.75
-    max_distractors: int = 10
-    guests: int = 0
-    rotate_every: int = 10
-    rotate_fraction: float = 0.5
-    distractor_gradients: bool = False
-    objective: str = "distillation"
-    checkpoint_every: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            flag = f"--{name.replace('_', '-')} {value}"
-            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
-                raise ConfigError(f"{flag}: at least 1")
-            if name in ("guests", "max_distractors", "warmup") and value < 0:
-                raise ConfigError(f"{flag}: at least 0")
-            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
-                raise ConfigError(f"{flag}: from 0 to 1")
-            if name in ("lr", "epochs") and not 0 < value < math.inf:
-                raise ConfigError(f"{flag}: more than 0")
-            if name == "objective" and value not in ("distillation", "next-token"):
-                raise ConfigError(f"{flag}: choose distillation or next-token")
 
 
 @dataclass(frozen=True)

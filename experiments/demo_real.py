@@ -54,7 +54,7 @@ def demo(config: DemoConfig) -> int:
     from cas.store import Store
     from cas.train import train
     from experiments.arms import METRICS, PeakMemory, run_arms, unseen
-    from experiments.results import relative, table, write_run
+    from experiments.results import table, write_run
 
     started = time.monotonic()
     folder = Path(config.output)
@@ -74,8 +74,10 @@ def demo(config: DemoConfig) -> int:
         seed=config.seed,
         rotate_every=24,
     )
+    again = " ".join(["python -m experiments.demo_real", *(f"--{k} {v}" for k, v in asdict(config).items())])
+    command = again.replace(config.output, "DIR")  # a record names no folder of this machine
     with PeakMemory() as memory:
-        status = train(settings, ["--config", relative(folder / "config.yaml")])
+        status = train(settings, again)
         if status:
             return status
         model = FrozenModel.from_pretrained(settings.model)
@@ -99,9 +101,7 @@ def demo(config: DemoConfig) -> int:
     run = write_run(
         folder / "results",
         name="demo_real",
-        command=" ".join(
-            ["python -m experiments.demo_real", *(f"--{k} {v}" for k, v in asdict(config).items() if k != "output")]
-        ),
+        command=command,
         seeds=[config.seed],
         model=model.source.name,
         collection={"name": "examples", "sha256": collection.hash},
