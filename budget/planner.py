@@ -24,7 +24,8 @@ class Sizes:
         step_tokens: own tokens of one step; supervised: of these, rows that need logits.
         prefix: prefix positions that the step's conversations see, all added up (with the header).
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
-        longest: own tokens of the longest conversation.
+        longest: own tokens of the longest conversation. rows: conversations of a step.
+        decoded: positions that one batch of self-study may hold.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class Sizes:
     head_dim: int
     longest: int
     rows: int
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,13 @@ def activation_bytes(s: Sizes) -> int:
     return (kept + 2 * gathered + 4 * weights) * s.element + logits
 
 
+def decoding_bytes(s: Sizes) -> int:
+    """An upper bound of what a batch of self-study keeps: its whole KV cache, once gathered and once more on the way, and
+    the logits of one new token for as many rows as would fit at 64 positions each."""
+    per_position = 2 * s.layers * s.kv_heads * s.head_dim * s.element
+    return 2 * s.decoded * per_position + s.decoded // 64 * s.vocabulary * 4
+
+
 def make_plan(
     s: Sizes, *, pool: int | None, guests: int, budget: int | None, host_budget: int | None, on_cpu: bool
 ) -> Plan:
@@ -103,7 +112,7 @@ def make_plan(
     Raises: DoesNotFit with the figures when the budget cannot hold it.
     """
     runtime = RUNTIME_BYTES if on_cpu else 0
-    activations = activation_bytes(s)
+    activations = max(activation_bytes(s), decoding_bytes(s))
     fixed, each = runtime + s.weights + activations, trainee_bytes(s.largest)
 
     def copies(pool: int) -> int:

@@ -17,6 +17,8 @@ from cas.attention import _Pool, _visible_columns, causal_mask
 from cas.cartridge import Layout
 from cas.model import FrozenModel
 
+BATCH_POSITIONS = 16384  # prefix, prompt and answer positions that one batch of the engine may hold
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -185,7 +187,7 @@ def generate(
     keep_top: int = 0,
     also_stop: frozenset[int] = frozenset(),
     on_token: Callable[[int, int], None] | None = None,
-    batch_positions: int = 16384,
+    batch_positions: int = BATCH_POSITIONS,
     batch_rows: int = 64,
 ) -> list[Generation]:
     """Decode answers to prompts of any mixture of prefixes.
@@ -257,7 +259,7 @@ def log_likelihood(
     cartridges: Mapping[str, Tensor],
     layout: Layout,
     *,
-    batch_positions: int = 16384,
+    batch_positions: int = BATCH_POSITIONS,
     batch_rows: int = 32,
 ) -> list[float]:
     """Mean log-probability (nats per token) of given answers behind their prompts, teacher-forced.

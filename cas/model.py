@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ from cas.config import DEFAULT_MODEL, DEFAULT_SYSTEM
 from cas.errors import ModelError
 from cas.loading import Source, first_line, load
 from cas.template import render_template
+
+# Batches of ever new lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass(frozen=True)

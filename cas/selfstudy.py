@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from budget.manager import give_back
 from cas.cartridge import Layout
 from cas.collection import Collection, Document
 from cas.conversations import Conversation, Conversations, read_unit, write_unit
@@ -113,6 +114,7 @@ def synthesize(
             teacher.replay(unit, found)
         else:
             found, counts = teacher.unit(unit)
+            give_back()
             write_unit(file, found, counts, made_with)
         items += found
         silent -= {item.document for item in found}

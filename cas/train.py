@@ -161,6 +161,7 @@ def make_plan(
     """Bytes of everything before anything starts. Raises BudgetError with the figures if the budget cannot hold it."""
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
+    from cas.decoding import BATCH_POSITIONS
     from cas.selfstudy import SelfStudy
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
@@ -194,6 +195,7 @@ def make_plan(
         head_dim=g.head_dim,
         longest=longest,
         rows=rows,
+        decoded=BATCH_POSITIONS,
     )
     try:
         return make_plan(
