@@ -36,7 +36,7 @@ TEXT_ARMS = ("no_context", "full_document", "rag")
 class Config:
     """Joint against isolated training on one collection."""
 
-    output: str
+    output: str = "runs/joint_vs_isolated"
     """Folder of stores and results."""
     collection: str = "fairytaleqa"
     """The collection, with questions."""
