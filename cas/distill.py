@@ -10,7 +10,7 @@ def distillation_loss(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> 
     """KL(teacher || student) per token over the classes {k kept tokens, everything else}.
 
     Merging classes can only lower a KL, so this is a lower bound of the full one, never negative, and equal to it when
-    k is the vocabulary. (Context distillation, 2506.06266 section 3.3; top-k as in 2606.04557. All k entries stay,
+    k is the vocabulary. (Context distillation, 2506.06266, section 4.2; top-k as in 2606.04557. All k entries stay,
     whatever mass they hold, and the caller means over tokens, not over entries.)
 
     Args:

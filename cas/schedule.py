@@ -30,7 +30,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training schedule of 2606.04557, section 3 (mixed visibility, least-trained-first rotation).
+    """The training schedule of 2606.04557 as accounts of it tell (mixed visibility, least-trained-first rotation).
 
     Attributes:
         conversations: how many training conversations each document has.

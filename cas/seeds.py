@@ -1,6 +1,6 @@
 """The five kinds of seed prompt, in our own words, and what makes a question or an answer worth keeping.
 
-The kinds are those of 2506.06266, section 3.1: structuring, summarisation, question, use case, creative.
+The kinds are those of 2506.06266, section 4.1: structuring, summarisation, question, use case, creative.
 """
 
 from __future__ import annotations

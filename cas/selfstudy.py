@@ -1,5 +1,5 @@
 """Self-study: the frozen model questions itself about each document, answers with the text before it, and keeps the
-probabilities it answered with (2506.06266, section 3).
+probabilities it answered with (2506.06266, section 4).
 
 One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows that
 share the chunk's KV, each pointed at one sentence and opened with one of the kind's openings. Small models need the hand
