@@ -14,11 +14,13 @@ from cas.errors import CasError
 
 
 def run(main: Callable[[], int]) -> int:
-    """Call a command and turn what it raises into one line on stderr and an exit status."""
+    """Call a command and turn what it raises, or warns of, into one line on stderr and an exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"(transformers|sentence_transformers|torch)\b.*")
     try:
-        return main()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|sentence_transformers|torch)\b.*")
+            warnings.showwarning = lambda message, *_, **__: print(f"cas: {message}", file=sys.stderr)
+            return main()
     except CasError as error:
         print(f"cas: {error}", file=sys.stderr)
         return error.exit_status

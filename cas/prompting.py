@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from cas.collection import Document
 from cas.decoding import Prompt
 from cas.errors import UserError
@@ -25,7 +27,7 @@ def no_context(model: FrozenModel, question: str) -> Prompt:
 
 
 def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Prompt:
-    """Texts (whole documents, or retrieved chunks, with their titles) where the document stands, joined by blank lines.
+    """Texts (retrieved chunks with their titles) where the document stands, joined by blank lines.
 
     Raises: UserError if that is longer than the model's window.
     """
@@ -38,9 +40,20 @@ def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Pro
     return Prompt(tokens)
 
 
-def full_document(model: FrozenModel, question: str, documents: Sequence[Document]) -> Prompt:
-    """Whole documents, titled, as the teacher reads its chunks."""
-    return text_context(model, question, [with_title(d.title, d.text) for d in documents])
+def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor:
+    """The exact KV of whole documents, titled, as the teacher reads its chunks: a prefix that all their questions share.
+
+    Loaded as a cartridge where tokens stand right behind it (``offset``), it is the plain prompt of header, documents and
+    question, read once instead of once a question. Returns: [L, 2, H, T, D] in the model's dtype.
+    Raises: UserError if the documents leave no room for a question in the model's window.
+    """
+    tokens = model.encode("\n\n".join(with_title(d.title, d.text) for d in documents))
+    room = model.geometry.max_positions - model.layout_header
+    if len(tokens) >= room:
+        raise UserError(
+            f"the documents take {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts"
+        )
+    return model.prefill([*model.template.header_ids, *tokens])[:, :, :, model.layout_header :]
 
 
 def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:

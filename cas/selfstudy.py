@@ -35,6 +35,7 @@ from cas.seeds import KINDS, SEEDS, Seed, bad_answer, bad_question, loops, norma
 from cas.store import Store
 from retrieval.chunk import split_sentences, with_title
 
+CALLS_ABOUT_A_SILENT_ONE = 5
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -71,7 +72,8 @@ def synthesize(
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; goes on where an earlier call stopped.
 
-    Also gives new documents their initial cartridges (:meth:`Store.add_documents`).
+    Also gives new documents their initial cartridges (:meth:`Store.add_documents`). A document about which nothing worth
+    keeping is written, in calls of its own too, is missing from the result.
 
     Args: settings, or its fields as ``options``; progress: called with (kept, wanted) after every unit.
     Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
@@ -94,16 +96,17 @@ def synthesize(
     )
     items: list[Conversation] = []
     dropped: Counter[str] = Counter()
-    silent = {
-        d.id for d in documents.documents
-    }  # every document gets at least one conversation, whatever was asked for
+    # When enough is kept, documents about which nothing is yet get calls of their own, but not for ever.
+    patience = dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
     unit = 0
-    while len(items) < teacher.wanted or silent:
+    while len(items) < teacher.wanted or any(patience.values()):
         # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
-        if unit * settings.calls_per_unit * settings.questions_per_call > 12 * teacher.wanted + 1000:
-            about_whom = f", none about {', '.join(sorted(silent)[:3])}" if silent and items else ""
-            kept = f"{len(items)} of {teacher.wanted} conversations{about_whom}; dropped: {dict(dropped)}"
+        if len(items) < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
+            12 * teacher.wanted + 1000
+        ):
+            kept = f"{len(items)} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
             raise RunError(f"self-study kept {kept}; use a larger model")
+        teacher.only = [i for i, calls in patience.items() if calls] if len(items) >= teacher.wanted else []
         file = folder / f"unit-{unit:06d}.parquet"
         if file.exists():
             found, counts, before = read_unit(file)
@@ -116,8 +119,11 @@ def synthesize(
             found, counts = teacher.unit(unit)
             give_back()
             write_unit(file, found, counts, made_with)
+        for number in teacher.calls(unit) if teacher.only else ():
+            one = teacher.only[number % len(teacher.only)]
+            patience[one] = max(0, patience[one] - 1)
+        patience.update({item.document: 0 for item in found})
         items += found
-        silent -= {item.document for item in found}
         dropped.update(counts)
         unit += 1
         if progress is not None:
@@ -152,10 +158,11 @@ class _Teacher:
         self.used: dict[tuple[str, str], set[tuple[int, str]]] = {}  # (document, kind): sentences and openings tried
         self.newline = frozenset(i for i in range(model.geometry.vocabulary) if "\n" in model.tokenizer.decode([i]))
         self.layout = Layout("offset", model.layout_header, 0)
+        self.only: list[str] = []
 
     def replay(self, unit: int, items: Sequence[Conversation]) -> None:
         """Remember what a finished unit tried and kept."""
-        for number in self._calls(unit):
+        for number in self.calls(unit):
             self._call(number)
         self._remember(items)
 
@@ -167,7 +174,7 @@ class _Teacher:
         """The conversations of one unit and what was dropped, by reason."""
         s, template, dropped = self.settings, self.model.template, Counter[str]()
         asked: list[tuple[_Call, str]] = []
-        for number in self._calls(unit):
+        for number in self.calls(unit):
             call = self._call(number)
             seen = {normal(question) for before, question in asked if before.document == call.document}
             asked += [(call, question) for question in self._questions(number, call, seen, dropped)]
@@ -202,7 +209,8 @@ class _Teacher:
         self._remember(kept)
         return kept, dropped
 
-    def _calls(self, unit: int) -> range:
+    def calls(self, unit: int) -> range:
+        """The numbers of a unit's calls."""
         return range(unit * self.settings.calls_per_unit, (unit + 1) * self.settings.calls_per_unit)
 
     def _call(self, number: int) -> _Call:
@@ -258,10 +266,15 @@ class _Teacher:
 
     def _window(self, call: int) -> tuple[Document, int, list[str]]:
         """A document, and whole sentences of it from the given one on, at most ``chunk_tokens``, around a point that walks
-        evenly (by the golden ratio) over all the collection's tokens: documents get calls in proportion to their length."""
+        evenly (by the golden ratio) over all the collection's tokens: documents get calls in proportion to their length.
+        While ``only`` names some, over these in turn."""
         start = Random(f"{self.settings.seed}/walk").random()
-        point = int((start + call * GOLDEN_RATIO) % 1.0 * self.total)
-        which = 0
+        along = (start + call * GOLDEN_RATIO) % 1.0
+        if self.only:
+            which = self.ids.index(self.only[call % len(self.only)])
+            point = int(along * self.lengths[which])
+        else:
+            which, point = 0, int(along * self.total)
         while point >= self.lengths[which]:
             point -= self.lengths[which]
             which += 1

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
@@ -68,12 +69,11 @@ class Trainer:
         self.training = t = training or Training(**options)
         self.on_step = on_step
         self.layout = store.layout
-        counts = {i: len(conversations.by_document.get(i, ())) for i in store.rows()}
-        without = [i for i, n in counts.items() if not n]
-        if without:
-            raise ConfigError(
-                f"no conversations about {', '.join(without[:3])}; run the synthesis for this store again"
-            )
+        counts = {i: len(conversations.by_document[i]) for i in store.rows() if i in conversations.by_document}
+        if not counts:
+            raise ConfigError("no conversations about the documents of this store; run its synthesis again")
+        if without := [i for i in store.rows() if i not in counts]:
+            warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialised", stacklevel=2)
         self.schedule = Schedule(
             counts,
             t.seed,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from cas import prompting
 from cas.answer import open_index
+from cas.cartridge import Layout
 from cas.collection import Collection, Question
 from cas.conversations import Conversations
 from cas.decoding import Prompt, generate, log_likelihood
@@ -35,25 +36,16 @@ def build_prompts(
 ) -> list[Prompt]:
     """The prompts of one arm, with "answer in a few words" in every one.
 
-    Arms: ``no_context``; ``full_document``: the gold documents' text; ``oracle``: the gold documents' cartridges; ``loaded``:
-    every cartridge of the store; ``retrieved<k>``: the k best by retrieval; ``rag``: the best chunks that fit into as many
-    tokens as four of the store's largest cartridges, titles counted.
+    Arms: ``no_context``; ``oracle``: the gold documents' cartridges; ``loaded``: every cartridge of the store;
+    ``retrieved<k>``: the k best by retrieval; ``rag``: the best chunks that fit into as many tokens as four of the store's
+    largest cartridges, titles counted.
     """
     asked = [q.question + BRIEF for q in questions]
     rows = store.rows()
-
-    def own(question: Question) -> list[str]:
-        return [i for i in rows if i in question.document_ids]
-
     if arm == "no_context":
         return [prompting.no_context(model, a) for a in asked]
-    if arm == "full_document":
-        return [
-            prompting.full_document(model, a, [collection[i] for i in own(q)])
-            for a, q in zip(asked, questions, strict=True)
-        ]
     if arm == "oracle":
-        return [prompting.cartridges(model, a, own(q)) for a, q in zip(asked, questions, strict=True)]
+        return [prompting.cartridges(model, a, q.document_ids) for a, q in zip(asked, questions, strict=True)]
     if arm == "loaded":
         return [prompting.cartridges(model, a, list(rows)) for a in asked]
     index = open_index(store, embedder)
@@ -76,6 +68,36 @@ def build_prompts(
             texts.append(chunk)
         prompts.append(prompting.text_context(model, a, texts))
     return prompts
+
+
+def groups(
+    model: FrozenModel,
+    store: Store,
+    collection: Collection,
+    questions: Sequence[Question],
+    arm: str,
+    cartridges: Mapping[str, Tensor],
+    embedder: Embedder | None = None,
+) -> Iterator[tuple[list[Question], list[Prompt], Mapping[str, Tensor], Layout]]:
+    """The questions of an arm in groups, with their prompts and what these load.
+
+    ``full_document`` (the gold documents' text) is a group per set of documents, read once for all its questions; every
+    other arm of :func:`build_prompts` is one group.
+    """
+    if arm != "full_document":
+        yield (
+            list(questions),
+            build_prompts(model, store, collection, questions, arm, embedder),
+            cartridges,
+            store.layout,
+        )
+        return
+    behind_the_text = Layout("offset", model.layout_header, 0)
+    for ids in dict.fromkeys(tuple(sorted(q.document_ids)) for q in questions):
+        about = [q for q in questions if tuple(sorted(q.document_ids)) == ids]
+        text = prompting.whole_documents(model, [collection[i] for i in ids])
+        prompts = [Prompt(prompting.question_tokens(model, q.question + BRIEF), ("text",)) for q in about]
+        yield about, prompts, {"text": text}, behind_the_text
 
 
 def run_arms(
@@ -101,29 +123,33 @@ def run_arms(
     """
     kv = dict(cartridges) if cartridges is not None else {name: store.cartridge(name) for name in store.rows()}
     kv = {name: tensor.to(model.device, model.dtype) for name, tensor in kv.items()}
-    gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in questions]
     predictions: list[Prediction] = []
     for arm in arms:
-        prompts = build_prompts(model, store, collection, questions, arm, embedder)
-        answers = generate(model, prompts, kv, store.layout, max_new_tokens=max_new_tokens)
-        likelihoods = log_likelihood(model, prompts, gold, kv, store.layout)
-        for q, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
-            text = model.decode(answer.ids)
-            scores = {
-                "contains": contains(text, q.answers),
-                "f1": f1(text, q.answers),
-                "exact_match": exact_match(text, q.answers),
-            }
-            predictions.append(
-                {
-                    "arm": prefix + arm,
-                    "seed": seed,
-                    "question_id": q.id,
-                    "document_id": q.document_ids[0],
-                    "scores": {**scores, "log_perplexity": -likelihood},
-                    "answer": text,
+        found: list[Prediction] = []
+        for about, prompts, loaded, layout in groups(model, store, collection, questions, arm, kv, embedder):
+            gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in about]
+            answers = generate(model, prompts, loaded, layout, max_new_tokens=max_new_tokens)
+            likelihoods = log_likelihood(model, prompts, gold, loaded, layout)
+            for q, answer, likelihood in zip(about, answers, likelihoods, strict=True):
+                text = model.decode(answer.ids)
+                scores = {
+                    "contains": contains(text, q.answers),
+                    "f1": f1(text, q.answers),
+                    "exact_match": exact_match(text, q.answers),
+                    "log_perplexity": -likelihood,
                 }
-            )
+                found.append(
+                    {
+                        "arm": prefix + arm,
+                        "seed": seed,
+                        "question_id": q.id,
+                        "document_id": q.document_ids[0],
+                        "scores": scores,
+                        "answer": text,
+                    }
+                )
+        place = {q.id: i for i, q in enumerate(questions)}
+        predictions += sorted(found, key=lambda p: place[p["question_id"]])
         if progress is not None:
             progress(prefix + arm)
     return predictions

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,7 @@ from cas.config import parse
 from cas.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from cas.collection import Collection
+    from cas.collection import Collection, Document, Question
     from cas.conversations import Conversations
     from cas.model import FrozenModel
     from cas.store import Store
@@ -44,6 +45,8 @@ class Config:
     """Only documents whose id starts so."""
     shortest: int = 8
     """Of these, the so many shortest."""
+    excerpt_words: int | None = None
+    """Of each document only its first paragraphs, at most so many words, with the questions about them."""
     ratio: float = 8.0
     """Document tokens per cartridge position."""
     conversations: int = 1400
@@ -95,6 +98,8 @@ def experiment(config: Config) -> int:
     if not chosen:
         raise ConfigError(f"--prefix {config.prefix}: no document of {config.collection} has such an id")
     documents = whole.select([d.id for d in chosen])
+    if config.excerpt_words is not None:
+        documents = excerpts(documents, config.excerpt_words)
     model = FrozenModel.from_pretrained(config.model)
     base = Path(config.output) / "base"
     exists = (base / "cartridges.lmdb").exists()
@@ -116,6 +121,32 @@ def experiment(config: Config) -> int:
     for arm in arms:
         train(config, model, documents, training, held_out, arm)
     return measure(config, model, documents, everything) if config.train in ("both", "none") else 0
+
+
+def excerpts(collection: Collection, words: int) -> Collection:
+    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and the
+    questions about them.
+
+    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose answers
+    do not stand in the excerpt are about it.
+    """
+    from cas.seeds import normal
+
+    documents: list[Document] = []
+    questions: list[Question] = []
+    for document in collection.documents:
+        kept: list[str] = []
+        for paragraph in document.text.split("\n\n"):
+            if kept and len(" ".join([*kept, paragraph]).split()) > words:
+                break
+            kept.append(paragraph)
+        documents.append(replace(document, text="\n\n".join(kept)))
+        told = normal(documents[-1].text)
+        questions += takewhile(
+            lambda q, told=told: any(normal(a) in told for a in q.answers),  # type: ignore[misc]
+            (q for q in collection.questions if q.document_ids == (document.id,)),
+        )
+    return replace(collection, documents=tuple(documents), questions=tuple(questions))
 
 
 def split(conversations: Conversations) -> tuple[Conversations, Conversations]:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,11 @@ def test_errors_become_statuses(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert fail(ConfigError("bad")) == 2 and fail(StoreError("broken")) == 1 and fail(KeyboardInterrupt()) == 130
     assert re.fullmatch(r"cas: bad\ncas: broken\ncas: interrupted\n", capsys.readouterr().err)
+
+
+def test_warnings_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        warnings.warn("nothing to train on", stacklevel=1)
+        return 0
+
+    assert console.run(main) == 0 and capsys.readouterr().err == "cas: nothing to train on\n"

@@ -564,12 +564,19 @@ def test_epochs_are_passes_over_all_conversations(
     assert Trainer(model, store, conversations, replace(trainer.training, steps=0, epochs=1)).steps == 0
 
 
-def test_a_document_without_conversations_is_named(
+def test_a_document_without_conversations_stays_as_initialised(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
 ) -> None:
     some = Conversations([c for n, cs in conversations.by_document.items() if n != "doc-03" for c in cs], {})
-    with pytest.raises(ConfigError, match=r"^no conversations about doc-03; .*synthesis"):
-        Trainer(model, new_store(), some)
+    store = new_store()
+    before = {name: store.cartridge(name) for name in store.rows()}
+    with pytest.warns(UserWarning, match=r"^nothing to train on about doc-03: left as initialised$"):
+        trainer = Trainer(model, store, some, epochs=4, pool=3, guests=3, targets=2, per_target=2)
+    trainer.run()
+    assert {n for n, row in store.rows().items() if not row.steps} == {"doc-03"}
+    assert [n for n, kv in before.items() if torch.equal(kv, store.cartridge(n))] == ["doc-03"]
+    with pytest.raises(ConfigError, match=r"^no conversations about the documents of this store; .*synthesis"):
+        Trainer(model, store, Conversations([], {}))
 
 
 @pytest.mark.parametrize(

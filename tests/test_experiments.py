@@ -1,0 +1,162 @@
+"""The experiments: what their arms put before the model, and joint against isolated from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXTS
+from helpers_store import converse
+
+from cas import prompting
+from cas.collection import Collection, Document, Question
+from cas.conversations import Conversations
+from cas.decoding import generate, log_likelihood
+from cas.model import FrozenModel
+from cas.seeds import BRIEF
+from cas.store import Store
+from experiments import check, joint_vs_isolated
+from experiments.arms import groups, run_arms, unseen
+from experiments.joint_vs_isolated import Config, excerpts, experiment
+from retrieval import HashEmbedder, with_title
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection) -> Store:
+    store = Store.create(tmp_path / "store", tiny("llama"), tokens=16)
+    store.add_documents(collection)
+    return store
+
+
+def test_a_shared_text_is_the_plain_prompt(
+    tiny: Callable[..., FrozenModel], collection: Collection, store: Store
+) -> None:
+    """``full_document`` reads a document once for all its questions; the truth reads it with every question."""
+    model = tiny("llama")
+    found = list(groups(model, store, collection, collection.questions, "full_document", {}))
+    assert sorted(q.id for about, *_ in found for q in about) == sorted(q.id for q in collection.questions)
+    for about, prompts, loaded, layout in found:
+        for question, prompt in zip(about, prompts, strict=True):
+            texts = [with_title(d.title, d.text) for d in map(collection.__getitem__, sorted(question.document_ids))]
+            plain = prompting.text_context(model, question.question + BRIEF, texts)
+            answer = generate(model, [plain], {}, layout, max_new_tokens=12)[0]
+            assert generate(model, [prompt], loaded, layout, max_new_tokens=12)[0].ids == answer.ids
+            gold = [model.encode(question.answers[0])]
+            shared = log_likelihood(model, [prompt], gold, loaded, layout)
+            assert shared == pytest.approx(log_likelihood(model, [plain], gold, {}, layout), abs=1e-4)
+
+
+def test_what_every_arm_loads(tiny: Callable[..., FrozenModel], collection: Collection, store: Store) -> None:
+    model, questions = tiny("llama"), collection.questions
+
+    def prompts(arm: str) -> list[Any]:
+        [(_, prompts, _, layout)] = groups(model, store, collection, questions, arm, {}, HashEmbedder())
+        assert layout == store.layout
+        return prompts
+
+    behind = [prompting.question_tokens(model, q.question + BRIEF) for q in questions]
+    assert [p.tokens for p in prompts("no_context")] == behind and not any(p.cartridges for p in prompts("no_context"))
+    assert [p.cartridges for p in prompts("oracle")] == [q.document_ids for q in questions]
+    assert {p.cartridges for p in prompts("loaded")} == {tuple(sorted(TEXTS))}
+    assert all(len(p.cartridges) == 2 for p in prompts("retrieved2"))
+    for prompt, tokens in zip(prompts("rag"), behind, strict=True):
+        assert prompt.tokens[-len(tokens) :] == tokens
+        assert 0 < len(prompt.tokens) - len(tokens) <= 4 * 16 + 2 * 3  # as many as four cartridges, and blank lines
+
+
+def test_predictions_stand_in_the_order_of_the_questions(
+    tiny: Callable[..., FrozenModel], collection: Collection, store: Store
+) -> None:
+    mixed = replace(collection.questions[0], id="q-again")
+    questions = (*collection.questions, mixed)
+    found = run_arms(tiny("llama"), store, collection, questions, ("full_document",), prefix="x_", max_new_tokens=4)
+    assert [p["question_id"] for p in found] == [q.id for q in questions]
+    assert {p["arm"] for p in found} == {"x_full_document"}
+    assert found[0]["scores"] == pytest.approx(found[-1]["scores"], abs=1e-4)
+
+
+def test_excerpts_keep_the_questions_about_them() -> None:
+    text = "The crane is red.\n\nThe ferry is blue.\n\nThe crane was built in 1902."
+    asked = ["red", "blue", "1902", "red"]
+    questions = [Question(f"q{i}", ("d",), "?", ("never said", answer)) for i, answer in enumerate(asked)]
+    questions.append(Question("two", ("d", "e"), "?", ("red",)))
+    whole = Collection("c", (Document("d", "D", text), Document("e", "E", "Nothing.")), tuple(questions))
+    cut = excerpts(whole, 8)
+    assert cut["d"].text == "The crane is red.\n\nThe ferry is blue." and cut["e"].text == "Nothing."
+    assert [q.id for q in cut.questions] == ["q0", "q1"]  # q3 is asked after one about what is cut off
+    assert excerpts(whole, 1)["d"].text == "The crane is red." and len(excerpts(whole, 99).questions) == 4
+    assert cut.hash != whole.hash
+
+
+def test_joint_against_isolated_from_end_to_end(
+    tmp_path: Path,
+    tiny: Callable[..., FrozenModel],
+    collection: Collection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, output = tiny("llama"), tmp_path / "run"
+    monkeypatch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
+    monkeypatch.setattr(Collection, "load", staticmethod(lambda *_, **__: collection))
+    monkeypatch.setattr("cas.selfstudy.synthesize", lambda model, chosen, *_, **__: converse(model, chosen, 12))
+    monkeypatch.setattr("experiments.arms.open_index", lambda store, _: opened(store, HashEmbedder()))
+    from cas.answer import open_index as opened
+
+    config = Config(
+        output=str(output),
+        collection="tiny",
+        shortest=3,
+        ratio=2,
+        lrs=(1e-3, 1e-2),
+        search_epochs=1,
+        epochs=3,
+        pool=2,
+        targets=2,
+        per_target=2,
+    )
+    for arm in ("joint", "isolated"):  # each in its own process, as it were
+        assert experiment(replace(config, train=arm)) == 0  # type: ignore[arg-type]
+    assert experiment(replace(config, train="none")) == 0
+    chosen = sorted(TEXTS, key=lambda name: (len(TEXTS[name]), name))[:3]
+    records = {arm: json.loads((output / f"{arm}.json").read_text()) for arm in ("joint", "isolated")}
+    for arm, record in records.items():
+        assert set(record["trials"]) == {"0.001", "0.01"} and record["lr"] in (1e-3, 1e-2)
+        assert record["lr"] == min((1e-3, 1e-2), key=lambda lr: record["trials"][f"{lr:g}"]["loaded"])
+        store = Store.open(output / record["store"])
+        assert list(store.rows()) == sorted(chosen) and all(row.steps for row in store.rows().values())
+        store.close()
+        assert arm in record["store"]
+    # Equal tokens, but other cartridges: the isolated ones never saw a distractor.
+    assert records["joint"]["trained_tokens"] == records["isolated"]["trained_tokens"] > 0
+    kv = [Store.open(output / r["store"]).cartridge(chosen[0]) for r in records.values()]
+    assert not torch.equal(*kv)
+    results = json.loads(next(output.glob("results/**/results.json")).read_text())
+    assert (
+        results["metrics"]["joint_loaded.f1"]["n"] == 3
+        and "joint_loaded_minus_isolated_loaded.f1" in results["metrics"]
+    )
+    assert "answer" not in next(output.glob("results/**/predictions.jsonl")).read_text()
+    assert str(tmp_path) not in results["command"] and "--shortest 3" in results["command"]
+    assert check.main([str(next(output.glob("results/**/results.json")).parent)]) == 0
+    assert "joint_loaded" in capsys.readouterr().out
+
+
+def test_held_out_conversations_are_not_trained(tiny: Callable[..., FrozenModel], collection: Collection) -> None:
+    everything = converse(tiny("llama"), collection, per_document=25)
+    training, held_out = joint_vs_isolated.split(everything)
+    assert {len(v) for v in training.by_document.values()} == {22} and {
+        len(v) for v in held_out.by_document.values()
+    } == {3}
+    asked = {id(c) for v in training.by_document.values() for c in v}
+    assert not asked & {id(c) for v in held_out.by_document.values() for c in v}
+
+
+def test_questions_of_the_self_study_are_not_asked(tiny: Callable[..., FrozenModel], collection: Collection) -> None:
+    one = converse(tiny("llama"), collection, per_document=1).by_document["pump"][0]
+    seen = replace(one, question=f" {collection.questions[0].question.upper()} ")
+    assert unseen(collection.questions, Conversations([seen], {})) == list(collection.questions[1:])
