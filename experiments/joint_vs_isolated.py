@@ -277,12 +277,17 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     from experiments.arms import METRICS, run_arms, unseen
     from experiments.results import table, write_run
 
+    records = {}
+    for arm in ("joint", "isolated"):
+        file = Path(config.output) / f"{arm}.json"
+        records[arm] = json.loads(file.read_text()) if file.exists() else {}
+        if "store" not in records[arm]:
+            raise ConfigError(f"the {arm} arm is not trained yet; run the same command with --train {arm}")
     questions = unseen(documents.questions, conversations)
     print(
         f"{len(questions)} of {len(documents.questions)} questions: the others' wording occurs in the self-study",
         flush=True,
     )
-    records = {arm: json.loads((Path(config.output) / f"{arm}.json").read_text()) for arm in ("joint", "isolated")}
     predictions = []
     for arm, record in records.items():
         store: Store = Store.open(Path(config.output) / record["store"], model)

@@ -17,6 +17,7 @@ from cas import prompting
 from cas.collection import Collection, Document, Question
 from cas.conversations import Conversations
 from cas.decoding import generate, log_likelihood
+from cas.errors import ConfigError
 from cas.model import FrozenModel
 from cas.seeds import BRIEF
 from cas.store import Store
@@ -119,6 +120,8 @@ def test_joint_against_isolated_from_end_to_end(
         targets=2,
         per_target=2,
     )
+    with pytest.raises(ConfigError, match=r"joint arm is not trained yet.*--train joint"):
+        experiment(replace(config, train="none"))
     for arm in ("joint", "isolated"):  # each in its own process, as it were
         assert experiment(replace(config, train=arm)) == 0  # type: ignore[arg-type]
     assert experiment(replace(config, train="none")) == 0
