@@ -42,7 +42,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: demo-real ## the demo
 
-demo-real: $(STAMP) ## train, ask and compare with RAG on a small collection with a real model; writes runs/demo
+demo-real: $(STAMP) ## train on eight small documents with a real model, ask, and compare with the full text; writes runs/demo
 	$(PY) -m experiments.demo_real --output runs/demo
 
 test: $(STAMP) ## the default tests

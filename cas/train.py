@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cas.collection import Collection
     from cas.conversations import Conversations
     from cas.model import FrozenModel
+    from cas.selfstudy import SelfStudy
     from cas.store import Store
     from cas.trainer import Report
 
@@ -38,12 +39,17 @@ def train(config: TrainConfig, again: str) -> int:
     if config.collection is None:
         raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
     settings = {f.name: getattr(config, f.name) for f in fields(Training) if hasattr(config, f.name)}
-    Training(**{**settings, "pool": 1 if config.pool is None else config.pool})  # refuse nonsense early
+    # Nonsense is refused before anything is loaded or written.
+    Training(**{**settings, "pool": 1 if config.pool is None else config.pool})
+    if config.tokens is not None and config.ratio is not None:
+        raise ConfigError("give the cartridge size either as --tokens or as --ratio")
     from cas.answer import open_index
     from cas.collection import Collection, split_long
     from cas.model import FrozenModel
-    from retrieval import SentenceEmbedder
+    from cas.trainer import refuse_changes
+    from retrieval import EmbedderUnavailable, SentenceEmbedder
 
+    study = _study(config)
     folder = store_folder(config.store, config.collection)
     documents = Collection.load(config.collection)
     for line in documents.skipped:
@@ -56,7 +62,7 @@ def train(config: TrainConfig, again: str) -> int:
     model = FrozenModel.from_pretrained(
         name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
     )
-    ratio = config.ratio if config.ratio or config.tokens else 16.0
+    ratio = 16.0 if config.ratio is None and config.tokens is None else config.ratio
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
     plan = make_plan(config, model, documents, ratio, pool)
@@ -65,11 +71,16 @@ def train(config: TrainConfig, again: str) -> int:
     print("\n".join(plan.lines()), flush=True)
     if config.dry_run:
         return 0
+    try:
+        SentenceEmbedder(config.embedder)  # not only when hours of training are done
+    except EmbedderUnavailable as error:
+        raise ConfigError(str(error)) from error
     store = _open_or_create(folder, model, config, ratio)
     with console.Interrupt().listening() as interrupt:
-        conversations = _self_study(config, model, documents, store, interrupt)
+        training = Training(**{**settings, "pool": plan.pool})
+        refuse_changes(store, asdict(training))
+        conversations = _self_study(study, model, documents, store, interrupt)
         if conversations is not None:
-            training = Training(**{**settings, "pool": plan.pool})
             finished = _joint_training(config, model, store, conversations, training, plan, interrupt)
         if conversations is None or not finished:
             print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
@@ -84,20 +95,26 @@ class _Stopped(Exception):
     """Somebody asked the synthesis to stop between two units."""
 
 
-def _self_study(
-    config: TrainConfig, model: FrozenModel, documents: Collection, store: Store, interrupt: console.Interrupt
-) -> Conversations | None:
-    """The collection's conversations, or None when interrupted."""
-    from cas.selfstudy import SelfStudy, synthesize
+def _study(config: TrainConfig) -> SelfStudy:
+    """The settings of the self-study."""
+    from cas.selfstudy import SelfStudy
 
-    study = SelfStudy(
+    return SelfStudy(
         conversations=config.conversations,
         chunk_tokens=config.chunk_tokens,
         questions_per_call=config.questions_per_call,
         kinds=config.kinds,
         seed=config.seed,
     )
-    with console.Display("self-study", "conversations") as display:
+
+
+def _self_study(
+    study: SelfStudy, model: FrozenModel, documents: Collection, store: Store, interrupt: console.Interrupt
+) -> Conversations | None:
+    """The collection's conversations, or None when interrupted."""
+    from cas.selfstudy import synthesize
+
+    with console.Display("self-study") as display:
 
         def progress(kept: int, wanted: int) -> None:
             display.show(kept, wanted)
@@ -134,24 +151,26 @@ def _joint_training(
         device_bytes=plan.trainees + plan.guest_copies,
     )
     started, done = time.monotonic(), 0
-    with console.Display("training", "steps") as display:
+    with console.Display("training") as display:
 
         def stepped(report: Report) -> None:
             nonlocal done
             done += 1
-            rate = f"{report.tokens_per_s:.0f} tokens/s"
-            pool = f"pool {len(report.pool)}  rotations {report.rotations}"
-            display.show(report.step + 1, report.steps, f"loss {report.loss:.3f}  {rate}  {pool}")
+            rate, pool = f"{report.tokens_per_s:.0f} tok/s", f"pool {len(report.pool)} turned {report.rotations}x"
+            display.show(report.step + 1, report.steps, f"loss {report.loss:.3f} {rate} {pool}")
             if done == 10:
                 each = (time.monotonic() - started) / done
-                hours = (report.steps - report.step - 1) * each / 3600
-                display.say(f"time        about {hours:.2f} hours to go ({each:.2f} s a step)")
+                minutes = (report.steps - report.step - 1) * each / 60
+                to_go = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+                display.say(f"time        about {to_go} to go ({each:.2f} s a step)")
 
         trainer.on_step = stepped
         finished = trainer.run(stop=interrupt)
     rows = store.rows().values()
-    tokens = sum(row.trained_tokens for row in rows)
-    print(f"trained     {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned")
+    tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
+    print(
+        f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned"
+    )
     return finished
 
 
@@ -239,6 +258,8 @@ def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio
         _save_config(folder, config)
         return store
     store = Store.open(folder, model, write=True)
+    if config.span is not None:
+        wanted["span"] = config.span
     changed = [f"{k} {store.meta[k]} (now {v})" for k, v in wanted.items() if store.meta[k] != v]
     if changed:
         store.close()

@@ -74,17 +74,17 @@ class Trainer:
             raise ConfigError("no conversations about the documents of this store; run its synthesis again")
         if without := [i for i in store.rows() if i not in counts]:
             warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialised", stacklevel=2)
-        self.schedule = Schedule(
+        self.schedule = Schedule(  # who trains and who sees whom: cas/schedule.py
             counts,
-            t.seed,
-            min(t.pool, len(counts)),
-            min(t.targets, t.pool, len(counts)),
-            t.per_target,
-            t.isolation,
-            t.max_distractors,
-            t.guests,
-            t.rotate_every,
-            t.rotate_fraction,
+            seed=t.seed,
+            pool=min(t.pool, len(counts)),
+            targets=min(t.targets, t.pool, len(counts)),
+            per_target=t.per_target,
+            isolation=t.isolation,
+            max_distractors=t.max_distractors,
+            guests=t.guests,
+            rotate_every=t.rotate_every,
+            rotate_fraction=t.rotate_fraction,
         )
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
@@ -107,10 +107,10 @@ class Trainer:
                     work = self.schedule.step(step, pool, guests, self._drawn)
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
-                    report = Report(
-                        step, self.steps, loss, lr, tokens, tokens / seconds, pool, self.manager.counters.rotations
-                    )
+                    turned = step // self.training.rotate_every
+                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, turned)
                     log.write(json.dumps({**asdict(report), "pool": len(pool), "targets": work.targets}) + "\n")
+                    log.flush()
                     step += 1
                     if step % self.training.checkpoint_every == 0:
                         self._checkpoint(step, pool, guests, log)
@@ -188,19 +188,11 @@ class Trainer:
         self._rows = self.store.rows()
         self._drawn = {i: row.drawn for i, row in self._rows.items()}
         state = self.store.run_state()
-        settings = {**asdict(self.training), "total_steps": self.steps}
-        settings.pop("checkpoint_every")
-        if state is None:
-            self._settings, step, pool, guests = settings, 0, (), ()
-        else:
-            changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
-            if changed:
-                told = ", ".join(f"{k} {state['settings'].get(k)} (now {settings[k]})" for k in changed)
-                raise ConfigError(
-                    f"{self.store.folder} was begun with {told}; go on with the same settings or give a new --store"
-                )
-            self._settings, step = settings, int(state["step"])
-            pool, guests = tuple(state["pool"]), tuple(state["guests"])
+        self._settings = {**asdict(self.training), "total_steps": self.steps}
+        self._settings.pop("checkpoint_every")
+        refuse_changes(self.store, self._settings)
+        state = state or {"step": 0, "pool": (), "guests": ()}
+        step, pool, guests = int(state["step"]), tuple(state["pool"]), tuple(state["guests"])
         self._cut_log(step)
         # A new one every time: the old one may hold what a failed run did after the checkpoint.
         self.manager = Manager(self.store, self.model.device, *self._limits)
@@ -225,3 +217,12 @@ class Trainer:
                         break
                     end += len(line)
                 log.truncate(end)
+
+
+def refuse_changes(store: Store, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a store's training was begun with other settings than these."""
+    begun = (store.run_state() or {}).get("settings", {})
+    if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
+        raise ConfigError(
+            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
+        )

@@ -14,7 +14,7 @@ def text() -> str:
     """The page."""
     parts = [
         "# Command lines\n\nMade by `python docs/make_cli.py`. Exit status: 0 done; 1 a check or a run failed; "
-        "2 a mistake in what was asked, nothing written; 130 or 143 interrupted, saved.\n"
+        "2 a mistake in what was asked, nothing written; 130 or 143 interrupted, after saving unless told twice.\n"
     ]
     for command in COMMANDS:
         words = ["-m", *command.split(), "--help"]

@@ -68,7 +68,19 @@ def test_flags_over_yaml_over_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["nonsense: 1", "lr: fast", "pool: 1.5", "merge: 1", "positions: sideways", "- a list", "a: [", "kinds: question"],
+    [
+        "dtype: 32",
+        "objective: mse",
+        "initialisation: [first]",
+        "nonsense: 1",
+        "lr: fast",
+        "pool: 1.5",
+        "merge: 1",
+        "positions: sideways",
+        "- a list",
+        "a: [",
+        "kinds: question",
+    ],
 )
 def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
@@ -110,6 +122,9 @@ def test_question_is_the_bare_word() -> None:
         config = parse(QueryConfig, "x", words)
         assert (config.question, config.retrieve_k, config.json) == ("Which valve?", 2, True)
     assert parse(QueryConfig, "x", []).question is None
+    assert parse(QueryConfig, "x", ["--json", "--", "-5 or 5?"]).question == "-5 or 5?"
+    with pytest.raises(ConfigError, match='put the question into quotes: "Which valve"'):
+        parse(QueryConfig, "x", ["Which", "valve"])
 
 
 def test_memory_sizes() -> None:

@@ -180,20 +180,26 @@ def test_adding_goes_on_where_it_stopped(tmp_path: Path, model: FrozenModel, mon
     whole = make_store(tmp_path / "whole", model, documents)
     store, done = Store.create(tmp_path / "s", model, tokens=16), list[int]()
 
-    def stop(n: int) -> None:
-        done.append(n)
-        if len(done) == 66:
-            raise KeyboardInterrupt
+    def until(last: int) -> None:
+        def counted(*arguments: Any) -> Any:
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append(1)
+            return initialise(*arguments)
 
+        monkeypatch.setattr("cas.store.initialise", counted)
+
+    until(66)
     with pytest.raises(KeyboardInterrupt):
-        store.add_documents(documents, progress=stop)
+        store.add_documents(documents)
     assert len(store.rows()) == 64  # of the last commit
     assert store.verify() == []
     done.clear()
-    store.add_documents(documents, progress=done.append)
+    until(6)
+    store.add_documents(documents)
     assert len(done) == 6
     assert contents(store) == contents(whole)
-    store.add_documents(documents, progress=done.append)
+    store.add_documents(documents)  # nothing is left to do
     assert len(done) == 6
     whole.close()
     store.close()
