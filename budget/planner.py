@@ -1,4 +1,4 @@
-"""Bytes and hours before anything starts, and the pool that fits. Plain arithmetic on sizes; no tensors."""
+"""Bytes before anything starts, and the pool that fits. Plain arithmetic on sizes; no tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from budget.manager import guest_bytes, trainee_bytes
 
-RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries and thread stacks: measured, see docs/architecture.md
+RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: measured, see docs/architecture.md
 
 
 class DoesNotFit(ValueError):

@@ -17,11 +17,6 @@ from cas.config import TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
-READ = (
-    "Who runs Dunmoor Pump House today?",
-    "What is the nickname of Gannet Rock Lighthouse?",
-    "How many boats does Blue Heron Ferry Line own?",
-)
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,7 @@ def demo(config: DemoConfig) -> int:
         status = train(settings, again)
         if status:
             return status
+        trained = time.monotonic()
         model = FrozenModel.from_pretrained(settings.model)
         store = Store.open(folder, model)
         collection = Collection.load("examples")
@@ -109,14 +105,19 @@ def demo(config: DemoConfig) -> int:
         predictions=predictions,
         compare=[("oracle", "no_context"), ("loaded", "no_context"), ("full_document", "oracle")],
         metric_names=list(METRICS),
+        extra_metrics={
+            "self_study_and_training_s": once(trained - started),
+            "wall_s": once(time.monotonic() - started),
+            "peak_rss_bytes": once(memory.peak),
+        },
         keep_answers=True,
     )
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
     answerer = Answerer(model, store)
-    for question in READ:
-        answer = answerer.ask(question, k=4, max_new_tokens=48)
+    for question in questions[:: len(questions) // 3][:3]:
+        answer = answerer.ask(question.question, k=4, max_new_tokens=48)
         print(
-            f"{question}\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
+            f"{question.question}\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
         )
     rows = store.rows().values()
     summary = {
@@ -136,6 +137,11 @@ def demo(config: DemoConfig) -> int:
         f"{summary['wall_s']:.0f} s, at most {memory.peak / 2**30:.1f} GiB; written: {folder}/summary.json, {folder}/results"
     )
     return 0
+
+
+def once(value: float) -> dict[str, float]:
+    """A figure that was measured one time."""
+    return {"mean": round(value, 1), "low": round(value, 1), "high": round(value, 1), "n": 1}
 
 
 if __name__ == "__main__":
