@@ -7,67 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from cas.errors import ConfigError
 
 _C = TypeVar("_C")
+KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
 
 
 @dataclass(frozen=True)
-class Training:
-    """Settings of a run. Those of the schedule are explained in :class:`cas.schedule.Schedule`.
-
-    Attributes:
-        epochs: passes over all conversations; ``steps`` overrides it.
-        lr, warmup, final_lr: peak of Adam's learning rate, own steps of warm-up, where the linear decay ends (share).
-        distractor_gradients: a visible trainee that is not a target keeps its gradient for its next turn as target.
-        objective: "distillation" (teacher's probabilities) or "next-token" (teacher's words).
-        checkpoint_every: steps between checkpoints.
-    """
-
-    epochs: float = 8.0
-    steps: int | None = None
-    lr: float = 2e-2
-    warmup: int = 20
-    final_lr: float = 0.02
-    pool: int = 20
-    targets: int = 4
-    per_target: int = 8
-    isolation: float = 0.75
-    max_distractors: int = 10
-    guests: int = 0
-    rotate_every: int = 10
-    rotate_fraction: float = 0.5
-    distractor_gradients: bool = False
-    objective: str = "distillation"
-    checkpoint_every: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            flag = f"--{name.replace('_', '-')} {value}"
-            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
-                raise ConfigError(f"{flag}: at least 1")
-            if name in ("guests", "max_distractors", "warmup") and value < 0:
-                raise ConfigError(f"{flag}: at least 0")
-            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
-                raise ConfigError(f"{flag}: from 0 to 1")
-            if name in ("lr", "epochs") and not 0 < value < math.inf:
-                raise ConfigError(f"{flag}: more than 0")
-            if name == "steps" and value is not None and value < 0:
-                raise ConfigError(f"{flag}: at least 0")
-            if name == "objective" and value not in ("distillation", "next-token"):
-                raise ConfigError(f"{flag}: choose distillation or next-token")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a collection of cartridges: self-study, joint training, retrieval index. Resumes by itself."""
+class Inputs:
+    """What is trained on, over which model, and what a cartridge is."""
 
     collection: str | None = None
     """A folder of .txt/.md files, a .jsonl[.gz] file of {id, title, text}, or a named collection."""
@@ -101,14 +55,45 @@ class TrainConfig:
     initialisation: Literal["first", "sampled", "random"] = "first"
     """KV of the first tokens, of sampled chunks (SCI), or noise."""
 
+
+@dataclass(frozen=True)
+class SelfStudy:
+    """Settings of the synthesis."""
+
     conversations: int | None = None
     """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document."""
     chunk_tokens: int = 512
-    """Tokens of text that the teacher sees at a time."""
+    """Tokens of text, in whole sentences, that the teacher sees at a time."""
     questions_per_call: int = 32
-    """Questions asked for in one call."""
-    kinds: tuple[str, ...] = ("question", "structuring", "summarisation", "use case", "creative")
+    """Questions asked for in one call; they share its chunk and seed prompt."""
+    calls_per_unit: int = 2
+    """Calls in one file of conversations; what an interruption may lose."""
+    question_tokens: int = 40
+    """Longer questions are dropped and counted."""
+    answer_tokens: int = 48
+    """Longer answers are dropped and counted, never cut."""
+    kinds: tuple[str, ...] = KINDS
     """Kinds of seed prompt."""
+    top_k: int = 20
+    """Most likely tokens whose probabilities are kept of the teacher."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or not self.kinds:
+            raise ConfigError(
+                f"unknown kinds of seed prompt: {', '.join(unknown) or 'none given'}; choose from {', '.join(KINDS)}"
+            )
+        for field in fields(SelfStudy):
+            value = getattr(self, field.name)
+            if field.name not in ("kinds", "seed") and value is not None and value < 1:
+                raise ConfigError(f"--{field.name.replace('_', '-')} {value}: at least 1")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a run; those of the schedule are explained in :class:`cas.schedule.Schedule`."""
 
     epochs: float = 8.0
     """Passes over all conversations."""
@@ -118,6 +103,8 @@ class TrainConfig:
     """Peak learning rate of Adam."""
     warmup: int = 20
     """Steps of a cartridge's own until its learning rate peaks."""
+    final_lr: float = 0.02
+    """Where the linear decay of the learning rate ends, as a share of its peak."""
     pool: int | None = None
     """Cartridges in training at a time; default the most that --budget holds, at most 20."""
     targets: int = 4
@@ -143,6 +130,28 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random."""
 
+    def __post_init__(self) -> None:
+        for field in fields(Training):
+            name, value = field.name, getattr(self, field.name)
+            flag = f"--{name.replace('_', '-')} {value}"
+            if value is None:
+                continue
+            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
+                raise ConfigError(f"{flag}: at least 1")
+            if name in ("guests", "max_distractors", "warmup", "steps") and value < 0:
+                raise ConfigError(f"{flag}: at least 0")
+            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
+                raise ConfigError(f"{flag}: from 0 to 1")
+            if name in ("lr", "epochs") and not 0 < value < math.inf:
+                raise ConfigError(f"{flag}: more than 0")
+            if name == "objective" and value not in ("distillation", "next-token"):
+                raise ConfigError(f"{flag}: choose distillation or next-token")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Training, SelfStudy, Inputs):
+    """Train a collection of cartridges: self-study, joint training, retrieval index. Resumes by itself."""
+
     budget: str | None = None
     """All device memory that training may take, e.g. 6GiB; default no limit but the machine's."""
     host_memory: str = "0"
@@ -151,6 +160,13 @@ class TrainConfig:
     """Sentence embedder of the retrieval index."""
     dry_run: bool = False
     """Print the plan and stop; writes nothing."""
+
+    def __post_init__(self) -> None:
+        """Nothing is checked while flags are parsed, whose errors look otherwise; see :meth:`part`."""
+
+    def part(self, kind: type[_C]) -> _C:
+        """The settings of one kind, :class:`SelfStudy` or :class:`Training`, by themselves. Raises: ConfigError."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

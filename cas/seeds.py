@@ -117,7 +117,6 @@ SEEDS = (
         ),
     ),
 )
-KINDS = tuple(seed.kind for seed in SEEDS)
 
 # Words that say nothing about what a question is about.
 _SMALL = frozenset(

@@ -27,49 +27,17 @@ import torch
 from budget.manager import give_back
 from cas.cartridge import Layout
 from cas.collection import Collection, Document
+from cas.config import SelfStudy
 from cas.conversations import Conversation, Conversations, read_unit, write_unit
 from cas.decoding import Prompt, generate
 from cas.errors import ConfigError, RunError
 from cas.model import FrozenModel
-from cas.seeds import KINDS, SEEDS, Seed, bad_answer, bad_question, loops, normal
+from cas.seeds import SEEDS, Seed, bad_answer, bad_question, loops, normal
 from cas.store import Store
 from retrieval.chunk import split_sentences, with_title
 
 CALLS_ABOUT_A_SILENT_ONE = 5
 GOLDEN_RATIO = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class SelfStudy:
-    """Settings of the synthesis.
-
-    Attributes:
-        conversations: how many to keep in all; None: a quarter of the documents' tokens, at least 64 a document.
-        chunk_tokens: the teacher reads windows of at most this many tokens of whole sentences.
-        questions_per_call: rows that share one chunk and seed prompt. calls_per_unit: calls in one Parquet file.
-        question_tokens, answer_tokens: longer ones are dropped and counted, never cut.
-        kinds: the kinds of seed prompt to use. top_k: probabilities kept of the teacher.
-    """
-
-    conversations: int | None = None
-    chunk_tokens: int = 512
-    questions_per_call: int = 32
-    calls_per_unit: int = 2
-    question_tokens: int = 40
-    answer_tokens: int = 48
-    kinds: tuple[str, ...] = KINDS
-    top_k: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds:
-            raise ConfigError(
-                f"unknown kinds of seed prompt: {', '.join(unknown) or 'none given'}; choose from {', '.join(KINDS)}"
-            )
-        for name, value in vars(self).items():
-            if name not in ("kinds", "seed") and value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
 
 
 def synthesize(

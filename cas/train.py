@@ -6,12 +6,12 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas import console
-from cas.config import TrainConfig, Training, memory, parse, store_folder
+from cas.config import SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.errors import BudgetError, ConfigError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cas.collection import Collection
     from cas.conversations import Conversations
     from cas.model import FrozenModel
-    from cas.selfstudy import SelfStudy
     from cas.store import Store
     from cas.trainer import Report
 
@@ -38,9 +37,7 @@ def train(config: TrainConfig, again: str) -> int:
     """
     if config.collection is None:
         raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
-    settings = {f.name: getattr(config, f.name) for f in fields(Training) if hasattr(config, f.name)}
-    # Nonsense is refused before anything is loaded or written.
-    Training(**{**settings, "pool": 1 if config.pool is None else config.pool})
+    training, study = config.part(Training), config.part(SelfStudy)  # nonsense is refused before anything is loaded
     if config.tokens is not None and config.ratio is not None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
     from cas.answer import open_index
@@ -49,7 +46,6 @@ def train(config: TrainConfig, again: str) -> int:
     from cas.trainer import refuse_changes
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
-    study = _study(config)
     folder = store_folder(config.store, config.collection)
     documents = Collection.load(config.collection)
     for line in documents.skipped:
@@ -77,7 +73,7 @@ def train(config: TrainConfig, again: str) -> int:
         raise ConfigError(str(error)) from error
     store = _open_or_create(folder, model, config, ratio)
     with console.Interrupt().listening() as interrupt:
-        training = Training(**{**settings, "pool": plan.pool})
+        training = replace(training, pool=plan.pool)
         refuse_changes(store, asdict(training))
         conversations = _self_study(study, model, documents, store, interrupt)
         if conversations is not None:
@@ -93,19 +89,6 @@ def train(config: TrainConfig, again: str) -> int:
 
 class _Stopped(Exception):
     """Somebody asked the synthesis to stop between two units."""
-
-
-def _study(config: TrainConfig) -> SelfStudy:
-    """The settings of the self-study."""
-    from cas.selfstudy import SelfStudy
-
-    return SelfStudy(
-        conversations=config.conversations,
-        chunk_tokens=config.chunk_tokens,
-        questions_per_call=config.questions_per_call,
-        kinds=config.kinds,
-        seed=config.seed,
-    )
 
 
 def _self_study(
@@ -181,13 +164,12 @@ def make_plan(
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
     from cas.decoding import BATCH_POSITIONS
-    from cas.selfstudy import SelfStudy
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
-    g, study = model.geometry, SelfStudy()
+    g = model.geometry
     around = len(model.template.footer_ids) + len(model.template.suffix_ids)
-    longest = study.question_tokens + study.answer_tokens + around + 16
+    longest = config.question_tokens + config.answer_tokens + around + 16
     rows = min(config.targets, len(sizes)) * config.per_target
     loaded = min(len(sizes), 1 + (0 if config.isolation >= 1 else config.max_distractors))
     mixed = 1 - config.isolation
@@ -203,7 +185,7 @@ def make_plan(
         documents=len(sizes),
         tokens=sum(tokens),
         step_tokens=rows * longest,
-        supervised=rows * study.answer_tokens,
+        supervised=rows * config.answer_tokens,
         prefix=prefix,
         layers=g.layers,
         hidden=g.hidden,

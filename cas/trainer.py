@@ -74,11 +74,12 @@ class Trainer:
             raise ConfigError("no conversations about the documents of this store; run its synthesis again")
         if without := [i for i in store.rows() if i not in counts]:
             warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialised", stacklevel=2)
+        pool = min(20 if t.pool is None else t.pool, len(counts))
         self.schedule = Schedule(  # who trains and who sees whom: cas/schedule.py
             counts,
             seed=t.seed,
-            pool=min(t.pool, len(counts)),
-            targets=min(t.targets, t.pool, len(counts)),
+            pool=pool,
+            targets=min(t.targets, pool),
             per_target=t.per_target,
             isolation=t.isolation,
             max_distractors=t.max_distractors,

@@ -16,6 +16,7 @@ from helpers_store import stored_keys
 
 from cas import selfstudy
 from cas.collection import Collection, Document
+from cas.config import KINDS
 from cas.conversations import Conversation, Conversations
 from cas.decoding import Generation, Prompt
 from cas.errors import ConfigError, RunError
@@ -582,7 +583,7 @@ def test_loops() -> None:
 
 def test_seed_prompts_lead_by_example() -> None:
     """Five kinds; each example is a question that the filters would keep, opened in one of the kind's own ways."""
-    assert len({s.kind for s in SEEDS}) == len(SEEDS) == 5
+    assert tuple(s.kind for s in SEEDS) == KINDS and len(set(KINDS)) == 5
     for seed in SEEDS:
         for example in seed.examples:
             assert bad_question(example, "Marrow Bridge", EXAMPLE) is None, example
