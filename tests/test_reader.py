@@ -1,0 +1,116 @@
+"""Training of the embedded reader: what it reads is sound, and an interrupted training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from cas.lexicon import EVENT, PERSON, PLACE
+from cas.model import FrozenModel
+from cas.seeds import normal
+from cas.worlds import LOOKUP, Shape, make_records, single, whole, world
+from experiments import train_reader
+from experiments.train_reader import LEVELS, Config, Scene, Trainer, scenes
+
+
+def some(level: int, count: int = 60) -> list[Scene]:
+    return list(islice(scenes(7, level), count))
+
+
+def test_scenes_are_a_function_of_seed_and_number() -> None:
+    assert some(3, 12) == some(3, 12) and list(islice(scenes(7, 3, start=5), 4)) == some(3, 12)[5:9]
+    assert some(3, 12) != list(islice(scenes(8, 3), 12))
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)))
+def test_answers_stand_in_what_is_seen(level: int) -> None:
+    kinds, loaded = set(), set()
+    for scene in some(level):
+        loaded.add(len(scene.texts))
+        assert len(scene.texts) <= LEVELS[level][1]
+        for e in scene.exchanges:
+            kinds.add(e.kind)
+            seen = " ".join(scene.texts[i] for i in e.texts)
+            if e.kind in ("lookup", "indirect", "pairs", "two documents"):
+                assert e.answer in seen, e
+            elif e.kind == "write":
+                asked, sentence = e.answer, e.user.partition(": ")[2]
+                assert sentence in seen and asked[0].isupper() and asked[-1] in "?."
+    assert {"lookup", "write", "two documents"} <= kinds and max(loaded) > 1 and 1 in loaded
+
+
+def test_questions_are_written_in_training_words_only() -> None:
+    tested = [w for a in (*PERSON, *PLACE, *EVENT) for w in a.tests]
+    for record in make_records("reader/x", 0, Shape(), 2):
+        for asked in (*single(record), *whole(record, Random(0))):
+            assert not set(map(normal, asked.asks)) & set(map(normal, asked.tests))
+    starts = {normal(w.split("{s}")[0]) for w in tested} - {""}
+    trained = {normal(w.split("{s}")[0]) for a in (*PERSON, *PLACE, *EVENT) for w in a.asks}
+    assert not starts & trained
+    for scene in some(5):
+        for e in scene.exchanges:
+            if e.kind == "write":
+                assert not any(normal(e.answer).startswith(f"{s} ") for s in starts), e
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = train_reader.make_tokenizer
+    monkeypatch.setattr(train_reader, "make_tokenizer", lambda vocabulary: make(vocabulary, 40))
+
+    def trainer(name: str) -> Trainer:
+        return Trainer(
+            Config(
+                output=str(tmp_path / name),
+                vocabulary=500,
+                hidden=32,
+                layers=2,
+                heads=2,
+                intermediate=48,
+                lr=1e-2,
+                warmup=5,
+            )
+        )
+
+    def steps(one: Trainer, first: int, count: int) -> list[float]:
+        return [one.train_step(some(0, 40)[4 * i : 4 * i + 4])["loss"] for i in range(first, first + count)]
+
+    whole_run, cut = trainer("whole"), trainer("cut")
+    losses = steps(whole_run, 0, 8)
+    assert steps(cut, 0, 4) == losses[:4] and losses[-1] < losses[0]
+    cut.save()
+    resumed = trainer("cut")
+    assert (resumed.step, resumed.tokens) == (cut.step, cut.tokens) and steps(resumed, 4, 4) == losses[4:]
+    for name, parameter in whole_run.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name])
+
+    model = FrozenModel.from_pretrained(str(tmp_path / "cut" / "model"), device="cpu")
+    assert model.template.header_ids and model.hf.dtype in (torch.float32, torch.bfloat16)
+
+
+def test_every_arm_holds_the_answer_and_its_size(tiny: Callable[..., FrozenModel]) -> None:
+    from experiments import reader
+
+    model, collection = tiny("llama"), world(5, 16)
+    lookups = [q for q in collection.questions if q.kind == LOOKUP]
+    names = [arm for arm, _ in reader.arms(lookups, [])]
+    assert names[:4] == ["no_context", "chunk512", "whole_document", "rag_shaped"] and len(names) == 4 + 3 * 3
+    for question in lookups[::9]:
+        for arm in names:
+            texts, policy = reader.context(model, collection, arm, question)
+            assert any(question.answers[0] in text for text in texts) == (arm != "no_context")
+            if arm.startswith("documents"):
+                count, way = arm.removeprefix("documents").split("_")
+                assert len(texts) == (1 if way == "text" else int(count)) and policy == (
+                    "fixed" if way == "fixed" else "offset"
+                )
+                assert "\n\n".join(texts).count(" was founded by ") <= int(count)
+            elif arm == "rag_shaped":
+                titles = {d.title for d in collection.documents}
+                assert sum(title in texts[0] for title in titles) >= 6
+            elif arm == "chunk512":
+                assert len(model.encode(texts[0])) <= 512 or texts[0].count("\n\n") <= 1
