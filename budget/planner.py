@@ -146,7 +146,8 @@ def make_plan(
         runtime=runtime,
         device=needed(pool),
         host=host,
-        disk=everything + everything // 8,
+        disk=2 * everything
+        + everything // 8,  # old versions stay until the commit that replaces them, and LMDB never shrinks
         largest=s.largest,
     )
 

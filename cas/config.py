@@ -49,7 +49,7 @@ class Inputs:
     ratio: float | None = None
     """Document tokens per position; 16 if neither this nor --tokens is given."""
     span: int | None = None
-    """Largest cartridge; longer documents are split. Default: what the longest document needs."""
+    """Largest cartridge; with --ratio, longer documents are split. Default: what the longest document needs."""
     positions: Literal["fixed", "offset", "sequential"] = "fixed"
     """Where keys and tokens stand when several cartridges are loaded."""
     initialisation: Literal["first", "sampled", "random"] = "first"

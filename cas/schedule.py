@@ -1,6 +1,6 @@
 """Who is in the pool, who is target, who is visible: pure functions of seed, step and what was trained so far.
 
-Memory plays no part here: the budget only moves bytes, so a smaller memory gives the same bits.
+Memory plays no part here: once the pool is chosen, where cartridges are kept never changes a bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Joint training of many cartridges over one frozen model: the method of 2606.04557, top to bottom.
+"""Joint training of many cartridges over one frozen model: the method of 2606.04557, as we reconstruct it, top to bottom.
 
 A small pool of cartridges is on the device. A step takes a few of them as targets, draws conversations about each, and
 decides for every conversation whether it sees its own cartridge alone or among distractors. The frozen model answers

@@ -46,6 +46,7 @@ def demo(config: DemoConfig) -> int:
     from cas.collection import Collection
     from cas.conversations import Conversations
     from cas.model import FrozenModel
+    from cas.seeds import BRIEF
     from cas.store import Store
     from cas.train import train
     from experiments.arms import METRICS, PeakMemory, run_arms, unseen
@@ -115,9 +116,10 @@ def demo(config: DemoConfig) -> int:
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
     answerer = Answerer(model, store)
     for question in questions[:: len(questions) // 3][:3]:
-        answer = answerer.ask(question.question, k=4, max_new_tokens=48)
+        answer = answerer.ask(question.question + BRIEF, k=4, max_new_tokens=48)
+        gold = " or ".join(question.answers)
         print(
-            f"{question.question}\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
+            f"{question.question}  (right: {gold})\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
         )
     rows = store.rows().values()
     summary = {
