@@ -118,9 +118,8 @@ def demo(config: DemoConfig) -> int:
     for question in questions[:: len(questions) // 3][:3]:
         answer = answerer.ask(question.question + BRIEF, k=4, max_new_tokens=48)
         gold = " or ".join(question.answers)
-        print(
-            f"{question.question}  (right: {gold})\n  {answer.text}\n  from {', '.join(f'{c.id} ({c.attention:.1%})' for c in answer.cartridges)}\n"
-        )
+        shares = ", ".join(f"{c.id} ({c.attention:.1%})" for c in answer.cartridges)
+        print(f"{question.question}  (right: {gold})\n  {answer.text}\n  from {shares}\n")
     rows = store.rows().values()
     summary = {
         "documents": len(rows),
