@@ -36,7 +36,7 @@ print("planned", plans[0].device, "peak", memory.peak)
         ["--pool", "2", "--targets", "2", "--per-target", "2", "--tokens", "64"],
         [
             "--budget",
-            "3GiB",
+            "5GiB",
             "--targets",
             "3",
             "--per-target",
@@ -67,4 +67,4 @@ def test_training_stays_within_the_plan(words: list[str], tmp_path: Path) -> Non
     print(f"{words}: planned {planned / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB")
     assert planned / 3 <= peak <= planned
     if "--budget" in words:
-        assert planned <= 3 * 2**30
+        assert planned <= 5 * 2**30
