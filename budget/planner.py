@@ -146,8 +146,8 @@ def make_plan(
         runtime=runtime,
         device=needed(pool),
         host=host,
-        disk=2 * everything
-        + everything // 8,  # old versions stay until the commit that replaces them, and LMDB never shrinks
+        # Old versions stay until the commit that replaces them, and LMDB never shrinks.
+        disk=2 * everything + everything // 8,
         largest=s.largest,
     )
 

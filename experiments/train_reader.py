@@ -304,7 +304,7 @@ class Trainer:
         import torch
         from torch.nn.functional import cross_entropy
 
-        from cas.attention import Batch, packed_positions
+        from cas.attention import Batch, Gathered, packed_positions
         from cas.cartridge import Layout
 
         model, template = self.model, self.model.template
@@ -333,7 +333,7 @@ class Trainer:
             policy = random.choice(("fixed", "offset"))
             layout = Layout(policy, h, longest + random.randint(0, 64))  # type: ignore[arg-type]
             batch = Batch(tuple(map(len, asked)), tuple(visible))
-            context = _gathered()(batch, kv[:, :, :, :h], cartridges, layout, model.rope, torch.bfloat16)
+            context = Gathered(batch, kv[:, :, :, :h], cartridges, layout, model.rope, torch.bfloat16)
             rows = torch.cat(
                 [torch.arange(s + n - len(a), s + n) for s, n, a in zip(batch.starts(), batch.lengths, answers)]
             )
@@ -445,12 +445,6 @@ class Trainer:
                 self.optimizer.state[parameter] = {
                     key: found.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-
-
-def _gathered() -> Any:
-    from cas.attention import Gathered
-
-    return Gathered
 
 
 def _keeping() -> Any:
