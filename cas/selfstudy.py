@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -64,11 +65,17 @@ def synthesize(
     made_with = json.dumps(
         {"model": model.fingerprint, "system": model.system, "documents": texts, **about}, sort_keys=True
     )
-    first = folder / "unit-000000.parquet"
-    if first.exists() and read_unit(first)[2] != made_with:
-        raise ConfigError(
-            f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
-        )
+
+    def read(file: Path) -> tuple[list[Conversation], Counter[str]]:
+        found, counts, before = read_unit(file)
+        if before != made_with:
+            raise ConfigError(
+                f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
+            )
+        return found, counts
+
+    if (first := folder / "unit-000000.parquet").exists():
+        read(first)  # before anything is written
     store.add_documents(documents)
     folder.mkdir(exist_ok=True)
     teacher = _Teacher(model, documents, settings)
@@ -88,11 +95,7 @@ def synthesize(
             teacher.only = [i for i, calls in patience.items() if calls] if len(items) >= teacher.wanted else []
             file = folder / f"unit-{unit:06d}.parquet"
             if file.exists():
-                found, counts, before = read_unit(file)
-                if before != made_with:
-                    raise ConfigError(
-                        f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
-                    )
+                found, counts = read(file)
                 teacher.replay(unit, found)
             elif store.run_state() is not None:
                 raise ConfigError(
