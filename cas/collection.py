@@ -89,7 +89,7 @@ class Collection:
         return self._by_id[id]
 
     @staticmethod
-    def load(source: str | Path, questions: str | Path | None = None) -> Collection:
+    def load(source: str | Path, questions: str | Path | None = None, seed: int = 0) -> Collection:
         """Read a collection; CollectionError for an unknown source, no usable document, or a malformed line.
 
         Args:
@@ -98,10 +98,12 @@ class Collection:
                 ``*.md`` files are read recursively, hidden ones left out.
             questions: a file to read in place of the one beside the documents, which is ``questions.jsonl[.gz]`` or,
                 for a single file of documents, first ``<stem>.questions.jsonl[.gz]``.
+            seed: of a generated collection, ``million_tokens`` or ``niah``; ``niah:8000`` has so many words a document.
         """
         names = source.split("+") if isinstance(source, str) else []
         try:
-            collection = _load_named(names) if names and set(names) <= set(known_names()) else _read(Path(source))
+            known = names and {name.partition(":")[0] for name in names} <= set(known_names())
+            collection = _load_named(names, seed) if known else _read(Path(source))
             if questions is not None:
                 collection = replace(collection, questions=_read_questions(Path(questions), collection))
         except OSError as error:
@@ -187,20 +189,44 @@ def save_jsonl(collection: Collection, folder: str | Path) -> None:
         os.replace(temporary, path)
 
 
-NAMED: dict[str, Callable[[], Collection]] = {"examples": lambda: _read(Path(__file__).parents[1] / "examples/harbour")}
-"""Loader of every collection known by name, besides the folders under ``$CAS_DATA``."""
+def _generated(name: str, size: str, seed: int) -> Collection:
+    """A collection that is a function of its seed."""
+    from cas.niah import WORDS, niah
+    from cas.worlds import world
+
+    if name == "million_tokens" and not size:
+        return world(seed)
+    if name == "niah" and (not size or size.isdecimal()):
+        try:
+            return niah(seed, int(size or WORDS))
+        except ValueError as error:
+            raise CollectionError(str(error)) from error
+    raise CollectionError(f"{name}:{size}: only niah takes a size, a number of words such as niah:8000")
+
+
+GENERATED = ("million_tokens", "niah")
+EXAMPLES = Path(__file__).parents[1] / "examples/harbour"
 
 
 def known_names() -> list[str]:
-    """Names that `Collection.load` knows: those in `NAMED` and the folders under ``$CAS_DATA``."""
+    """Names that `Collection.load` knows: ours and the folders under ``$CAS_DATA``."""
     data = os.environ.get("CAS_DATA")
     folders = Path(data).iterdir() if data and Path(data).is_dir() else ()
-    return sorted({*NAMED, *(path.name for path in folders if path.is_dir() and not path.name.startswith("."))})
+    return sorted(
+        {*GENERATED, "examples", *(path.name for path in folders if path.is_dir() and not path.name.startswith("."))}
+    )
 
 
-def _load_named(names: Iterable[str]) -> Collection:
+def _named(name: str, seed: int) -> Collection:
+    plain, _, size = name.partition(":")
+    if plain in GENERATED:
+        return _generated(plain, size, seed)
+    return _read(EXAMPLES if name == "examples" else Path(os.environ.get("CAS_DATA", "")) / name)
+
+
+def _load_named(names: Iterable[str], seed: int) -> Collection:
     """Known collections side by side; ids that collide, and only those, get the prefix ``name/``."""
-    parts = {name: NAMED[name]() if name in NAMED else _read(Path(os.environ["CAS_DATA"]) / name) for name in names}
+    parts = {name: _named(name, seed) for name in names}
     used = Counter(item.id for part in parts.values() for item in part.documents)
     asked = Counter(item.id for part in parts.values() for item in part.questions)
     documents: list[Document] = []

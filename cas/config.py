@@ -24,7 +24,9 @@ class Inputs:
     """What is trained on, over which model, and what a cartridge is."""
 
     collection: str | None = None
-    """A folder of .txt/.md files, a .jsonl[.gz] file of {id, title, text}, or a named collection."""
+    """A folder of .txt/.md files, a .jsonl[.gz] file of {id, title, text}, or a named collection, such as million_tokens."""
+    collection_seed: int = 0
+    """Seed of a generated collection (million_tokens, niah)."""
     store: str | None = None
     """Where the cartridges live; default $CAS_STORE, else runs/<collection>."""
     config: str | None = None

@@ -84,6 +84,7 @@ class FrozenModel:
         self.device: torch.device = hf.device
         self.dtype: torch.dtype = hf.dtype
         self.config = hf.config.get_text_config()
+        self.reader = bool(getattr(self.config, "cas_reader", False))  # our own: see experiments/train_reader.py
         self._refuse_unsupported()
         self.template = render_template(tokenizer, system, self._stop_ids())
         self.geometry, self.rope = self._probe()

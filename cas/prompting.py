@@ -13,12 +13,18 @@ from cas.collection import Document
 from cas.decoding import Prompt
 from cas.errors import UserError
 from cas.model import FrozenModel
+from cas.seeds import BRIEF
 from retrieval.chunk import with_title
 
 
 def question_tokens(model: FrozenModel, question: str) -> tuple[int, ...]:
     """Footer, question, suffix: what follows the document in every arm."""
     return (*model.template.footer_ids, *model.encode(question), *model.template.suffix_ids)
+
+
+def brief(model: FrozenModel) -> str:
+    """What asks for a short answer, behind a question: instruct models need it, the embedded reader knows no other."""
+    return "" if model.reader else BRIEF
 
 
 def no_context(model: FrozenModel, question: str) -> Prompt:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cas.config import KINDS
+
 BRIEF = " Answer in a few words."
 EXAMPLE = "Marrow Bridge, which Ines Calloway designed, was opened in 1902 and has seven arches."
 _EXAMPLE_WORDS = frozenset(["marrow", "bridge", "ines", "calloway", "arches"])
@@ -118,6 +120,9 @@ SEEDS = (
     ),
 )
 
+# The embedded reader writes one question about a sentence when it gets "kind: sentence", and answers no style but its own.
+READER_SEEDS = tuple(Seed(kind=kind, request="", examples=(), openings=("",), style="") for kind in KINDS)
+
 # Words that say nothing about what a question is about.
 _SMALL = frozenset(
     """
@@ -141,8 +146,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
-def bad_question(question: str, title: str, text: str) -> str | None:
-    """Why a question about a titled text is not worth answering, or None."""
+def bad_question(question: str, title: str, text: str, wanders: bool = True) -> str | None:
+    """Why a question about a titled text is not worth answering, or None. ``wanders``: the model that wrote it may have
+    left the text."""
     found = words(question)
     if len(found) < 3 or question[-1] not in "?.":
         return "malformed question"
@@ -152,7 +158,7 @@ def bad_question(question: str, title: str, text: str) -> str | None:
     content = [w.lower() for w in found[1:] if w.lower() not in _SMALL and len(w) > 2]
     # A small model wanders off, or into our example: most of what it asks about must occur in the text.
     strange = [w for w in content if w[:5] not in lower]
-    if len(strange) > 0.4 * len(content) or _EXAMPLE_WORDS & set(strange):
+    if wanders and (len(strange) > 0.4 * len(content) or _EXAMPLE_WORDS & set(strange)):
         return "off topic"
     # Once several cartridges are loaded, a question has to say whom it means: a name, or a word of the title.
     names = {w for w in words(f"{title} {text}") if w[0].isupper() and len(w) > 1 and w.lower() not in _SMALL}

@@ -33,7 +33,8 @@ from cas.conversations import Conversation, Conversations, read_unit, write_unit
 from cas.decoding import Prompt, generate
 from cas.errors import ConfigError, RunError
 from cas.model import FrozenModel
-from cas.seeds import SEEDS, Seed, bad_answer, bad_question, loops, normal
+from cas.prompting import question_tokens
+from cas.seeds import READER_SEEDS, SEEDS, Seed, bad_answer, bad_question, loops, normal
 from cas.store import Store
 from retrieval.chunk import split_sentences, with_title
 
@@ -204,7 +205,8 @@ class _Teacher:
         none is left, and are then sampled instead of greedy."""
         s, random = self.settings, Random(f"{self.settings.seed}/call/{number}")
         document, first, sentences = self._window(number)
-        seed = next(x for x in SEEDS if x.kind == s.kinds[(number + number // len(s.kinds)) % len(s.kinds)])
+        seeds = READER_SEEDS if self.model.reader else SEEDS
+        seed = next(x for x in seeds if x.kind == s.kinds[(number + number // len(s.kinds)) % len(s.kinds)])
         used = self.used.setdefault((document.id, seed.kind), set())
         every = [
             (first + i, o) for i, sentence in enumerate(sentences) for o in seed.openings_for(sentence, document.title)
@@ -220,13 +222,7 @@ class _Teacher:
     def _questions(self, number: int, call: _Call, seen: set[str], dropped: Counter[str]) -> list[str]:
         """Let the model write a call's questions; the ones worth answering. ``seen``: wordings asked in this unit before."""
         title, seen = call.document.title, seen | self.wordings[call.document.id]
-        kv = {
-            "call": self._kv(call.chunk, [*self.model.template.footer_ids, *self.model.encode(call.seed.instruction())])
-        }
-        prompts = [
-            Prompt(tuple(self.model.encode(f"\n\nSentence: {sentence}\nAbout {title}:\n- {opening}")), ("call",))
-            for sentence, opening in call.pairs
-        ]
+        kv, prompts = self._requests(call)
         written = generate(
             self.model,
             prompts,
@@ -240,7 +236,11 @@ class _Teacher:
         questions = []
         for (_, opening), row in zip(call.pairs, written, strict=True):
             question = (opening + self.model.tokenizer.decode(row.ids, skip_special_tokens=True)).strip()
-            reason = bad_question(question, title, call.chunk) if row.finished else "unfinished question"
+            reason = (
+                bad_question(question, title, call.chunk, not self.model.reader)
+                if row.finished
+                else "unfinished question"
+            )
             if reason is None and normal(question) in seen:
                 reason = "duplicate"
             if reason:
@@ -249,6 +249,19 @@ class _Teacher:
             seen.add(normal(question))
             questions.append(question)
         return questions
+
+    def _requests(self, call: _Call) -> tuple[dict[str, torch.Tensor], list[Prompt]]:
+        """The prompts that the questions of a call are written behind, and the KV that they share."""
+        model = self.model
+        if model.reader:
+            asked = [question_tokens(model, f"{call.seed.kind}: {sentence}") for sentence, _ in call.pairs]
+            return {"call": self._kv(call.chunk, ())}, [Prompt(tokens, ("call",)) for tokens in asked]
+        instruction = [*model.template.footer_ids, *model.encode(call.seed.instruction())]
+        prompts = [
+            Prompt(tuple(model.encode(f"\n\nSentence: {s}\nAbout {call.document.title}:\n- {opening}")), ("call",))
+            for s, opening in call.pairs
+        ]
+        return {"call": self._kv(call.chunk, instruction)}, prompts
 
     def _window(self, call: int) -> tuple[Document, int, list[str]]:
         """A document, and whole sentences of it from the given one on, at most ``chunk_tokens``, around a point that walks

@@ -47,7 +47,7 @@ def train(config: TrainConfig, again: str) -> int:
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
-    documents = Collection.load(config.collection)
+    documents = Collection.load(config.collection, seed=config.collection_seed)
     for line in documents.skipped:
         print(line, file=sys.stderr)
     if config.documents is not None:

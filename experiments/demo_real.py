@@ -46,7 +46,7 @@ def demo(config: DemoConfig) -> int:
     from cas.collection import Collection
     from cas.conversations import Conversations
     from cas.model import FrozenModel
-    from cas.seeds import BRIEF
+    from cas.prompting import brief
     from cas.store import Store
     from cas.train import train
     from experiments.arms import METRICS, PeakMemory, run_arms, unseen
@@ -116,7 +116,7 @@ def demo(config: DemoConfig) -> int:
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
     answerer = Answerer(model, store)
     for question in questions[:: len(questions) // 3][:3]:
-        answer = answerer.ask(question.question + BRIEF, k=4, max_new_tokens=48)
+        answer = answerer.ask(question.question + brief(model), k=4, max_new_tokens=48)
         gold = " or ".join(question.answers)
         shares = ", ".join(f"{c.id} ({c.attention:.1%})" for c in answer.cartridges)
         print(f"{question.question}  (right: {gold})\n  {answer.text}\n  from {shares}\n")

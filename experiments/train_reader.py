@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from cas import console
 from cas.config import DEFAULT_SYSTEM, parse
-from cas.lexicon import FIRST, LAST
-from cas.worlds import Asked, Record, Shape, make_records, single, two, whole
+from cas.lexicon import FIRST, LAST, PERSON
+from cas.worlds import SUMMARY, TWO, WHOLE, Asked, Record, Shape, make_records, single, summary, two, whole
 from retrieval.chunk import split_sentences, with_title
 
 if TYPE_CHECKING:
     pass
 
-SEED_KINDS = ("question", "structuring", "use case", "creative")
+KINDS = ("whole", "rag", "write", "answer", "lists")
+SEED_KINDS = ("question", "structuring", "use case", "creative")  # in the order of an attribute's wordings
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -65,6 +66,8 @@ class Config:
     """Attention heads."""
     intermediate: int = 512
     """Width of the MLP."""
+    reading: float = 0.3
+    """Weight of predicting the texts themselves."""
     level: int = 0
     """Level of the curriculum to begin with."""
     seed: int = 0
@@ -97,6 +100,7 @@ class Scene:
 SMALL = Shape(people=(1, 1), facts=(2, 3), place_facts=(1, 2), event_facts=(0, 0), filler=0.0, indirect=0.0)
 # Shape of the records, most documents loaded side by side, most chunks in one text.
 LEVELS: tuple[tuple[Shape, int, int], ...] = (
+    (SMALL, 2, 2),  # lists only
     (SMALL, 2, 2),
     (replace(SMALL, people=(1, 2), facts=(2, 3)), 3, 3),
     (replace(SMALL, people=(2, 3), facts=(3, 4), indirect=0.1), 4, 4),
@@ -114,21 +118,22 @@ def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
         random = Random(f"reader/{seed}/{number}")
         chosen = level if random.random() < 0.5 else random.randint(0, level)
         shape, side_by_side, chunks = LEVELS[chosen]
-        kind = ("pairs", "whole", "rag", "write", "answer")[number % 5 if chosen < 3 else 1 + number % 4]
+        kind = KINDS[number % 5] if chosen else "lists"
         yield _scene(random, f"reader/{seed}/{number}", kind, shape, side_by_side, chunks)
         number += 1
 
 
 def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int, chunks: int) -> Scene:
-    if kind == "pairs":
-        return _pairs(random, side_by_side)
+    if kind == "lists":
+        return _lists(random, side_by_side)
     if kind == "whole":
         count = random.randint(2, side_by_side) if random.random() < 0.6 else 1
         records = list(make_records(seed, 0, shape, count))
         texts = tuple(with_title(r.document.title, r.document.text) for r in records)
         found = []
         for i, record in enumerate(records):
-            asked = [*single(record), *whole(record, random)]
+            sums = _summaries(record, texts[i])
+            asked = [*single(record), *whole(record, random), *random.sample(sums, min(1, len(sums)))]
             pairs = two(record, records[(i + 1) % count]) if count > 1 else ()
             visible = tuple(range(count))
             some = random.sample(asked, min(len(asked), max(2, 24 // count)))
@@ -150,16 +155,17 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
     low = random.randint(0, len(sentences) - size)
     chunk = sentences[low : low + size]
     text = with_title(record.document.title, " ".join(chunk))
-    told = list(_told_in(record, [" ".join(chunk)]))
+    told = [*_told_in(record, [" ".join(chunk)]), *_summaries(record, text)]
     random.shuffle(told)
     if kind == "answer":
         return Scene((text,), tuple(_asked(random, a, (0,)) for a in told[:16]))
     exchanges = []
     for a in told[:16]:
-        sentence = next((s for s in chunk if a.answer in s), None)
-        if sentence is not None:
-            which = random.randrange(min(len(SEED_KINDS), len(a.asks)))
-            exchanges.append(Exchange("write", f"{SEED_KINDS[which]}: {sentence}", a.asks[which], (0,)))
+        sentence = random.choice(a.sentences)
+        if chunk.count(sentence) == 1:  # else nobody knows about whom
+            which = random.randrange(len(a.asks))
+            seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[which]
+            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[which], (0,)))
     return Scene((text,), tuple(exchanges))
 
 
@@ -170,9 +176,12 @@ def _asked(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
 def _told_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
     """The facts whose sentence and whose subject's name stand together in one of the chunks."""
     for a in single(record):
-        subject = next((s.name for s in record.subjects if s.name in a.asks[0]), record.place.name)
-        if any(a.answer in chunk and subject.lower() in chunk.lower() for chunk in chunks):
+        if any(a.sentences[0] in chunk and a.subject.lower() in chunk.lower() for chunk in chunks):
             yield a
+
+
+def _summaries(record: Record, text: str) -> list[Asked]:
+    return [a for subject in record.subjects if (a := summary(subject, text)) is not None]
 
 
 def _chunks(random: Random, text: str, size: int) -> list[str]:
@@ -180,17 +189,40 @@ def _chunks(random: Random, text: str, size: int) -> list[str]:
     return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
 
 
-def _pairs(random: Random, side_by_side: int) -> Scene:
-    """Lists of names and values: what matching a name is, without any prose around it."""
-    count, each = random.randint(1, side_by_side), random.randint(2, 8)
-    names = [f"{random.choice(FIRST)} {random.choice(LAST)}" for _ in range(count * each)]
-    values = [random.choice(FIRST if random.random() < 0.5 else LAST) for _ in names]
-    first = dict(zip(reversed(names), reversed(values)))
-    texts = tuple("\n".join(f"{n}: {v}" for n, v in zip(names[i::count], values[i::count])) for i in range(count))
-    asked = random.sample([n for n in first if names.count(n) == 1], min(12, len(first)))
-    return Scene(texts, tuple(Exchange("pairs", n, first[n], tuple(range(count))) for n in asked))
+def _lists(random: Random, side_by_side: int) -> Scene:
+    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose around.
+
+    The few attributes come back under every name, so that neither name nor attribute alone finds a value.
+    """
+    count, each, style = random.randint(1, side_by_side), random.randint(2, 6), random.choice(("pair", "row", "card"))
+    firsts, lasts = (random.sample(some, count * each // 2 + 2) for some in (FIRST, LAST))
+    names = random.sample([f"{a} {b}" for a in firsts for b in lasts], count * each)
+    kinds = [a for a in PERSON if a.values]
+    kinds = random.sample(kinds, 1 if style == "pair" else random.randint(2, 3))
+    values = {(n, a.name): random.choice(a.values or ()) for n in names for a in kinds}
+    lines = {
+        "pair": lambda n: [f"{n}: {values[n, kinds[0].name]}"],
+        "row": lambda n: [f"{n}, {a.name}: {values[n, a.name]}" for a in random.sample(kinds, len(kinds))],
+        "card": lambda n: [n, *(f"{a.name}: {values[n, a.name]}" for a in random.sample(kinds, len(kinds)))],
+    }[style]
+    texts = []
+    for i in range(count):
+        # Told again in another order: predicting the second telling is matching, too, and every token of it teaches.
+        for again in range(random.choice((1, 2, 2))):
+            rows = [lines(n) for n in random.sample(names[i::count], len(names[i::count]))]
+            flat = [row for some in rows for row in some]
+            told = "\n".join(random.sample(flat, len(flat)) if style == "row" else flat)
+            texts[i:] = [told if not again else f"{texts[i]}\n{told}"]
+    asked = random.sample(list(values), min(12, len(values)))
+    return Scene(
+        tuple(texts),
+        tuple(
+            Exchange(style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count))) for n, a in asked
+        ),
+    )
 
 
+PG, GAIN = 3.0, 1.0
 # -- the model ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,12 +256,18 @@ def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
-    """Random weights; queries and keys of a head start alike, so that from the first step on tokens attend to their like:
-    matching by name is most of what a reader must learn."""
+    """Random weights, but heads that do from the start what matching by name is made of.
+
+    Every embedding has the same length and one large constant component, from which half of the first layer's heads and a quarter of the
+    second's make a query and a key that fit best one, two or three tokens back. All other heads have the same
+    matrix for queries and keys, in the slow rotary dimensions only, so that tokens attend to their like at any distance.
+    Outputs are the transposed value matrices: a head copies what it attends to.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
+    std = config.hidden**-0.5 / 2
     hf = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -241,17 +279,41 @@ def make_model(config: Config, tokenizer: Any) -> Any:
             max_position_embeddings=8192,
             rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
             tie_word_embeddings=True,
-            initializer_range=config.hidden**-0.5 / 2,
+            initializer_range=std,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    hf.config.cas_reader = True  # the format of its questions is its own: cas.seeds.READER_SEEDS
+    size = config.hidden // config.heads
+    half = size // 2
+    frequencies = 100_000.0 ** (-torch.arange(half) / half)
     with torch.no_grad():
-        for layer in hf.model.layers:
+        embedding = hf.model.embed_tokens.weight
+        random = torch.randn_like(embedding)
+        embedding.copy_(config.hidden**0.5 * std * random / random.norm(dim=1, keepdim=True))
+        embedding[:, 0] = 4 * std
+        for number, layer in enumerate(hf.model.layers):
             attention = layer.self_attn
-            torch.nn.init.normal_(attention.q_proj.weight, std=config.hidden**-0.5)
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            content = torch.randn(config.heads, size, config.hidden) * (2 / config.hidden) ** 0.5 * GAIN
+            content[:, : half // 2], content[:, half : half + half // 2] = 0.0, 0.0
+            content[:, :, 0] = 0.0
+            query, key = content.clone(), content.clone()
+            value = torch.randn(config.heads, size, config.hidden) * config.hidden**-0.5
+            output = std * value
+            for head in range(config.heads // 2 if number == 0 else 0):
+                query[head], key[head] = 0.0, 0.0
+                query[head, : half // 2, 0] = 1.3
+                key[head, : half // 2, 0] = 1.3 * torch.cos((head + 1) * frequencies[: half // 2])
+                key[head, half : half + half // 2, 0] = 1.3 * torch.sin((head + 1) * frequencies[: half // 2])
+                value[head] = value[0]
+                output[head] = PG * std * value[0]
+            value[:, :, 0] = 0.0
+            attention.q_proj.weight.copy_(query.flatten(0, 1))
+            attention.k_proj.weight.copy_(key.flatten(0, 1))
+            attention.v_proj.weight.copy_(value.flatten(0, 1))
+            attention.o_proj.weight.copy_(output.flatten(0, 1).T)
     return hf
 
 
@@ -348,7 +410,7 @@ class Trainer:
             follows[end - 1] = False
         where = follows.nonzero()[:, 0]
         reading = cross_entropy(read[where].float(), ids[0, where + 1])
-        (answering + 0.2 * reading).backward()
+        (answering + self.config.reading * reading).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -387,7 +449,7 @@ class Trainer:
                 key = kind if len(part[number].texts) == 1 else f"{kind} x{len(part[number].texts)}"
                 seen[key] += 1
                 right[key] += hit
-                if kind in ("lookup", "indirect", "pairs"):
+                if kind not in ("write", WHOLE, TWO):
                     hits.append(hit)
             if hits:
                 self.right += 0.01 * (sum(hits) / len(hits) - self.right)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cas.collection import NAMED, Collection, Document, Question, known_names, save_jsonl, split_long
+from cas.collection import Collection, Document, Question, known_names, save_jsonl, split_long
 from cas.errors import CollectionError
 
 
@@ -210,7 +210,7 @@ def test_bad_questions(folder: Path, wrong: dict[str, Any], message: str) -> Non
 
 def test_bad_sources(tmp_path: Path, folder: Path) -> None:
     fails("no document to read", lambda: Collection.load(write(tmp_path / "none" / "x.csv", "a,b").parent))
-    fails("nowhere: no folder.*known are examples.*a path works too", lambda: Collection.load("nowhere"))
+    fails("nowhere: no folder.*known are.* examples.*a path works too", lambda: Collection.load("nowhere"))
     for source in ("", "\0", "x" * 5000, "nowhere+examples"):
         fails("", lambda source=source: Collection.load(source or "a\nb"))
     fails("no folder, .jsonl", lambda: Collection.load(folder / "pump.md"))
@@ -236,7 +236,7 @@ def test_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "two" / "documents.jsonl", lines(row("b", "another b"), row("c"), row("d", " ")))
     write(tmp_path / "two" / "questions.jsonl", lines(ask("b", "c", id="q")))
     monkeypatch.setenv("CAS_DATA", str(tmp_path))
-    assert known_names() == ["examples", "one", "two"]
+    assert known_names() == ["examples", "million_tokens", "niah", "one", "two"]
     assert [document.id for document in Collection.load("one").documents] == ["a", "b"]
     both = Collection.load("one+two")
     assert both.name == "one+two"
@@ -248,15 +248,17 @@ def test_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("two/q", ("two/b", "c")),
     ]
     assert both.skipped == ("documents.jsonl line 3: empty — skipped",)
-    fails("one\\+three: no folder.*known are examples, one, two", lambda: Collection.load("one+three"))
-    monkeypatch.setitem(NAMED, "made", lambda: Collection("made", (Document("m", "m", "m"),)))
-    assert len(Collection.load("made+one")) == 3
+    fails(
+        "one\\+three: no folder.*known are examples, million_tokens, niah, one, two",
+        lambda: Collection.load("one+three"),
+    )
+    assert len(Collection.load("niah:300+one")) == 66
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "examples" / "x.txt", "my own folder")
     assert len(Collection.load("./examples")) == 1
     assert len(Collection.load("examples")) == 8
     monkeypatch.delenv("CAS_DATA")
-    fails("known are examples", lambda: Collection.load("three"))
+    fails("known are examples, million_tokens, niah", lambda: Collection.load("three"))
 
 
 def test_select_questions_and_merge(folder: Path) -> None:

@@ -376,9 +376,9 @@ def test_a_document_about_which_nothing_is_kept_is_left_out(
     """After calls of its own; and the other documents, short as they are beside a long one, are heard soon."""
     sound, asked = selfstudy.bad_question, Counter[str]()
 
-    def refusing(question: str, title: str, text: str) -> str | None:
+    def refusing(question: str, title: str, text: str, wanders: bool) -> str | None:
         asked[title] += 1
-        return "off topic" if title == "Birch Well" else sound(question, title, text)
+        return "off topic" if title == "Birch Well" else sound(question, title, text, wanders)
 
     monkeypatch.setattr(selfstudy, "bad_question", refusing)
     store, settings = new_store(), SMALL | {"conversations": 3}
@@ -644,3 +644,42 @@ def test_conversations_by_document() -> None:
         "a": ["2"],
     }
     assert len(found) == 3 and found.dropped == {"loop": 4}
+
+
+def test_the_embedded_reader_is_asked_in_its_own_format(
+    new_store: Callable[..., Store], model: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's message names kind and sentence, the answer is the question; answered as it stands, nothing added."""
+    asked: list[str] = []
+
+    def reads(_: FrozenModel, prompts: Sequence[Prompt], kv: Any, layout: Any, **options: Any) -> list[Generation]:
+        out = []
+        for prompt in prompts:
+            assert prompt.tokens[: len(model.template.footer_ids)] == model.template.footer_ids
+            assert prompt.tokens[-len(model.template.suffix_ids) :] == model.template.suffix_ids
+            ids = prompt.tokens[len(model.template.footer_ids) : -len(model.template.suffix_ids)]
+            text = model.decode(ids)
+            if options.get("keep_top"):
+                k, stop = options["keep_top"], min(model.template.stop_ids)
+                answer = [*model.encode(f"Yes, {text.rpartition(' in ')[2]}"), stop]
+                top = [
+                    torch.tensor([t, *(n for n in range(3, 3 + k) if n != t)][:k], dtype=torch.int32) for t in answer
+                ]
+                out.append(Generation(answer[:-1], True, {}, top, [torch.zeros(k)] * len(answer)))
+                continue
+            asked.append(text)
+            kind, _, sentence = text.partition(": ")
+            out.append(Generation(model.encode(f"Quixotic zebras dance, {kind}: {sentence.rstrip('.')}?"), True))
+        return out
+
+    monkeypatch.setattr(selfstudy, "generate", reads)
+    monkeypatch.setattr(model, "reader", True)
+    documents = wells(6, 6)
+    found = synthesize(model, documents, new_store(), conversations=40, questions_per_call=4, top_k=5)
+    sentences = {f"{s}." for d in documents.documents for s in d.text.rstrip(".").split(". ")}
+    assert {text.partition(": ")[0] for text in asked} == set(KINDS)
+    assert {text.partition(": ")[2] for text in asked} <= sentences
+    for name, items in found.by_document.items():
+        for c in items:  # words that the text has not are no fault of this model
+            assert model.decode(c.prompt.tolist()) == c.question and c.question.startswith("Quixotic zebras dance,")
+            assert documents[name].title in c.question and f", {c.kind}: " in c.question

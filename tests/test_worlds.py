@@ -5,13 +5,31 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from cas.collection import Collection
+from cas.collection import Collection, save_jsonl
+from cas.errors import CollectionError
 from cas.lexicon import EVENT, FILLERS, FIRST, LAST, PERSON, PLACE
+from cas.niah import MULTI_KEY, MULTI_VALUE, TRACKING, niah
 from cas.seeds import normal
-from cas.worlds import INDIRECT, LOOKUP, NUMBERS, TWO, WHOLE, Record, Shape, make_records, single, two, whole, world
+from cas.worlds import (
+    INDIRECT,
+    LOOKUP,
+    MILLION_TOKENS,
+    NUMBERS,
+    TWO,
+    WHOLE,
+    Record,
+    Shape,
+    make_records,
+    single,
+    summary,
+    two,
+    whole,
+    world,
+)
 
 COUNT = 40
 
@@ -36,6 +54,48 @@ def test_a_world_is_a_function_of_its_seed(collection: Collection) -> None:
     )
 
 
+def test_a_million_tokens() -> None:
+    """More than 600 words a document; no tokenizer makes less than a token of a word."""
+    some = world(0, 32)
+    words = sum(len(re.findall(r"\w+|[^\w\s]", f"{d.title} {d.text}")) for d in some.documents)
+    assert words / 32 * MILLION_TOKENS > 1_000_000
+    loaded = Collection.load("million_tokens", seed=5)
+    assert len(loaded) == MILLION_TOKENS and loaded.select(32) == world(5, 32)
+
+
+def test_exported_it_is_the_same_collection(collection: Collection, tmp_path: Path) -> None:
+    save_jsonl(collection, tmp_path)
+    assert Collection.load(tmp_path) == collection and Collection.load(tmp_path).hash == collection.hash
+
+
+def test_needles(tmp_path: Path) -> None:
+    found = niah(2, 900, 6)
+    assert found == niah(2, 900, 6) and found.hash != niah(3, 900, 6).hash
+    assert Counter(q.kind for q in found.questions) == {MULTI_KEY: 18, MULTI_VALUE: 6, TRACKING: 6}
+    for question in found.questions:
+        text = found[question.document_ids[0]].text
+        items = re.split(r", | and ", question.answers[0])
+        places = [text.index(f"Variable {x} is" if question.kind == TRACKING else f" is {x}.") for x in items]
+        assert places == sorted(places)
+        if question.kind == MULTI_KEY:
+            name = question.question.removeprefix("What is the special number of ").rstrip("?")
+            assert f"The special number of {name} is {items[0]}." in text and text.count("The special number of") == 8
+        elif question.kind == MULTI_VALUE:
+            name = question.question.removeprefix("What are all the passwords of ").rstrip("?")
+            assert re.findall(rf"A password of {name} is (\w+)\.", text) == items
+        else:
+            value = dict(re.findall(r"Variable (\w+) is (?:the same as variable )?(\w+)\.", text))
+            assert len(value) == 6 and question.question.endswith(f"{value[items[0]]}?")
+            assert [value[b] for b in items[1:]] == items[:-1]
+    for length in (300, 5000, 20000):
+        for document in niah(0, length, 2).documents:
+            assert length <= len(document.text.split()) < length + 400
+    assert len(Collection.load("niah:400", seed=1)) == 64
+    for wrong in ("niah:200", "niah:x", "million_tokens:9"):
+        with pytest.raises(CollectionError, match="niah"):
+            Collection.load(wrong)
+
+
 def test_kinds_and_shares(collection: Collection) -> None:
     counts = Counter(q.kind for q in collection.questions)
     assert counts == {LOOKUP: COUNT * 8, INDIRECT: COUNT * 4, WHOLE: COUNT * 2, TWO: COUNT * 2}
@@ -50,13 +110,32 @@ def test_facts_stand_in_the_text_once_and_as_told(records: list[Record]) -> None
         sentences = re.split(r"(?<=\.)\s+", record.document.text)
         for subject in record.subjects:
             assert len(subject.told) >= 2
-            for name, (value, how) in subject.told.items():
+            for name, fact in subject.told.items():
                 a = subject.attribute(name)
                 words = {"name": {subject.name, subject.short}, "role": {subject.role}, "pronoun": {subject.pronoun}}[
-                    how
+                    fact.how
                 ]
-                forms = {(s := said.format(s=w, v=value))[0].upper() + s[1:] for said in a.says for w in words}
-                assert len(forms & set(sentences)) == 1, (record.document.id, subject.name, name)
+                forms = {(s := said.format(s=w, v=fact.value))[0].upper() + s[1:] for said in a.says for w in words}
+                assert forms & set(sentences) == {fact.sentence}, (record.document.id, subject.name, name)
+        for asked in single(record):
+            assert asked.answer in asked.sentences[0] and asked.sentences[0] in record.document.text
+            assert all(asked.subject.lower() in wording.lower() for wording in (*asked.asks, *asked.tests))
+
+
+def test_summaries_list_what_a_text_tells_in_its_order(records: list[Record]) -> None:
+    for record in records:
+        text = record.document.text
+        for subject in record.subjects:
+            found = summary(subject, text)
+            assert found is not None and found.answer.split("; ") == [
+                f"{n}: {f.value}" for n, f in subject.told.items()
+            ]
+            if all(text.count(s) == 1 for s in found.sentences):
+                assert sorted(found.sentences, key=text.index) == list(found.sentences)
+            first, second = found.sentences[:2]
+            part = summary(subject, f"{subject.name} is there. {second} {first}")
+            assert part is not None and part.sentences == (first, second)
+            assert summary(subject, f"{subject.name} is there. {first}") is None
 
 
 def test_a_pronoun_can_only_mean_its_subject(records: list[Record]) -> None:
@@ -94,7 +173,7 @@ def test_roles_and_names_are_unique(records: list[Record]) -> None:
 def test_documents_distract_from_each_other(records: list[Record]) -> None:
     """Last names and values come back in other documents, so neither alone says which document to read."""
     last = Counter(n for r in records for n in {p.short for p in r.people})
-    values = Counter((a, v) for r in records for p in r.people for a, (v, _) in p.told.items())
+    values = Counter((a, f.value) for r in records for p in r.people for a, f in p.told.items())
     assert sum(n > 1 for n in last.values()) > 0.2 * len(last) and sum(n > 1 for n in values.values()) > 0.5 * len(
         values
     )
@@ -105,9 +184,9 @@ def test_answers_to_questions_about_the_whole(records: list[Record]) -> None:
 
     kinds = Counter[str]()
     for record in records:
-        born = {p.name: int(p.told["birth year"][0]) for p in record.people if "birth year" in p.told}
+        born = {p.name: int(p.told["birth year"].value) for p in record.people if "birth year" in p.told}
         name, value = record.common
-        sharing = [p.name for p in record.people if p.told.get(name, ("",))[0] == value]
+        sharing = [p.name for p in record.people if name in p.told and p.told[name].value == value]
         assert 2 <= len(sharing) <= 4
         for asked in whole(record, Random(0)):
             if asked.asks[0].startswith("Who is older"):
