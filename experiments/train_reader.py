@@ -2,12 +2,8 @@
 
     python -m experiments.train_reader --output runs/reader
 
-Every step reads *scenes*: some texts, each prefilled by itself, and exchanges (a user's message and the answer) that see one
-or several of them. Four kinds of scene come equally often: one whole document; retrieved chunks of several documents in one
-text; a chunk with requests to write questions about it; a chunk with these questions to answer. Half of all scenes with
-whole documents load several, as composed cartridges would be: at the same positions, blind to one another.
-
-Scenes begin small and grow whenever the reader answers nine of ten at its present level. Interrupted, the same command goes on.
+What it reads stands in ``experiments/reader_scenes.py``. Scenes begin small and grow whenever the reader answers nine of ten
+at its present level. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,23 +14,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from cas import console
 from cas.config import DEFAULT_SYSTEM, parse
-from cas.lexicon import FIRST, LAST, PERSON
-from cas.worlds import SUMMARY, TWO, WHOLE, Asked, Record, Shape, make_records, single, summary, two, whole
-from retrieval.chunk import split_sentences, with_title
+from cas.worlds import TWO, WHOLE
+from experiments.reader_scenes import LEVELS, Scene, scenes
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
-KINDS = ("whole", "rag", "write", "answer", "lists")
-SEED_KINDS = ("question", "structuring", "use case", "creative")  # in the order of an attribute's wordings
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -74,156 +67,6 @@ class Config:
     """Seed of weights and scenes; worlds of collections have other seeds."""
     init: str | None = None
     """Folder of a model to start from, in place of random weights."""
-
-
-# -- what is read -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A user's message and the answer, which sees these texts of its scene."""
-
-    kind: str
-    user: str
-    answer: str
-    texts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Texts, each prefilled by itself behind the header, and exchanges about them."""
-
-    texts: tuple[str, ...]
-    exchanges: tuple[Exchange, ...]
-
-
-SMALL = Shape(people=(1, 1), facts=(2, 3), place_facts=(1, 2), event_facts=(0, 0), filler=0.0, indirect=0.0)
-# Shape of the records, most documents loaded side by side, most chunks in one text.
-LEVELS: tuple[tuple[Shape, int, int], ...] = (
-    (SMALL, 2, 2),  # lists only
-    (SMALL, 2, 2),
-    (replace(SMALL, people=(1, 2), facts=(2, 3)), 3, 3),
-    (replace(SMALL, people=(2, 3), facts=(3, 4), indirect=0.1), 4, 4),
-    (replace(SMALL, people=(2, 3), facts=(4, 4), event_facts=(0, 3), filler=0.1, indirect=0.3), 6, 5),
-    (Shape((3, 5), (3, 5), (2, 5), (0, 4), 0.2, 0.4), 8, 6),
-    (Shape((4, 8), (4, 6), (3, 6), (2, 4), 0.3, 0.5), 10, 8),
-    (Shape(), 12, 8),
-)
-
-
-def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
-    """Scenes without end, a function of seed and number alone; half of them at ``level``, the rest below."""
-    number = start
-    while True:
-        random = Random(f"reader/{seed}/{number}")
-        chosen = level if random.random() < 0.5 else random.randint(0, level)
-        shape, side_by_side, chunks = LEVELS[chosen]
-        kind = KINDS[number % 5] if chosen else "lists"
-        yield _scene(random, f"reader/{seed}/{number}", kind, shape, side_by_side, chunks)
-        number += 1
-
-
-def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int, chunks: int) -> Scene:
-    if kind == "lists":
-        return _lists(random, side_by_side)
-    if kind == "whole":
-        count = random.randint(2, side_by_side) if random.random() < 0.6 else 1
-        records = list(make_records(seed, 0, shape, count))
-        texts = tuple(with_title(r.document.title, r.document.text) for r in records)
-        found = []
-        for i, record in enumerate(records):
-            sums = _summaries(record, texts[i])
-            asked = [*single(record), *whole(record, random), *random.sample(sums, min(1, len(sums)))]
-            pairs = two(record, records[(i + 1) % count]) if count > 1 else ()
-            visible = tuple(range(count))
-            some = random.sample(asked, min(len(asked), max(2, 24 // count)))
-            found += [_asked(random, a, visible if random.random() < 0.8 else (i,)) for a in some]
-            two_asked = list(pairs)
-            found += [_asked(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
-        return Scene(texts, tuple(found))
-    records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 1))
-    if kind == "rag":
-        pieces = [(r, chunk) for r in records for chunk in _chunks(random, r.document.text, random.randint(2, 8))]
-        pieces = random.sample(pieces, min(len(pieces), chunks))
-        text = "\n\n".join(with_title(r.document.title, chunk) for r, chunk in pieces)
-        asked = [a for r in records for a in _told_in(r, [c for record, c in pieces if record is r])]
-        some = random.sample(asked, min(len(asked), 16))
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in some))
-    record = records[0]
-    sentences = [record.document.text[a:b].strip() for a, b in split_sentences(record.document.text)]
-    size = random.randint(min(4, len(sentences)), min(40, len(sentences)))
-    low = random.randint(0, len(sentences) - size)
-    chunk = sentences[low : low + size]
-    text = with_title(record.document.title, " ".join(chunk))
-    told = [*_told_in(record, [" ".join(chunk)]), *_summaries(record, text)]
-    random.shuffle(told)
-    if kind == "answer":
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in told[:16]))
-    exchanges = []
-    for a in told[:16]:
-        sentence = random.choice(a.sentences)
-        if chunk.count(sentence) == 1:  # else nobody knows about whom
-            which = random.randrange(len(a.asks))
-            seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[which]
-            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[which], (0,)))
-    return Scene((text,), tuple(exchanges))
-
-
-def _asked(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
-    return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts)
-
-
-def _told_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
-    """The facts whose sentence and whose subject's name stand together in one of the chunks."""
-    for a in single(record):
-        if any(a.sentences[0] in chunk and a.subject.lower() in chunk.lower() for chunk in chunks):
-            yield a
-
-
-def _summaries(record: Record, text: str) -> list[Asked]:
-    return [a for subject in record.subjects if (a := summary(subject, text)) is not None]
-
-
-def _chunks(random: Random, text: str, size: int) -> list[str]:
-    sentences = [text[a:b].strip() for a, b in split_sentences(text)]
-    return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
-
-
-def _lists(random: Random, side_by_side: int) -> Scene:
-    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose around.
-
-    The few attributes come back under every name, so that neither name nor attribute alone finds a value.
-    """
-    count, each, style = random.randint(1, side_by_side), random.randint(2, 6), random.choice(("pair", "row", "card"))
-    firsts, lasts = (random.sample(some, count * each // 2 + 2) for some in (FIRST, LAST))
-    names = random.sample([f"{a} {b}" for a in firsts for b in lasts], count * each)
-    kinds = [a for a in PERSON if a.values]
-    kinds = random.sample(kinds, 1 if style == "pair" else random.randint(2, 3))
-    values = {(n, a.name): random.choice(a.values or ()) for n in names for a in kinds}
-    lines = {
-        "pair": lambda n: [f"{n}: {values[n, kinds[0].name]}"],
-        "row": lambda n: [f"{n}, {a.name}: {values[n, a.name]}" for a in random.sample(kinds, len(kinds))],
-        "card": lambda n: [n, *(f"{a.name}: {values[n, a.name]}" for a in random.sample(kinds, len(kinds)))],
-    }[style]
-    texts = []
-    for i in range(count):
-        # Told again in another order: predicting the second telling is matching, too, and every token of it teaches.
-        for again in range(random.choice((1, 2, 2))):
-            rows = [lines(n) for n in random.sample(names[i::count], len(names[i::count]))]
-            flat = [row for some in rows for row in some]
-            told = "\n".join(random.sample(flat, len(flat)) if style == "row" else flat)
-            texts[i:] = [told if not again else f"{texts[i]}\n{told}"]
-    asked = random.sample(list(values), min(12, len(values)))
-    return Scene(
-        tuple(texts),
-        tuple(
-            Exchange(style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count))) for n, a in asked
-        ),
-    )
-
-
-PG, GAIN = 3.0, 1.0
-# -- the model ----------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
@@ -296,7 +139,7 @@ def make_model(config: Config, tokenizer: Any) -> Any:
         embedding[:, 0] = 4 * std
         for number, layer in enumerate(hf.model.layers):
             attention = layer.self_attn
-            content = torch.randn(config.heads, size, config.hidden) * (2 / config.hidden) ** 0.5 * GAIN
+            content = torch.randn(config.heads, size, config.hidden) * (2 / config.hidden) ** 0.5
             content[:, : half // 2], content[:, half : half + half // 2] = 0.0, 0.0
             content[:, :, 0] = 0.0
             query, key = content.clone(), content.clone()
@@ -308,16 +151,13 @@ def make_model(config: Config, tokenizer: Any) -> Any:
                 key[head, : half // 2, 0] = 1.3 * torch.cos((head + 1) * frequencies[: half // 2])
                 key[head, half : half + half // 2, 0] = 1.3 * torch.sin((head + 1) * frequencies[: half // 2])
                 value[head] = value[0]
-                output[head] = PG * std * value[0]
+                output[head] = 3 * std * value[0]
             value[:, :, 0] = 0.0
             attention.q_proj.weight.copy_(query.flatten(0, 1))
             attention.k_proj.weight.copy_(key.flatten(0, 1))
             attention.v_proj.weight.copy_(value.flatten(0, 1))
             attention.o_proj.weight.copy_(output.flatten(0, 1).T)
     return hf
-
-
-# -- training -----------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -362,69 +202,30 @@ class Trainer:
         return self.config.lr * min(1.0, (self.step + 1) / self.config.warmup, max(0.02, left))
 
     def train_step(self, part: Sequence[Scene]) -> dict[str, Any]:
-        """One step on a few scenes: prefill the texts, answer over them, learn. Returns figures of the step."""
+        """One step on a few scenes: read the texts, answer over them, learn. Returns figures of the step."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        from cas.attention import Batch, Gathered, packed_positions
-        from cas.cartridge import Layout
-
-        model, template = self.model, self.model.template
-        random = Random(f"{self.config.seed}/layout/{self.step}")
-        header = list(template.header_ids)
-        texts = [header + model.encode(text) for scene in part for text in scene.texts]
-        asked, answers, visible, kinds, first = [], [], [], [], 0
-        for number, scene in enumerate(part):
-            for e in scene.exchanges:
-                user = [*template.footer_ids, *model.encode(e.user), *template.suffix_ids]
-                answers.append([*model.encode(e.answer), *template.end_ids])
-                asked.append(user + answers[-1][:-1])
-                visible.append(tuple(f"{first + i}" for i in e.texts))
-                kinds.append((number, e.kind))
-            first += len(scene.texts)
+        packed = Packed(part, self.model, Random(f"{self.config.seed}/layout/{self.step}"))
         with torch.autocast("cpu", torch.bfloat16):
-            plain = Layout("offset", 0, 0)
-            batch = Batch(tuple(map(len, texts)), ((),) * len(texts))
-            keeping = _keeping()(batch, _empty(model), {}, plain, model.rope, torch.bfloat16)
-            ids = torch.tensor([[t for text in texts for t in text]])
-            read = model.forward(ids, packed_positions(batch, {}, plain), keeping)[0]
-            kv = torch.stack([torch.stack(keeping.kv[layer]) for layer in sorted(keeping.kv)])  # [L, 2, H, sum T, D]
-            h, ends = len(header), [*batch.starts(), ids.shape[1]]
-            cartridges = {f"{i}": kv[:, :, :, ends[i] + h : ends[i + 1]] for i in range(len(texts))}
-            longest = max(len(text) - h for text in texts)
-            policy = random.choice(("fixed", "offset"))
-            layout = Layout(policy, h, longest + random.randint(0, 64))  # type: ignore[arg-type]
-            batch = Batch(tuple(map(len, asked)), tuple(visible))
-            context = Gathered(batch, kv[:, :, :, :h], cartridges, layout, model.rope, torch.bfloat16)
-            rows = torch.cat(
-                [torch.arange(s + n - len(a), s + n) for s, n, a in zip(batch.starts(), batch.lengths, answers)]
-            )
-            sizes = {n: c.shape[3] for n, c in cartridges.items()}
-            ids_asked = torch.tensor([[t for one in asked for t in one]])
-            logits = model.forward(ids_asked, packed_positions(batch, sizes, layout), context, rows=rows)[0].float()
-        gold = torch.tensor([t for a in answers for t in a])
-        answering = cross_entropy(logits, gold)
-        follows = torch.ones(ids.shape[1], dtype=torch.bool)  # within a text, behind the header
-        for start, end in pairwise(ends):
-            follows[start : start + h - 1] = False
-            follows[end - 1] = False
-        where = follows.nonzero()[:, 0]
-        reading = cross_entropy(read[where].float(), ids[0, where + 1])
+            logits = self.model.forward(packed.ids, packed.positions, packed, rows=packed.rows)[0]
+        losses = cross_entropy(logits.float(), packed.gold, reduction="none")
+        answers = packed.answering
+        answering, reading = losses[answers].mean(), losses[~answers].mean()
         (answering + self.config.reading * reading).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        hits = (logits.argmax(-1) == gold).split([len(a) for a in answers])
-        counts = ids.shape[1] + ids_asked.shape[1]
-        self.step, self.tokens = self.step + 1, self.tokens + counts
+        hits = (logits[answers].argmax(-1) == packed.gold[answers]).split(packed.answer_lengths)
+        self.step, self.tokens = self.step + 1, self.tokens + packed.ids.shape[1]
         return {
             "loss": float(answering.detach()),
             "reading": float(reading.detach()),
             "norm": float(norm),
-            "right": [(n, kind, bool(hit.all())) for (n, kind), hit in zip(kinds, hits)],
-            "tokens": counts,
+            "right": [(n, kind, bool(hit.all())) for (n, kind), hit in zip(packed.kinds, hits)],
+            "tokens": packed.ids.shape[1],
         }
 
     def run(self, stop: Any) -> bool:
@@ -509,23 +310,95 @@ class Trainer:
                 }
 
 
-def _keeping() -> Any:
-    """The packed attention, which also keeps every layer's keys and values (with their gradients)."""
-    from cas.attention import Gathered
+class Packed:
+    """Scenes packed one behind the other, and the attention over them.
 
-    class Keeping(Gathered):
-        def attend(self, layer: int, query: Any, key: Any, value: Any, scale: float, window: int | None) -> Any:
-            self.__dict__.setdefault("kv", {})[layer] = (key[0], value[0])
-            return super().attend(layer, query, key, value, scale, window)
+    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header, the
+    texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the header, as
+    those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
+    """
 
-    return Keeping
+    def __init__(self, part: Sequence[Scene], model: Any, random: Random) -> None:
+        import torch
 
+        template = model.template
+        header, h = list(template.header_ids), len(template.header_ids)
+        policy, slack = random.choice(("fixed", "offset")), random.randint(0, 64)
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        gold: list[int] = []
+        answering: list[bool] = []
+        self.header = h
+        # Of every scene: where it starts, its texts' lengths, where it ends, and what its exchanges see of it.
+        self.scenes: list[tuple[int, list[int], int, Tensor]] = []
+        self.kinds: list[tuple[int, str]] = []
+        self.answer_lengths: list[int] = []
+        for number, scene in enumerate(part):
+            start = len(ids)
+            texts = [model.encode(text) for text in scene.texts]
+            owner = [-1] * h  # of every token: the header, a text, an exchange
+            ids += header
+            positions += range(h)
+            for i, text in enumerate(texts):
+                rows += range(len(ids), len(ids) + len(text) - 1)
+                gold += text[1:]
+                answering += [False] * (len(text) - 1)
+                ids += text
+                positions += range(h, h + len(text))
+                owner += [i] * len(text)
+            middle = len(ids)
+            for i, e in enumerate(scene.exchanges):
+                user = [*template.footer_ids, *model.encode(e.user), *template.suffix_ids]
+                answer = [*model.encode(e.answer), *template.end_ids]
+                sizes = [len(texts[t]) for t in e.texts]
+                first = h + (max(map(len, texts)) + slack if policy == "fixed" else sum(sizes))
+                rows += range(len(ids) + len(user) - 1, len(ids) + len(user) + len(answer) - 1)
+                gold += answer
+                answering += [True] * len(answer)
+                ids += [*user, *answer[:-1]]
+                positions += range(first, first + len(user) + len(answer) - 1)
+                owner += [len(texts) + i] * (len(user) + len(answer) - 1)
+                self.kinds.append((number, e.kind))
+                self.answer_lengths.append(len(answer))
+            sees = torch.eye(len(texts) + len(scene.exchanges) + 1, dtype=torch.bool)
+            sees[:, -1] = True  # the header
+            for i, e in enumerate(scene.exchanges):
+                sees[len(texts) + i, list(e.texts)] = True
+            of = torch.tensor(owner)
+            order = torch.arange(len(owner))
+            mask = sees[of[middle - start :, None], of[None]] & (order[middle - start :, None] >= order[None])
+            self.scenes.append((start, [len(text) for text in texts], len(ids), mask))
+        self.ids, self.positions = torch.tensor([ids]), torch.tensor([positions])
+        self.rows, self.gold, self.answering = torch.tensor(rows), torch.tensor(gold), torch.tensor(answering)
 
-def _empty(model: Any) -> Any:
-    import torch
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query [1, Q, T, D], key and value [1, H, T, D] -> [1, T, Q, D]."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention as attention
 
-    g = model.geometry
-    return torch.zeros(g.layers, 2, g.kv_heads, 0, g.head_dim)
+        out = []
+        for start, texts, end, mask in self.scenes:
+            low = start + self.header
+            behind = [x[:, :, start:low] for x in (query, key, value)]
+            for length in texts:
+                q, k, v = (
+                    torch.cat([h, x[:, :, low : low + length]], dim=2) for h, x in zip(behind, (query, key, value))
+                )
+                read = attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+                out.append(read if low == start + self.header else read[:, :, self.header :])
+                low += length
+            out.append(
+                attention(
+                    query[:, :, low:end],
+                    key[:, :, start:end],
+                    value[:, :, start:end],
+                    attn_mask=mask,
+                    scale=scale,
+                    enable_gqa=True,
+                )
+            )
+        return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def main() -> int:

@@ -6,17 +6,23 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
+from cas.cartridge import Layout
 from cas.config import KINDS
+from cas.decoding import Prompt, log_likelihood
 from cas.lexicon import EVENT, PERSON, PLACE
 from cas.model import FrozenModel
+from cas.prompting import question_tokens
 from cas.seeds import normal
 from cas.worlds import LOOKUP, Shape, make_records, single, whole, world
 from experiments import train_reader
-from experiments.train_reader import LEVELS, Config, Scene, Trainer, scenes
+from experiments.reader_scenes import LEVELS, Scene, scenes
+from experiments.train_reader import Config, Packed, Trainer
 
 
 def some(level: int, count: int = 60) -> list[Scene]:
@@ -95,6 +101,42 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
 
     model = FrozenModel.from_pretrained(str(tmp_path / "cut" / "model"), device="cpu")
     assert model.template.header_ids and model.hf.dtype in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "offset"])
+def test_scenes_are_read_as_the_engine_reads_cartridges(
+    tiny: Callable[..., FrozenModel], policy: Literal["fixed", "offset"]
+) -> None:
+    """The same likelihoods as from separately prefilled texts, composed and decoded by the engine that users have."""
+
+    class Drawn(Random):
+        def choice(self, seq: Any) -> Any:
+            return policy
+
+        def randint(self, a: int, b: int) -> int:
+            return 7
+
+    model = tiny("llama")
+    part = [s for s in some(3, 12) if s.exchanges][:6]
+    packed = Packed(part, model, Drawn())
+    logits = model.forward(packed.ids, packed.positions, packed, rows=packed.rows)[0].float()
+    losses = cross_entropy(logits, packed.gold, reduction="none")
+    found = [float(part.mean()) for part in losses[packed.answering].split(packed.answer_lengths)]
+    reading = losses[~packed.answering]
+    expected, read, h = [], [], model.layout_header
+    for scene in part:
+        tokens = [[*model.template.header_ids, *model.encode(text)] for text in scene.texts]
+        kv = {f"{i}": model.prefill(t)[:, :, :, h:] for i, t in enumerate(tokens)}
+        layout = Layout(policy, h, max(t.shape[3] for t in kv.values()) + 7)
+        prompts = [Prompt(question_tokens(model, e.user), tuple(f"{i}" for i in e.texts)) for e in scene.exchanges]
+        gold = [[*model.encode(e.answer), *model.template.end_ids] for e in scene.exchanges]
+        expected += [-x for x in log_likelihood(model, prompts, gold, kv, layout)]
+        for ids in tokens:
+            own = model.hf(torch.tensor([ids])).logits[0].float()[h:-1]
+            read += cross_entropy(own, torch.tensor(ids[h + 1 :]), reduction="none").tolist()
+    assert max(len(s.texts) for s in part) > 1 and max(len(e.texts) for s in part for e in s.exchanges) > 1
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reading, torch.tensor(read), atol=1e-4, rtol=1e-4)
 
 
 def test_every_arm_holds_the_answer_and_its_size(tiny: Callable[..., FrozenModel]) -> None:
