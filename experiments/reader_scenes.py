@@ -41,7 +41,8 @@ class Scene:
 SMALL = Shape(people=(1, 1), facts=(2, 3), place_facts=(1, 2), event_facts=(0, 0), filler=0.0, indirect=0.0)
 # Shape of the records, most documents loaded side by side, most chunks in one text.
 LEVELS: tuple[tuple[Shape, int, int], ...] = (
-    (SMALL, 2, 2),  # lists only
+    (SMALL, 1, 2),  # going on with sequences, alone
+    (SMALL, 2, 2),  # lists, too
     (SMALL, 2, 2),
     (replace(SMALL, people=(1, 2), facts=(2, 3)), 3, 3),
     (replace(SMALL, people=(2, 3), facts=(3, 4), indirect=0.1), 4, 4),
@@ -59,12 +60,14 @@ def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
         random = Random(f"reader/{seed}/{number}")
         chosen = level if random.random() < 0.5 else random.randint(0, level)
         shape, side_by_side, chunks = LEVELS[chosen]
-        kind = KINDS[number % 5] if chosen else "lists"
+        kind = KINDS[number % 5] if chosen > 1 else "repeats" if chosen == 0 or random.random() < 0.3 else "lists"
         yield _scene(random, f"reader/{seed}/{number}", kind, shape, side_by_side, chunks)
         number += 1
 
 
 def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int, chunks: int) -> Scene:
+    if kind == "repeats":
+        return _repeats(random, side_by_side)
     if kind == "lists":
         return _lists(random, side_by_side)
     if kind == "whole":
@@ -128,6 +131,21 @@ def _summaries(record: Record, text: str) -> list[Asked]:
 def _chunks(random: Random, text: str, size: int) -> list[str]:
     sentences = [text[a:b].strip() for a, b in split_sentences(text)]
     return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
+
+
+def _repeats(random: Random, side_by_side: int) -> Scene:
+    """Sequences of names; the user says a few in a row, the answer is what follows. Where looking up begins."""
+    count, length = random.randint(1, side_by_side), random.randint(12, 40)
+    names = random.sample(sorted({*FIRST, *LAST}), count * length)
+    texts = [names[i * length : (i + 1) * length] for i in range(count)]
+    exchanges = []
+    for _ in range(8):
+        text = random.choice(texts)
+        said, told = random.randint(1, 3), random.randint(3, 8)
+        at = random.randint(0, length - said - told)
+        user, answer = text[at : at + said], text[at + said : at + said + told]
+        exchanges.append(Exchange("repeat", " ".join(user), " ".join(answer), tuple(range(count))))
+    return Scene(tuple(map(" ".join, texts)), tuple(exchanges))
 
 
 def _lists(random: Random, side_by_side: int) -> Scene:

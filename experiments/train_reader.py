@@ -32,6 +32,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ROPE_BASE = 1e6
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -43,19 +44,19 @@ class Config:
     """Folder of the checkpoint, the curve and, at the end, the model."""
     tokens: int = 300_000_000
     """Tokens to train on."""
-    step_tokens: int = 3000
+    step_tokens: int = 1500
     """Tokens of a step, texts and exchanges together."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 300
     """Steps until it is reached."""
-    vocabulary: int = 3072
+    vocabulary: int = 3584
     """Tokens of the tokenizer."""
     hidden: int = 256
     """Width of the model."""
     layers: int = 6
     """Layers."""
-    heads: int = 8
+    heads: int = 4
     """Attention heads."""
     intermediate: int = 512
     """Width of the MLP."""
@@ -70,13 +71,18 @@ class Config:
 
 
 def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
-    """A byte-level BPE tokenizer trained on scenes of its own seed; it can spell any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE tokenizer trained on scenes of its own seed; it can spell any text.
+
+    A word is the same token at the start of a text or line as behind a space, or matching it would mean learning which
+    token spells which: a space is put there, and taken away behind line breaks by the decoder.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe.normalizer = normalizers.Replace(Regex(r"\n(?=\S)"), "\n ")
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
@@ -87,7 +93,8 @@ def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
     def texts() -> Iterator[str]:
         for scene in islice(scenes(-1, len(LEVELS) - 1), count):
             yield from scene.texts
-            yield from (f"{e.user} {e.answer}" for e in scene.exchanges)
+            for e in scene.exchanges:
+                yield from (e.user, e.answer)
             yield DEFAULT_SYSTEM
 
     bpe.train_from_iterator(texts(), trainer)
@@ -99,18 +106,11 @@ def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
-    """Random weights, but heads that do from the start what matching by name is made of.
-
-    Every embedding has the same length and one large constant component, from which half of the first layer's heads and a quarter of the
-    second's make a query and a key that fit best one, two or three tokens back. All other heads have the same
-    matrix for queries and keys, in the slow rotary dimensions only, so that tokens attend to their like at any distance.
-    Outputs are the transposed value matrices: a head copies what it attends to.
-    """
+    """Random weights, but two layers that begin as what looking a name up is made of; see :func:`look_up`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
-    std = config.hidden**-0.5 / 2
     hf = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -120,44 +120,72 @@ def make_model(config: Config, tokenizer: Any) -> Any:
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
             tie_word_embeddings=True,
-            initializer_range=std,
+            initializer_range=config.hidden**-0.5 / 2,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     hf.config.cas_reader = True  # the format of its questions is its own: cas.seeds.READER_SEEDS
-    size = config.hidden // config.heads
-    half = size // 2
-    frequencies = 100_000.0 ** (-torch.arange(half) / half)
-    with torch.no_grad():
-        embedding = hf.model.embed_tokens.weight
-        random = torch.randn_like(embedding)
-        embedding.copy_(config.hidden**0.5 * std * random / random.norm(dim=1, keepdim=True))
-        embedding[:, 0] = 4 * std
-        for number, layer in enumerate(hf.model.layers):
-            attention = layer.self_attn
-            content = torch.randn(config.heads, size, config.hidden) * (2 / config.hidden) ** 0.5
-            content[:, : half // 2], content[:, half : half + half // 2] = 0.0, 0.0
-            content[:, :, 0] = 0.0
-            query, key = content.clone(), content.clone()
-            value = torch.randn(config.heads, size, config.hidden) * config.hidden**-0.5
-            output = std * value
-            for head in range(config.heads // 2 if number == 0 else 0):
-                query[head], key[head] = 0.0, 0.0
-                query[head, : half // 2, 0] = 1.3
-                key[head, : half // 2, 0] = 1.3 * torch.cos((head + 1) * frequencies[: half // 2])
-                key[head, half : half + half // 2, 0] = 1.3 * torch.sin((head + 1) * frequencies[: half // 2])
-                value[head] = value[0]
-                output[head] = 3 * std * value[0]
-            value[:, :, 0] = 0.0
-            attention.q_proj.weight.copy_(query.flatten(0, 1))
-            attention.k_proj.weight.copy_(key.flatten(0, 1))
-            attention.v_proj.weight.copy_(value.flatten(0, 1))
-            attention.o_proj.weight.copy_(output.flatten(0, 1).T)
+    look_up(hf, config)
     return hf
+
+
+def look_up(hf: Any, config: Config) -> None:
+    """Set the first two attention layers so that the model can go on with a sequence it has seen (an induction circuit).
+
+    Where random weights find this after many millions of tokens, a few steps refine it. Some of the residual stream's
+    components are kept free for a trail of the three tokens before, one is constant, the rest hold the token's own
+    embedding. Three heads of the first layer look one, two and three tokens back, by rotation alone, and write the trail.
+    In the second layer keys are trails; the queries of half the heads are the token itself (what came behind it before?),
+    those of the others its trail, not nearby (where did I read these words?); all copy the token they find. Everything
+    else starts near zero.
+    """
+    import torch
+
+    size, std = config.hidden // config.heads, config.hidden**-0.5 / 2
+    half, fast = size // 2, size // 4  # fast rotary pairs tell places apart, slow ones hardly turn
+    trail = 2 * (half - fast)
+    slow = [*range(fast, half), *range(half + fast, size)]
+    frequencies = ROPE_BASE ** (-torch.arange(half) / half)
+    own = slice(1 + trail, config.hidden)
+    kept = config.hidden - 1 - trail
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        embedding = hf.model.embed_tokens.weight
+        random = torch.randn(len(embedding), kept)
+        embedding.zero_()
+        embedding[:, own] = std * kept**0.5 * random / random.norm(dim=1, keepdim=True)
+        embedding[:, 0] = 4 * std
+        known = torch.randn(trail, kept) * kept**-0.5  # what the trail keeps of a token
+        for number, heads in ((0, range(min(3, config.heads))), (1, range(config.heads))):
+            attention = hf.model.layers[number].self_attn
+            for head in heads:
+                rows = slice(head * size, (head + 1) * size)
+                query, key, value = (getattr(attention, f"{n}_proj").weight[rows] for n in "qkv")
+                output = attention.o_proj.weight[:, rows]
+                for weight in (query, key, value, output):
+                    weight.zero_()
+                if number == 0:
+                    query[:fast, 0] = 1.3
+                    key[:fast, 0] = 1.3 * torch.cos((head + 1) * frequencies[:fast])
+                    key[half : half + fast, 0] = 1.3 * torch.sin((head + 1) * frequencies[:fast])
+                    value[:trail, own] = known
+                    output[1 : 1 + trail, :trail] = std * torch.eye(trail)
+                    continue
+                key[slow, 1 : 1 + trail] = 1.9 * torch.eye(trail)
+                if head % 2 == 0:
+                    query[slow, own] = 1.9 * known
+                else:
+                    query[slow, 1 : 1 + trail] = 1.9 * torch.eye(trail)
+                    query[: fast // 2, 0], key[: fast // 2, 0] = 2.0, -2.0
+                copied = torch.randn(size, kept) * kept**-0.5
+                value[:, own] = copied
+                output[own] = 2 * std * copied.T
 
 
 class Trainer:
@@ -330,8 +358,8 @@ class Packed:
         gold: list[int] = []
         answering: list[bool] = []
         self.header = h
-        # Of every scene: where it starts, its texts' lengths, where it ends, and what its exchanges see of it.
-        self.scenes: list[tuple[int, list[int], int, Tensor]] = []
+        # Of every scene: its texts' lengths, its exchanges' length, and what these see of it.
+        self.scenes: list[tuple[list[int], int, Tensor]] = []
         self.kinds: list[tuple[int, str]] = []
         self.answer_lengths: list[int] = []
         for number, scene in enumerate(part):
@@ -368,36 +396,35 @@ class Packed:
             of = torch.tensor(owner)
             order = torch.arange(len(owner))
             mask = sees[of[middle - start :, None], of[None]] & (order[middle - start :, None] >= order[None])
-            self.scenes.append((start, [len(text) for text in texts], len(ids), mask))
+            self.scenes.append(([len(text) for text in texts], len(ids) - middle, mask))
         self.ids, self.positions = torch.tensor([ids]), torch.tensor([positions])
         self.rows, self.gold, self.answering = torch.tensor(rows), torch.tensor(gold), torch.tensor(answering)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """query [1, Q, T, D], key and value [1, H, T, D] -> [1, T, Q, D]."""
         import torch
-        from torch.nn.functional import scaled_dot_product_attention as attention
+        from torch.nn.functional import scaled_dot_product_attention
 
+        def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            # float32: the CPU kernel's backward is three times as fast on short texts as in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **options)
+
+        # Split once: every slice would make autograd fill a whole zero tensor.
+        sizes = [n for texts, own, _ in self.scenes for n in (self.header, *texts, own)]
+        q, k, v = (iter(x.float().split(sizes, dim=2)) for x in (query, key, value))
         out = []
-        for start, texts, end, mask in self.scenes:
-            low = start + self.header
-            behind = [x[:, :, start:low] for x in (query, key, value)]
-            for length in texts:
-                q, k, v = (
-                    torch.cat([h, x[:, :, low : low + length]], dim=2) for h, x in zip(behind, (query, key, value))
-                )
-                read = attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-                out.append(read if low == start + self.header else read[:, :, self.header :])
-                low += length
-            out.append(
-                attention(
-                    query[:, :, low:end],
-                    key[:, :, start:end],
-                    value[:, :, start:end],
-                    attn_mask=mask,
-                    scale=scale,
-                    enable_gqa=True,
-                )
-            )
+        for texts, _, mask in self.scenes:
+            head = next(q), next(k), next(v)
+            keys, values = [head[1]], [head[2]]
+            for i in range(len(texts)):
+                own = next(q), next(k), next(v)
+                read = attention(*(torch.cat(pair, dim=2) for pair in zip(head, own)), is_causal=True)
+                out.append(read if i == 0 else read[:, :, self.header :])
+                keys.append(own[1])
+                values.append(own[2])
+            asked, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
+            out.append(attention(asked, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 
