@@ -14,6 +14,7 @@ from random import Random
 
 from cas.collection import Collection, Document, Question
 from cas.lexicon import ANIMALS, COLLECTED, FILLERS, FIRST, LAST
+from cas.worlds import listed
 
 MULTI_KEY, MULTI_VALUE, TRACKING = "multi-key", "multi-value", "variable tracking"
 KEYS, VALUES, CHAIN, CHAINS = 8, 3, 3, 2
@@ -65,13 +66,9 @@ def _haystack(seed: str, id: str, words: int) -> tuple[Document, list[Question]]
     chain = chains[0]
     questions = [
         *((MULTI_KEY, f"What is the special number of {names[i]}?", numbers[i - 1]) for i in random.sample(range(1, KEYS + 1), 3)),
-        (MULTI_VALUE, f"What are all the passwords of {names[0]}?", _listed(passwords)),
-        (TRACKING, f"Which variables of {title} have the value {numbers[KEYS]}?", _listed(chain)),
+        (MULTI_VALUE, f"What are all the passwords of {names[0]}?", listed(passwords)),
+        (TRACKING, f"Which variables of {title} have the value {numbers[KEYS]}?", listed(chain)),
     ]  # fmt: skip
     return Document(id, title, text), [
         Question(f"{id}/{i}", (id,), question, (answer,), None, kind) for i, (kind, question, answer) in enumerate(questions)
     ]  # fmt: skip
-
-
-def _listed(items: list[str]) -> str:
-    return ", ".join(items[:-1]) + " and " + items[-1]

@@ -203,7 +203,7 @@ def whole(record: Record, random: Random) -> Iterator[Asked]:
     fill = _filler(p=record.place.name, a=name, v=value)
     yield Asked(
         WHOLE,
-        _listed(sharing),
+        listed(sharing),
         fill(("List the people at {p} whose {a} is {v}.", "Who at {p} has {v} for {a}?")),
         fill(("Which people at {p} share the {a} {v}?", "{v} is the {a} of which people at {p}?")),
     )
@@ -240,7 +240,8 @@ def _filler(**words: str) -> Callable[[Sequence[str]], tuple[str, ...]]:
     return fill
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Several names as one answer: a, b and c."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
