@@ -134,14 +134,14 @@ def _chunks(random: Random, text: str, size: int) -> list[str]:
 
 
 def _repeats(random: Random, side_by_side: int) -> Scene:
-    """Sequences of names; the user says a few in a row, the answer is what follows. Where looking up begins."""
+    """Sequences of names; the user says a few in a row, the answer is the next four. Where looking up begins."""
     count, length = random.randint(1, side_by_side), random.randint(12, 40)
     names = random.sample(sorted({*FIRST, *LAST}), count * length)
     texts = [names[i * length : (i + 1) * length] for i in range(count)]
     exchanges = []
     for _ in range(8):
         text = random.choice(texts)
-        said, told = random.randint(1, 3), random.randint(3, 8)
+        said, told = random.randint(1, 3), 4
         at = random.randint(0, length - said - told)
         user, answer = text[at : at + said], text[at + said : at + said + told]
         exchanges.append(Exchange("repeat", " ".join(user), " ".join(answer), tuple(range(count))))
