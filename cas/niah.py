@@ -22,7 +22,7 @@ WORDS = 3000
 
 
 def niah(seed: int = 0, words: int = WORDS, documents: int = 64) -> Collection:
-    """``documents`` haystacks of about ``words`` words each, with a question of each kind and two more of the first.
+    """``documents`` haystacks of at least ``words`` words each, up to 400 more, with a question of each kind and two more of the first.
 
     Deterministic in the seed. Lists are asked for, and answered, in the order of the text, as "a, b and c".
     """

@@ -42,9 +42,9 @@ or "the porter"), *whole document* (comparing, counting, listing) and *two docum
 
 ## Needles in a haystack
 
-`--collection niah` has 64 documents of 3,000 words, `niah:8000` of 8,000: keys with one number each (*multi-key*), a key with
-several words (*multi-value*), chains of variables (*variable tracking*), between sentences that tell nothing. Of one of 300
-words:
+`--collection niah` has 64 documents of at least 3,000 words (some hundred more), `niah:8000` of at least 8,000: keys with one number each (*multi-key*), a key with
+several words (*multi-value*), chains of variables (*variable tracking*), between sentences that tell nothing. The
+beginning of one of `niah:300`:
 
 {_quoted(needles.documents[0].text[:420].rpartition(".")[0] + ". …")}
 
