@@ -98,7 +98,7 @@ class Collection:
                 ``*.md`` files are read recursively, hidden ones left out.
             questions: a file to read in place of the one beside the documents, which is ``questions.jsonl[.gz]`` or,
                 for a single file of documents, first ``<stem>.questions.jsonl[.gz]``.
-            seed: of a generated collection, ``million_tokens`` or ``niah``; ``niah:8000`` has so many words a document.
+            seed: of a generated collection, ``million_tokens`` or ``niah``; ``niah:8000`` has at least so many words a document.
         """
         names = source.split("+") if isinstance(source, str) else []
         try:

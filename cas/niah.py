@@ -22,8 +22,9 @@ WORDS = 3000
 
 
 def niah(seed: int = 0, words: int = WORDS, documents: int = 64) -> Collection:
-    """``documents`` haystacks of at least ``words`` words each, up to 400 more, with a question of each kind and two more of the first.
+    """``documents`` haystacks of at least ``words`` words each, up to 400 more.
 
+    Each has a question of every kind and two more of the first.
     Deterministic in the seed. Lists are asked for, and answered, in the order of the text, as "a, b and c".
     """
     if words < 300:
@@ -57,8 +58,7 @@ def _haystack(seed: str, id: str, words: int) -> tuple[Document, list[Question]]
     while length < words:
         hay += random.sample(FILLERS, len(FILLERS))
         length += sum(len(sentence.split()) for sentence in FILLERS)
-    places = sorted(order, key=lambda needle: order[needle])
-    sentences = [*((order[needle], needle) for needle in places)]
+    sentences = [(place, needle) for needle, place in order.items()]
     sentences += [((i + random.random()) / max(1, len(hay)), sentence) for i, sentence in enumerate(hay)]
     told = [sentence for _, sentence in sorted(sentences)]
     text = "\n\n".join(" ".join(told[i : i + 12]) for i in range(0, len(told), 12))

@@ -18,7 +18,6 @@ from cas.conversations import Conversations
 from cas.decoding import Prompt, generate, log_likelihood
 from cas.evaluate import contains, exact_match, f1
 from cas.model import FrozenModel
-from cas.prompting import brief
 from cas.seeds import normal
 from cas.store import Store
 from experiments.results import Prediction
@@ -41,7 +40,7 @@ def build_prompts(
     ``retrieved<k>``: the k best by retrieval; ``rag``: the best chunks that fit into as many tokens as four of the store's
     largest cartridges, titles counted.
     """
-    asked = [q.question + brief(model) for q in questions]
+    asked = [q.question + prompting.brief(model) for q in questions]
     rows = store.rows()
     if arm == "no_context":
         return [prompting.no_context(model, a) for a in asked]
@@ -97,7 +96,9 @@ def groups(
     for ids in dict.fromkeys(tuple(sorted(q.document_ids)) for q in questions):
         about = [q for q in questions if tuple(sorted(q.document_ids)) == ids]
         text = prompting.whole_documents(model, [collection[i] for i in ids])
-        prompts = [Prompt(prompting.question_tokens(model, q.question + brief(model)), ("text",)) for q in about]
+        prompts = [
+            Prompt(prompting.question_tokens(model, q.question + prompting.brief(model)), ("text",)) for q in about
+        ]
         yield about, prompts, {"text": text}, behind_the_text
 
 

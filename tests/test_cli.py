@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -33,13 +34,11 @@ def test_options_are_the_golden_ones() -> None:
     assert {c.__name__: [f.name for f in dataclasses.fields(c)] for c in (TrainConfig, QueryConfig)} == golden
 
 
-def test_cli_page_is_what_help_prints() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import make_cli
-    finally:
-        sys.path.pop(0)
-    assert (ROOT / "docs" / "cli.md").read_text() == make_cli.text(), "run: python docs/make_cli.py"
+@pytest.mark.parametrize("page", ["cli", "worlds"])
+def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    text = importlib.import_module(f"make_{page}").text()
+    assert (ROOT / "docs" / f"{page}.md").read_text() == text, f"run: python docs/make_{page}.py"
 
 
 @pytest.mark.parametrize("module", ["cas.train", "cas.query", "cas"])
