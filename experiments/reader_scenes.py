@@ -22,27 +22,40 @@ SEED_KINDS = ("question", "structuring", "use case", "creative")  # in the order
 
 @dataclass(frozen=True)
 class Exchange:
-    """A user's message and the answer, which sees these texts of its scene."""
+    """A user's message and the answer, which sees these texts of its scene; and whom a single fact is asked of."""
 
     kind: str
     user: str
     answer: str
     texts: tuple[int, ...]
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where a text tells a value of a subject, and where it last said the subject's name: ranges of characters."""
+
+    text: int
+    subject: str
+    value: str
+    first: tuple[int, int]  # the name's first word
+    last: tuple[int, int]  # and its last
+    at: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Texts, each prefilled by itself behind the header, and exchanges about them."""
+    """Texts, each prefilled by itself behind the header, exchanges about them, and where they tell what."""
 
     texts: tuple[str, ...]
     exchanges: tuple[Exchange, ...]
+    told: tuple[Told, ...] = ()
 
 
 SMALL = Shape(people=(1, 1), facts=(2, 3), place_facts=(1, 2), event_facts=(0, 0), filler=0.0, indirect=0.0)
 # Shape of the records, most documents loaded side by side, most chunks in one text.
 LEVELS: tuple[tuple[Shape, int, int], ...] = (
-    (SMALL, 1, 2),  # going on with sequences, alone
-    (SMALL, 2, 2),  # lists, too
+    (SMALL, 2, 2),  # lists alone
     (SMALL, 2, 2),
     (replace(SMALL, people=(1, 2), facts=(2, 3)), 3, 3),
     (replace(SMALL, people=(2, 3), facts=(3, 4), indirect=0.1), 4, 4),
@@ -60,14 +73,12 @@ def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
         random = Random(f"reader/{seed}/{number}")
         chosen = level if random.random() < 0.5 else random.randint(0, level)
         shape, side_by_side, chunks = LEVELS[chosen]
-        kind = KINDS[number % 5] if chosen > 1 else "repeats" if chosen == 0 or random.random() < 0.3 else "lists"
+        kind = KINDS[number % 5] if chosen else "lists"
         yield _scene(random, f"reader/{seed}/{number}", kind, shape, side_by_side, chunks)
         number += 1
 
 
 def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int, chunks: int) -> Scene:
-    if kind == "repeats":
-        return _repeats(random, side_by_side)
     if kind == "lists":
         return _lists(random, side_by_side)
     if kind == "whole":
@@ -84,7 +95,7 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
             found += [_asked(random, a, visible if random.random() < 0.8 else (i,)) for a in some]
             two_asked = list(pairs)
             found += [_asked(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
-        return Scene(texts, tuple(found))
+        return Scene(texts, tuple(found), tuple(_told(records, texts)))
     records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 1))
     if kind == "rag":
         pieces = [(r, chunk) for r in records for chunk in _chunks(random, r.document.text, random.randint(2, 8))]
@@ -92,35 +103,68 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
         text = "\n\n".join(with_title(r.document.title, chunk) for r, chunk in pieces)
         asked = [a for r in records for a in _told_in(r, [c for record, c in pieces if record is r])]
         some = random.sample(asked, min(len(asked), 16))
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in some))
+        return Scene((text,), tuple(_asked(random, a, (0,)) for a in some), tuple(_told(records, (text,))))
     record = records[0]
-    sentences = [record.document.text[a:b].strip() for a, b in split_sentences(record.document.text)]
+    sentences = split_sentences(record.document.text)
     size = random.randint(min(4, len(sentences)), min(40, len(sentences)))
     low = random.randint(0, len(sentences) - size)
-    chunk = sentences[low : low + size]
-    text = with_title(record.document.title, " ".join(chunk))
-    told = [*_told_in(record, [" ".join(chunk)]), *_summaries(record, text)]
-    random.shuffle(told)
+    chunk = record.document.text[sentences[low][0] : sentences[low + size - 1][1]].strip()
+    text = with_title(record.document.title, chunk)
+    asked = [*_told_in(record, [chunk]), *_summaries(record, text)]
+    random.shuffle(asked)
+    told = tuple(_told(records, (text,)))
     if kind == "answer":
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in told[:16]))
+        return Scene((text,), tuple(_asked(random, a, (0,)) for a in asked[:16]), told)
     exchanges = []
-    for a in told[:16]:
+    for a in asked[:16]:
         sentence = random.choice(a.sentences)
         if chunk.count(sentence) == 1:  # else nobody knows about whom
             which = random.randrange(len(a.asks))
             seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[which]
-            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[which], (0,)))
-    return Scene((text,), tuple(exchanges))
+            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[which], (0,), a.subject))
+    return Scene((text,), tuple(exchanges), told)
 
 
 def _asked(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
-    return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts)
+    return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts, a.subject)
+
+
+def _told(records: Sequence[Record], texts: Sequence[str]) -> Iterator[Told]:
+    """Every fact of the records that the texts tell in a paragraph that names its subject before."""
+    facts = [(s.name, f.value, f.sentence) for r in records for s in r.subjects for f in s.told.values()]
+    facts += [(r.place.name, r.founder.name, _founded(r)) for r in records if r.founder is not None]
+    for number, text in enumerate(texts):
+        start = 0
+        for paragraph in text.split("\n\n"):
+            for subject, value, sentence in facts:
+                at = paragraph.find(sentence)
+                if at >= 0:
+                    at += sentence.rindex(value)
+                    words = subject.removeprefix("the ").split()
+                    last = _before(paragraph, words[-1], at)
+                    first = _before(paragraph, words[0], at) or last
+                    if last and first:
+                        spans = [(start + a, start + b) for a, b in (first, last, (at, at + len(value)))]
+                        yield Told(number, subject, value, *spans)
+            start += len(paragraph) + 2
+
+
+def _before(text: str, word: str, end: int) -> tuple[int, int] | None:
+    """The last place of a word in ``text[:end]``."""
+    at = text.rfind(word, 0, end)
+    return (at, at + len(word)) if at >= 0 else None
+
+
+def _founded(record: Record) -> str:
+    """The sentence that tells the founder."""
+    return record.document.text.split(". ")[0] + "."
 
 
 def _told_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
-    """The facts whose sentence and whose subject's name stand together in one of the chunks."""
+    """What one of the chunks tells and says of whom, with the subject's full name in it."""
+    told = {(chunks[t.text], t.subject, t.value) for t in _told([record], chunks)}
     for a in single(record):
-        if any(a.sentences[0] in chunk and a.subject.lower() in chunk.lower() for chunk in chunks):
+        if any((chunk, a.subject, a.answer) in told and a.subject.lower() in chunk.lower() for chunk in chunks):
             yield a
 
 
@@ -129,23 +173,9 @@ def _summaries(record: Record, text: str) -> list[Asked]:
 
 
 def _chunks(random: Random, text: str, size: int) -> list[str]:
-    sentences = [text[a:b].strip() for a, b in split_sentences(text)]
-    return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
-
-
-def _repeats(random: Random, side_by_side: int) -> Scene:
-    """Sequences of names; the user says a few in a row, the answer is the next four. Where looking up begins."""
-    count, length = random.randint(1, side_by_side), random.randint(12, 40)
-    names = random.sample(sorted({*FIRST, *LAST}), count * length)
-    texts = [names[i * length : (i + 1) * length] for i in range(count)]
-    exchanges = []
-    for _ in range(8):
-        text = random.choice(texts)
-        said, told = random.randint(1, 3), 4
-        at = random.randint(0, length - said - told)
-        user, answer = text[at : at + said], text[at + said : at + said + told]
-        exchanges.append(Exchange("repeat", " ".join(user), " ".join(answer), tuple(range(count))))
-    return Scene(tuple(map(" ".join, texts)), tuple(exchanges))
+    sentences = split_sentences(text)
+    groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
+    return [text[group[0][0] : group[-1][1]].strip() for group in groups]
 
 
 def _lists(random: Random, side_by_side: int) -> Scene:
@@ -170,12 +200,27 @@ def _lists(random: Random, side_by_side: int) -> Scene:
         for again in range(random.choice((1, 2, 2))):
             rows = [lines(n) for n in random.sample(names[i::count], len(names[i::count]))]
             flat = [row for some in rows for row in some]
-            told = "\n".join(random.sample(flat, len(flat)) if style == "row" else flat)
-            texts[i:] = [told if not again else f"{texts[i]}\n{told}"]
+            part = "\n".join(random.sample(flat, len(flat)) if style == "row" else flat)
+            texts[i:] = [part if not again else f"{texts[i]}\n{part}"]
     asked = random.sample(list(values), min(12, len(values)))
     return Scene(
         tuple(texts),
         tuple(
-            Exchange(style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count))) for n, a in asked
+            Exchange(style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count)), n)
+            for n, a in asked
         ),
+        tuple(told for i, text in enumerate(texts) for told in _listed(i, text)),
     )
+
+
+def _listed(number: int, text: str) -> Iterator[Told]:
+    """What a list tells: behind a colon, of the line's name or of the heading's."""
+    start, name, at = 0, "", 0
+    for line in text.split("\n"):
+        left, colon, value = line.rpartition(": ")
+        if not colon or (left.count(" ") and left[0].isupper()):
+            name, at = (left if colon else line).split(",")[0], start
+        if colon:
+            end, split = start + len(line), at + name.index(" ")
+            yield Told(number, name, value, (at, split), (split + 1, at + len(name)), (end - len(value), end))
+        start += len(line) + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -18,21 +19,20 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cas import console
 from cas.config import DEFAULT_SYSTEM, parse
 from cas.worlds import TWO, WHOLE
+from experiments.reader_packing import FINDING, HEADS, NAMING, Packed
 from experiments.reader_scenes import LEVELS, Scene, scenes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-ROPE_BASE = 1e6
+ROPE_BASE = 1e8
+LOOKING = {"naming": NAMING, "finding": FINDING}
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -46,7 +46,7 @@ class Config:
     """Tokens to train on."""
     step_tokens: int = 1500
     """Tokens of a step, texts and exchanges together."""
-    lr: float = 1e-3
+    lr: float = 4e-4
     """Peak learning rate."""
     warmup: int = 300
     """Steps until it is reached."""
@@ -62,6 +62,8 @@ class Config:
     """Width of the MLP."""
     reading: float = 0.3
     """Weight of predicting the texts themselves."""
+    looking: float = 0.5
+    """Weight of showing a few attention heads where to look."""
     level: int = 0
     """Level of the curriculum to begin with."""
     seed: int = 0
@@ -134,25 +136,27 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 
 def look_up(hf: Any, config: Config) -> None:
-    """Set the first two attention layers so that the model can go on with a sequence it has seen (an induction circuit).
+    """Set some attention heads so that the model can go on with a sequence it has seen (an induction circuit), and so that
+    a value is found by the name that heads of a layer before looked at.
 
-    Random weights had hardly begun to after 600,000 tokens of the plainest such task; from here twenty steps do. Some of
-    the residual stream's
-    components are kept free for a trail of the three tokens before, one is constant, the rest hold the token's own
-    embedding. Three heads of the first layer look one, two and three tokens back, by rotation alone, and write the trail.
-    In the second layer keys are trails; the queries of half the heads are the token itself (what came behind it before?),
-    those of the others its trail, not nearby (where did I read these words?); all copy the token they find. Everything
-    else starts near zero.
+    Random weights had hardly begun to go on with sequences after 600,000 tokens of them; from here twenty steps do. Some of
+    the residual stream's components are kept free for a trail of the three tokens before, some for a name, one is constant,
+    the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens back, by rotation
+    alone, and write the trail. In the second layer keys are trails; the queries of half the heads are the token itself
+    (what came behind it before?), those of the others its trail, not nearby (where did I read these words?); all copy the
+    token they find. Heads of layer ``NAMING``, once they look at names, write them; heads of layer ``FINDING`` look where
+    the same name has been written, and copy. Everything else starts near zero.
     """
     import torch
 
     size, std = config.hidden // config.heads, config.hidden**-0.5 / 2
     half, fast = size // 2, size // 4  # fast rotary pairs tell places apart, slow ones hardly turn
-    trail = 2 * (half - fast)
+    wide = 2 * (half - fast)
     slow = [*range(fast, half), *range(half + fast, size)]
     frequencies = ROPE_BASE ** (-torch.arange(half) / half)
-    own = slice(1 + trail, config.hidden)
-    kept = config.hidden - 1 - trail
+    trail, name, own = slice(1, 1 + wide), slice(1 + wide, 1 + 2 * wide), slice(1 + 2 * wide, config.hidden)
+    kept = config.hidden - 1 - 2 * wide
+    same = torch.eye(wide)
     with torch.no_grad():
         for layer in hf.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.1)
@@ -162,27 +166,34 @@ def look_up(hf: Any, config: Config) -> None:
         embedding.zero_()
         embedding[:, own] = std * kept**0.5 * random / random.norm(dim=1, keepdim=True)
         embedding[:, 0] = 4 * std
-        known = torch.randn(trail, kept) * kept**-0.5  # what the trail keeps of a token
-        for number, heads in ((0, range(min(3, config.heads))), (1, range(config.heads))):
+        hf.model.norm.weight.fill_(2.0)
+        known = torch.randn(wide, kept) * kept**-0.5  # what the trail keeps of a token
+        for number, heads in ((0, 3), (1, config.heads), (NAMING, HEADS), (FINDING, HEADS)):
+            if number >= config.layers:
+                continue
             attention = hf.model.layers[number].self_attn
-            for head in heads:
+            for head in range(min(heads, config.heads)):
                 rows = slice(head * size, (head + 1) * size)
                 query, key, value = (getattr(attention, f"{n}_proj").weight[rows] for n in "qkv")
                 output = attention.o_proj.weight[:, rows]
-                for weight in (query, key, value, output):
+                for weight in (value, output) if number > 1 else (query, key, value, output):
                     weight.zero_()
                 if number == 0:
                     query[:fast, 0] = 1.3
                     key[:fast, 0] = 1.3 * torch.cos((head + 1) * frequencies[:fast])
                     key[half : half + fast, 0] = 1.3 * torch.sin((head + 1) * frequencies[:fast])
-                    value[:trail, own] = known
-                    output[1 : 1 + trail, :trail] = std * torch.eye(trail)
+                    value[:wide, own] = known
+                    output[trail, :wide] = std * same
                     continue
-                key[slow, 1 : 1 + trail] = 1.9 * torch.eye(trail)
-                if head % 2 == 0:
-                    query[slow, own] = 1.9 * known
-                else:
-                    query[slow, 1 : 1 + trail] = 1.9 * torch.eye(trail)
+                if number == NAMING:
+                    value[:wide, own] = torch.randn(wide, kept) * kept**-0.5
+                    output[name, :wide] = std * same
+                    continue
+                read, held = (name, name) if number == FINDING else (own if head % 2 == 0 else trail, trail)
+                gain = 1.2 if number == FINDING else 1.9
+                key[slow, held] = gain * same
+                query[slow, read] = gain * (known if read is own else same)
+                if read is trail:
                     query[: fast // 2, 0], key[: fast // 2, 0] = 2.0, -2.0
                 copied = torch.randn(size, kept) * kept**-0.5
                 value[:, own] = copied
@@ -222,26 +233,44 @@ class Trainer:
             betas=(0.9, 0.98),
         )
         self.step = self.tokens = self.scene = 0
+        self.begun = 0  # steps since everything is trained
         self.level, self.right = config.level, 0.0
+        self.looking = dict.fromkeys(LOOKING, 3.0 if config.looking else 0.0)
         self._resume()
 
     def learning_rate(self) -> float:
         """Warm-up, a long plateau, and a linear decay over the last fifth of the tokens."""
         left = (self.config.tokens - self.tokens) / (0.2 * self.config.tokens)
-        return self.config.lr * min(1.0, (self.step + 1) / self.config.warmup, max(0.02, left))
+        return self.config.lr * min(1.0, (self.begun or self.step) / self.config.warmup, max(0.02, left))
 
     def train_step(self, part: Sequence[Scene]) -> dict[str, Any]:
         """One step on a few scenes: read the texts, answer over them, learn. Returns figures of the step."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        packed = Packed(part, self.model, Random(f"{self.config.seed}/layout/{self.step}"))
+        packed = Packed(
+            part, self.model, Random(f"{self.config.seed}/layout/{self.step}"), look=self.config.looking > 0
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model.forward(packed.ids, packed.positions, packed, rows=packed.rows)[0]
         losses = cross_entropy(logits.float(), packed.gold, reduction="none")
         answers = packed.answering
         answering, reading = losses[answers].mean(), losses[~answers].mean()
-        (answering + self.config.reading * reading).backward()
+        looking = {name: torch.cat(packed.looking[layer] or [losses[:0]]) for name, layer in LOOKING.items()}
+        looking = {name: losses.mean() for name, losses in looking.items() if len(losses)}
+        for name, found in looking.items():
+            self.looking[name] += 0.02 * (float(found.detach()) - self.looking[name])
+        # Names first, and by nothing but the attention to them: much else would be undone on the way.
+        loss = self.config.looking * looking.get("naming", 0.0 * reading)
+        if self.begun or self.looking["naming"] < 0.5:
+            loss = loss + self.config.looking * looking.get("finding", 0.0)
+            loss = loss + answering + self.config.reading * reading
+            self.begun += 1
+        loss.backward()
+        if not self.begun:
+            for name, parameter in self.parameters.items():
+                if not re.search(rf"layers.{NAMING}.self_attn.[qk]_proj", name):
+                    parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -253,6 +282,7 @@ class Trainer:
             "loss": float(answering.detach()),
             "reading": float(reading.detach()),
             "norm": float(norm),
+            **{name: float(loss.detach()) for name, loss in looking.items()},
             "right": [(n, kind, bool(hit.all())) for (n, kind), hit in zip(packed.kinds, hits)],
             "tokens": packed.ids.shape[1],
         }
@@ -263,7 +293,7 @@ class Trainer:
         seen: Counter[str] = Counter()
         right: Counter[str] = Counter()
         started, since = time.monotonic(), self.tokens
-        losses: list[float] = []
+        losses: dict[str, list[float]] = {}
         while self.tokens < self.config.tokens and not stop():
             part, total = [], 0
             while total < self.config.step_tokens:
@@ -273,7 +303,8 @@ class Trainer:
                     part.append(scene)
                     total += sum(len(t) for t in scene.texts) // 5 + 20 * len(scene.exchanges)
             figures = self.train_step(part)
-            losses.append(figures["loss"])
+            for name in ("loss", "reading", *LOOKING):
+                losses.setdefault(name, []).extend([figures[name]] if name in figures else [])
             hits = []
             for number, kind, hit in figures["right"]:
                 key = kind if len(part[number].texts) == 1 else f"{kind} x{len(part[number].texts)}"
@@ -290,13 +321,14 @@ class Trainer:
                 rate = (self.tokens - since) / (time.monotonic() - started)
                 line = {
                     "step": self.step, "tokens": self.tokens, "level": self.level, "right": round(self.right, 3),
-                    "loss": round(sum(losses) / len(losses), 4), "rate": round(rate), "lr": self.learning_rate(),
+                    **{name: round(sum(some) / len(some), 4) for name, some in losses.items() if some},
+                    "rate": round(rate), "lr": self.learning_rate(),
                     "exact": {k: [round(right[k] / n, 3), n] for k, n in sorted(seen.items())},
                 }  # fmt: skip
                 with (self.folder / "curve.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps({k: v for k, v in line.items() if k != "lr"}), file=sys.stderr, flush=True)
-                seen, right, losses, started, since = Counter(), Counter(), [], time.monotonic(), self.tokens
+                seen, right, losses, started, since = Counter(), Counter(), {}, time.monotonic(), self.tokens
             if self.step % 500 == 0:
                 self.save()
         self.save()
@@ -311,7 +343,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        state = {k: getattr(self, k) for k in ("step", "tokens", "scene", "level", "right")}
+        state = {k: getattr(self, k) for k in ("step", "tokens", "scene", "level", "right", "looking", "begun")}
         partial = self.folder / "checkpoint.partial"
         save_file(tensors, partial, metadata={"state": json.dumps(state)})
         os.replace(partial, self.folder / "checkpoint.safetensors")
@@ -334,101 +366,10 @@ class Trainer:
                 setattr(self, key, value)
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(found.get_tensor(f"weight.{name}"))
-                self.optimizer.state[parameter] = {
-                    key: found.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-
-
-class Packed:
-    """Scenes packed one behind the other, and the attention over them.
-
-    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header, the
-    texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the header, as
-    those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
-    """
-
-    def __init__(self, part: Sequence[Scene], model: Any, random: Random) -> None:
-        import torch
-
-        from cas.prompting import question_tokens
-
-        template = model.template
-        header, h = list(template.header_ids), len(template.header_ids)
-        policy, slack = random.choice(("fixed", "offset")), random.randint(0, 64)
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        gold: list[int] = []
-        answering: list[bool] = []
-        self.header = h
-        # Of every scene: its texts' lengths, its exchanges' length, and what these see of it.
-        self.scenes: list[tuple[list[int], int, Tensor]] = []
-        self.kinds: list[tuple[int, str]] = []
-        self.answer_lengths: list[int] = []
-        for number, scene in enumerate(part):
-            start = len(ids)
-            texts = [model.encode(text) for text in scene.texts]
-            owner = [-1] * h  # of every token: the header, a text, an exchange
-            ids += header
-            positions += range(h)
-            for i, text in enumerate(texts):
-                rows += range(len(ids), len(ids) + len(text) - 1)
-                gold += text[1:]
-                answering += [False] * (len(text) - 1)
-                ids += text
-                positions += range(h, h + len(text))
-                owner += [i] * len(text)
-            middle = len(ids)
-            for i, e in enumerate(scene.exchanges):
-                user = question_tokens(model, e.user)
-                answer = [*model.encode(e.answer), *template.end_ids]
-                sizes = [len(texts[t]) for t in e.texts]
-                first = h + (max(map(len, texts)) + slack if policy == "fixed" else sum(sizes))
-                rows += range(len(ids) + len(user) - 1, len(ids) + len(user) + len(answer) - 1)
-                gold += answer
-                answering += [True] * len(answer)
-                ids += [*user, *answer[:-1]]
-                positions += range(first, first + len(user) + len(answer) - 1)
-                owner += [len(texts) + i] * (len(user) + len(answer) - 1)
-                self.kinds.append((number, e.kind))
-                self.answer_lengths.append(len(answer))
-            sees = torch.eye(len(texts) + len(scene.exchanges) + 1, dtype=torch.bool)
-            sees[:, -1] = True  # the header
-            for i, e in enumerate(scene.exchanges):
-                sees[len(texts) + i, list(e.texts)] = True
-            of = torch.tensor(owner)
-            order = torch.arange(len(owner))
-            mask = sees[of[middle - start :, None], of[None]] & (order[middle - start :, None] >= order[None])
-            self.scenes.append(([len(text) for text in texts], len(ids) - middle, mask))
-        self.ids, self.positions = torch.tensor([ids]), torch.tensor([positions])
-        self.rows, self.gold, self.answering = torch.tensor(rows), torch.tensor(gold), torch.tensor(answering)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """query [1, Q, T, D], key and value [1, H, T, D] -> [1, T, Q, D]."""
-        import torch
-        from torch.nn.functional import scaled_dot_product_attention
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            # float32: the CPU kernel's backward is three times as fast on short texts as in bfloat16
-            with torch.autocast("cpu", enabled=False):
-                return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **options)
-
-        # Split once: every slice would make autograd fill a whole zero tensor.
-        sizes = [n for texts, own, _ in self.scenes for n in (self.header, *texts, own)]
-        q, k, v = (iter(x.float().split(sizes, dim=2)) for x in (query, key, value))
-        out = []
-        for texts, _, mask in self.scenes:
-            head = next(q), next(k), next(v)
-            keys, values = [head[1]], [head[2]]
-            for i in range(len(texts)):
-                own = next(q), next(k), next(v)
-                read = attention(*(torch.cat(pair, dim=2) for pair in zip(head, own)), is_causal=True)
-                out.append(read if i == 0 else read[:, :, self.header :])
-                keys.append(own[1])
-                values.append(own[2])
-            asked, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
-            out.append(attention(asked, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask))
-        return torch.cat(out, dim=2).transpose(1, 2)
+                if f"step.{name}" in found.keys():  # noqa: SIM118  (those not trained yet have none)
+                    self.optimizer.state[parameter] = {
+                        key: found.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,9 @@ from cas.prompting import question_tokens
 from cas.seeds import normal
 from cas.worlds import LOOKUP, Shape, make_records, single, whole, world
 from experiments import train_reader
-from experiments.reader_scenes import LEVELS, Scene, scenes
-from experiments.train_reader import Config, Packed, Trainer
+from experiments.reader_packing import NAMING, Packed, Tokens
+from experiments.reader_scenes import LEVELS, Scene, _told, scenes
+from experiments.train_reader import Config, Trainer
 
 
 def some(level: int, count: int = 60) -> list[Scene]:
@@ -43,7 +45,7 @@ def test_answers_stand_in_what_is_seen(level: int) -> None:
         for e in scene.exchanges:
             kinds.add(e.kind)
             seen = " ".join(scene.texts[i] for i in e.texts)
-            if e.kind in ("lookup", "indirect", "pair", "row", "card", "repeat", "two documents"):
+            if e.kind in ("lookup", "indirect", "pair", "row", "card", "two documents"):
                 assert e.answer in seen, e
             elif e.kind == "summary":
                 assert all(value.partition(": ")[2] in seen for value in e.answer.split("; ")) and "; " in e.answer
@@ -51,14 +53,80 @@ def test_answers_stand_in_what_is_seen(level: int) -> None:
                 asked, (seed, _, sentence) = e.answer, e.user.partition(": ")
                 assert seen.count(sentence) == 1 and asked[0].isupper() and asked[-1] in "?."
                 assert seed in KINDS and (seed == "summarisation") == asked.startswith("Sum up")
-    wanted = (
-        {"lookup", "write", "two documents", "summary"}
-        if level > 1
-        else {"pair", "row", "card"}
-        if level
-        else {"repeat"}
-    )
-    assert wanted <= kinds and (max(loaded) > 1 or not level) and 1 in loaded
+    wanted = {"lookup", "write", "two documents", "summary"} if level else {"pair", "row", "card"}
+    assert wanted <= kinds and {1, 2} <= loaded
+
+
+def test_what_a_text_tells_stands_behind_the_name_of_its_subject() -> None:
+    told = [(scene.texts[t.text], t) for level in range(len(LEVELS)) for scene in some(level, 15) for t in scene.told]
+    assert len(told) > 500
+    for text, t in told:
+        words = t.subject.removeprefix("the ").split()
+        assert text[slice(*t.at)] == t.value and text[slice(*t.last)] == words[-1]
+        assert text[slice(*t.first)] in (words[0], words[-1]) and max(t.first[1], t.last[1]) < t.at[0]
+        assert words[-1] not in text[t.last[1] : t.at[0]] and "\n\n" not in text[t.last[0] : t.at[1]]
+    # Nothing is left out: every question about one fact finds where its answer is told.
+    for scene in some(len(LEVELS) - 1):
+        for e in scene.exchanges:
+            if e.kind in ("lookup", "indirect"):
+                assert any((t.subject, t.value) == (e.subject, e.answer) and t.text in e.texts for t in scene.told), e
+
+
+def test_heads_are_shown_the_name_and_the_answer(tiny: Callable[..., FrozenModel]) -> None:
+    model = tiny("llama")
+    part = [*some(1, 12), *some(4, 6)]
+    packed = Packed(part, model, Random(0), look=True)
+    ids, starts, start = packed.ids[0].tolist(), [], 0
+    gold = dict(zip(packed.rows.tolist(), packed.gold.tolist()))
+    for texts, own, _ in packed.scenes:
+        starts.append(start)
+        start += packed.header + sum(texts) + own
+
+    def spelt(at: list[int]) -> str:
+        return model.decode([ids[i] for i in at]).replace(" ", "")
+
+    named = answered = 0
+    for scene, (sizes, _, mask), (reading, naming, finding), start in zip(part, packed.scenes, packed.looks, starts):
+        names = {w for t in scene.told for w in t.subject.split()}
+        for number, look in enumerate(reading):
+            begin = start + packed.header + sum(sizes[:number])
+            for i, row in enumerate(look.rows.tolist() if look else ()):
+                for head in look.targets[:, i]:
+                    at = [t if t < packed.header else t - packed.header for t in head.nonzero().flatten().tolist()]
+                    assert spelt([begin + t for t in at]) in names and max(at) < row
+                    named += 1
+        middle = start + packed.header + sum(sizes)
+        for look, seen in ((naming, names), (finding, None)):
+            for i, row in enumerate(look.rows.tolist() if look else ()):
+                for head in look.targets[:, i]:
+                    assert mask[row, head].all(), "they look at what they may see"
+                    at = [start + t for t in head.nonzero().flatten().tolist()]
+                    if seen:
+                        assert spelt(at) in seen
+                    else:
+                        assert {ids[t] for t in at} == {gold[middle + row]}
+                        answered += 1
+    assert named > 100 and answered > 100
+
+
+def test_looking_is_the_attention_of_the_model(tiny: Callable[..., FrozenModel]) -> None:
+    """What is collected is -log of the attention weight, as the model's own eager attention has it."""
+    model = tiny("llama")
+    record = next(make_records("reader/x", 0, LEVELS[1][0], 1))
+    text = record.document.text
+    told = next(_told([record], [text]))
+    packed = Packed([Scene((text,), (), (told,))], model, Random(0), look=True)
+    model.forward(packed.ids, packed.positions, packed, rows=torch.tensor([0]))
+    hf = copy.deepcopy(model.hf)
+    hf.set_attn_implementation("eager")
+    weights = hf(packed.ids, output_attentions=True).attentions[NAMING][0]
+    tokens = Tokens(model, text)
+    expected = [
+        -weights[head, packed.header + row, [packed.header + n for n in tokens.of(span)]].sum().log()
+        for head, span in enumerate((told.first, told.last))
+        for row in tokens.of(told.at)
+    ]
+    torch.testing.assert_close(torch.cat(packed.looking[NAMING]), torch.stack(expected))
 
 
 def test_questions_are_written_in_training_words_only() -> None:
