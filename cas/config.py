@@ -16,6 +16,9 @@ from cas.errors import ConfigError
 _C = TypeVar("_C")
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+READER = (
+    "reader"  # the small model that this package carries; it reads the fictional worlds of cas.worlds and nothing else
+)
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
 
 
@@ -31,8 +34,9 @@ class Inputs:
     """Where the cartridges live; default $CAS_STORE, else runs/<collection>."""
     config: str | None = None
     """A YAML file with any of these options; flags win over it."""
-    model: str = DEFAULT_MODEL
-    """Hub name, local folder or .gguf file of a decoder-only RoPE model."""
+    model: str | None = None
+    """Hub name, local folder or .gguf file of a decoder-only RoPE model, or `reader`, the small one in this package. Default
+    reader for million_tokens, which is all it can read, else SmolLM2-135M-Instruct."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

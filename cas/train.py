@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas import console
-from cas.config import SelfStudy, TrainConfig, Training, memory, parse, store_folder
+from cas.config import DEFAULT_MODEL, READER, SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.errors import BudgetError, ConfigError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def train(config: TrainConfig, again: str) -> int:
         documents = documents.select(config.documents)
     if config.merge:
         documents = documents.merged()
-    name, pool = _recorded(folder, config)
+    name, pool = _recorded(folder, config, READER if documents.name == "million_tokens" else DEFAULT_MODEL)
     model = FrozenModel.from_pretrained(
         name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
     )
@@ -211,14 +211,14 @@ def make_plan(
         raise BudgetError(str(error)) from error
 
 
-def _recorded(folder: Path, config: TrainConfig) -> tuple[str, int | None]:
-    """Model and pool: what an existing store was begun with, where the command leaves them open."""
+def _recorded(folder: Path, config: TrainConfig, model: str) -> tuple[str, int | None]:
+    """Model and pool: what an existing store was begun with, where the command leaves them open; else ``model``."""
     from cas.store import Store
 
     if not (folder / "cartridges.lmdb").exists():
-        return config.model, config.pool
+        return config.model or model, config.pool
     store = Store.open(folder)
-    name = str(store.meta["model"]["source"]["name"]) if config.model == TrainConfig.model else config.model
+    name = config.model or str(store.meta["model"]["source"]["name"])
     begun = (store.run_state() or {}).get("settings", {})
     store.close()
     return name, begun.get("pool") if config.pool is None else config.pool

@@ -1,6 +1,6 @@
 """How well the embedded reader reads: exact match of whole answers on worlds it was not trained on.
 
-    python -m experiments.reader --model runs/reader/model --output DIR
+    python -m experiments.reader --output DIR
 
 Lookups in a chunk of 512 tokens, in a whole document, in retrieved chunks with the right one among others; and with 2, 4 and
 10 documents loaded as separately prefilled KV (``fixed``, ``offset``) or as one text. The other kinds of question are
@@ -10,30 +10,35 @@ measured in the whole document, or with both documents.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from cas import console
-from cas.config import parse
+from cas.config import READER, parse
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cas.collection import Collection, Document, Question
     from cas.decoding import Prompt
     from cas.model import FrozenModel
     from experiments.results import Prediction
 
 LOADED = (2, 4, 10)
+WAYS = ("", "_offset", "_text")  # `fixed` positions, which are what trained collections have by default; others say so
 
 
 @dataclass(frozen=True)
 class Config:
     """Measure a reader."""
 
-    model: str = "runs/reader/model"
-    """The reader's folder."""
+    model: str = READER
+    """The reader in the package, or the folder of another."""
     output: str = "runs/reader/results"
     """Where the results go."""
     documents: int = 64
@@ -76,10 +81,19 @@ def experiment(config: Config) -> int:
             )  # fmt: skip
         print(f"measured {arm}", file=sys.stderr, flush=True)
     names = list(dict.fromkeys(p["arm"] for p in predictions))
+    asked = Counter(p["arm"] for p in predictions)
+    complete = [arm for n in LOADED for way in WAYS if asked[arm := f"documents{n}{way}"] == len(lookups)]
     run = write_run(
         Path(config.output),
         name="reader",
-        command="python -m experiments.reader --output DIR",
+        command=" ".join(
+            ["python -m experiments.reader --output DIR"]
+            + [
+                f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+                for f in fields(Config)
+                if f.name not in ("model", "output") and getattr(config, f.name) != f.default
+            ]
+        ),
         seeds=[config.collection_seed],
         model="embedded reader",
         collection={"name": collection.name, "sha256": collection.hash},
@@ -87,7 +101,7 @@ def experiment(config: Config) -> int:
         predictions=predictions,
         metric_names=["exact_match"],
         keep_answers=True,
-        compare=[("whole_document", f"documents{n}_{p}") for n in LOADED for p in ("fixed", "offset")],
+        compare=[("whole_document", arm) for arm in complete],  # a question whose ten texts do not fit has no pair
     )
     print(table(run, names, ["exact_match"]))
     return 0
@@ -100,8 +114,8 @@ def arms(lookups: Sequence[Question], others: Sequence[Question]) -> Iterator[tu
     yield "whole_document", [*lookups, *others]
     yield "rag_shaped", lookups
     for n in LOADED:
-        for way in ("fixed", "offset", "text"):
-            yield f"documents{n}_{way}", lookups
+        for way in WAYS:
+            yield f"documents{n}{way}", lookups
 
 
 def read(
@@ -113,12 +127,14 @@ def read(
     from cas.prompting import question_tokens
 
     room = model.geometry.max_positions - 256
-    for question in questions:
+
+    @lru_cache(80)
+    def prefilled(text: str) -> Tensor:
+        return model.prefill([*model.template.header_ids, *model.encode(text)])[:, :, :, model.layout_header :]
+
+    for question in sorted(questions, key=lambda q: q.document_ids):
         texts, policy = context(model, collection, arm, question)
-        kv = {
-            f"{i}": model.prefill([*model.template.header_ids, *model.encode(t)])[:, :, :, model.layout_header :]
-            for i, t in enumerate(texts)
-        }
+        kv = {f"{i}": prefilled(text) for i, text in enumerate(texts)}
         sizes = [t.shape[3] for t in kv.values()]
         if sum(sizes) > room:
             continue
@@ -133,7 +149,8 @@ def context(
     """The texts that an arm loads, each prefilled by itself, and where they stand."""
     from retrieval.chunk import with_title
 
-    random = Random(f"{arm}/{question.id}")
+    # Whole documents stand beside the same others for all questions about them.
+    random = Random(f"{arm}/{question.id if arm == 'rag_shaped' else question.document_ids[0]}")
     gold = [collection[i] for i in question.document_ids]
     others = [d for d in collection.documents if d not in gold]
     whole = [with_title(d.title, d.text) for d in gold]
@@ -151,10 +168,11 @@ def context(
             chunks.append(with_title(document.title, ". ".join(sentences[at : at + 8]).rstrip(".") + "."))
         random.shuffle(chunks)
         return ["\n\n".join(chunks)], "offset"
-    count, way = int(arm.removeprefix("documents").split("_")[0]), arm.split("_")[1]
+    number, _, way = arm.removeprefix("documents").partition("_")
+    count = int(number)
     texts = [*whole, *(with_title(d.title, d.text) for d in random.sample(others, count - len(whole)))]
     random.shuffle(texts)
-    return (["\n\n".join(texts)], "offset") if way == "text" else (texts, "fixed" if way == "fixed" else "offset")
+    return (["\n\n".join(texts)], "offset") if way == "text" else (texts, "offset" if way else "fixed")
 
 
 def _chunk(model: FrozenModel, document: Document, question: Question, tokens: int) -> str:

@@ -85,16 +85,18 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
         count = random.randint(2, side_by_side) if random.random() < 0.6 else 1
         records = list(make_records(seed, 0, shape, count))
         texts = tuple(with_title(r.document.title, r.document.text) for r in records)
+        joined = random.random() < 0.25  # all of them as one text
         found = []
         for i, record in enumerate(records):
             sums = _summaries(record, texts[i])
             asked = [*single(record), *whole(record, random), *random.sample(sums, min(1, len(sums)))]
             pairs = two(record, records[(i + 1) % count]) if count > 1 else ()
-            visible = tuple(range(count))
+            visible = (0,) if joined else tuple(range(count))
             some = random.sample(asked, min(len(asked), max(2, 24 // count)))
-            found += [_asked(random, a, visible if random.random() < 0.8 else (i,)) for a in some]
+            found += [_asked(random, a, visible if joined or random.random() < 0.8 else (i,)) for a in some]
             two_asked = list(pairs)
             found += [_asked(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
+        texts = ("\n\n".join(texts),) if joined else texts
         return Scene(texts, tuple(found), tuple(_told(records, texts)))
     records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 1))
     if kind == "rag":

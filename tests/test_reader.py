@@ -24,7 +24,7 @@ from cas.worlds import LOOKUP, Shape, make_records, single, whole, world
 from experiments import train_reader
 from experiments.reader_packing import NAMING, Packed, Tokens
 from experiments.reader_scenes import LEVELS, Scene, _told, scenes
-from experiments.train_reader import Config, Trainer
+from experiments.train_reader import Config, Trainer, make_model
 
 
 def some(level: int, count: int = 60) -> list[Scene]:
@@ -143,7 +143,25 @@ def test_questions_are_written_in_training_words_only() -> None:
                 assert not any(normal(e.answer).startswith(f"{s} ") for s in starts), e
 
 
-def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_begin_as_looking_up() -> None:
+    """On random tokens told twice: the first layer sees one, two, three tokens back, the second the earlier telling."""
+    tokenizer = train_reader.make_tokenizer(500, 40)
+    hf = make_model(Config(), tokenizer).eval()
+    hf.set_attn_implementation("eager")
+    once = torch.randint(4, 500, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second, *_ = hf(torch.cat([once, once], dim=1), output_attentions=True).attentions
+    rows = torch.arange(60 + 3, 120)
+    for head in range(3):
+        assert first[0, head, rows, rows - head - 1].min() > 0.8
+    for head in range(4):
+        assert (
+            second[0, head, rows, rows - 60 + (head % 2 == 0)].mean() > 0.2
+        )  # a share of one in sixty, were it chance
+
+
+@pytest.mark.parametrize("looking", [0.0, 0.5])  # with it, only the heads that look at names have begun
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looking: float) -> None:
     make = train_reader.make_tokenizer
     monkeypatch.setattr(train_reader, "make_tokenizer", lambda vocabulary: make(vocabulary, 40))
 
@@ -153,7 +171,8 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
                 output=str(tmp_path / name),
                 vocabulary=500,
                 hidden=32,
-                layers=2,
+                layers=5 if looking else 2,
+                looking=looking,
                 heads=2,
                 intermediate=48,
                 lr=1e-2,
@@ -166,7 +185,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
 
     whole_run, cut = trainer("whole"), trainer("cut")
     losses = steps(whole_run, 0, 8)
-    assert steps(cut, 0, 4) == losses[:4] and losses[-1] < losses[0]
+    assert steps(cut, 0, 4) == losses[:4] and (looking or losses[-1] < losses[0])
     cut.save()
     resumed = trainer("cut")
     assert (resumed.step, resumed.tokens) == (cut.step, cut.tokens) and steps(resumed, 4, 4) == losses[4:]
@@ -225,10 +244,8 @@ def test_every_arm_holds_the_answer_and_its_size(tiny: Callable[..., FrozenModel
             texts, policy = reader.context(model, collection, arm, question)
             assert any(question.answers[0] in text for text in texts) == (arm != "no_context")
             if arm.startswith("documents"):
-                count, way = arm.removeprefix("documents").split("_")
-                assert len(texts) == (1 if way == "text" else int(count)) and policy == (
-                    "fixed" if way == "fixed" else "offset"
-                )
+                count, _, way = arm.removeprefix("documents").partition("_")
+                assert len(texts) == (1 if way == "text" else int(count)) and policy == ("offset" if way else "fixed")
                 assert "\n\n".join(texts).count(" was founded by ") <= int(count)
             elif arm == "rag_shaped":
                 titles = {d.title for d in collection.documents}

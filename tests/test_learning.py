@@ -1,0 +1,87 @@
+"""Does it learn? A few documents of a small world, the reader in this package, the functions that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cas.collection import Collection, Question, save_jsonl
+from cas.config import SelfStudy
+from cas.decoding import Prompt, generate
+from cas.evaluate import exact_match
+from cas.model import FrozenModel
+from cas.prompting import question_tokens
+from cas.seeds import normal
+from cas.selfstudy import synthesize
+from cas.store import Store
+from cas.trainer import Trainer, Training
+from cas.worlds import LOOKUP, Shape, make_records, single, world
+
+SMALL = Shape(people=(3, 3), facts=(3, 3), place_facts=(3, 3), event_facts=(0, 0), filler=0.1, indirect=0.2)
+
+
+@pytest.fixture(scope="module")
+def model() -> FrozenModel:
+    return FrozenModel.from_pretrained("reader", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small() -> Collection:
+    """Four documents of a dozen facts, with every fact as a question in test wordings."""
+    records = [record for pair in range(2) for record in make_records("learning", pair, SMALL)]
+    questions = [
+        Question(f"{r.document.id}/{n}", (r.document.id,), a.tests[n % len(a.tests)], (a.answer,), None, a.kind)
+        for r in records
+        for n, a in enumerate(single(r))
+    ]
+    return Collection("small", tuple(r.document for r in records), tuple(questions))
+
+
+def right(model: FrozenModel, store: Store, questions: Sequence[Question], loaded: dict[str, tuple[str, ...]]) -> float:
+    """Exact match of whole answers with these cartridges loaded."""
+    kv = {i: store.cartridge(i).to(model.dtype) for i in {i for some in loaded.values() for i in some}}
+    prompts = [Prompt(question_tokens(model, q.question), loaded[q.document_ids[0]]) for q in questions]
+    answers = [model.decode(g.ids) for g in generate(model, prompts, kv, store.layout, max_new_tokens=12)]
+    return sum(exact_match(a, q.answers) for a, q in zip(answers, questions)) / len(questions)
+
+
+def test_cartridges_learn_their_documents(model: FrozenModel, small: Collection, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "s", model, tokens=32)
+    study = SelfStudy(conversations=320, kinds=("question", "structuring", "use case", "creative"))
+    conversations = synthesize(model, small, store, study)
+    Trainer(model, store, conversations, Training(steps=150, pool=4)).run()
+    ids = tuple(sorted(d.id for d in small.documents))
+    none = right(model, store, small.questions, dict.fromkeys(ids, ()))
+    own = right(model, store, small.questions, {i: (i,) for i in ids})
+    every = right(model, store, small.questions, dict.fromkeys(ids, ids))
+    print(none, own, every)
+    assert none <= 0.1
+    assert own >= 0.5
+    assert every >= 0.3
+    store.close()
+
+
+def test_no_self_study_question_is_a_test_question(model: FrozenModel, tmp_path: Path) -> None:
+    collection = world(11, 4)
+    store = Store.create(tmp_path / "s", model, ratio=16)
+    conversations = synthesize(model, collection, store, SelfStudy(conversations=200))
+    asked = {normal(c.question) for some in conversations.by_document.values() for c in some}
+    tested = {normal(q.question) for q in collection.questions}
+    assert len(asked) > 150 and not asked & tested and LOOKUP in {q.kind for q in collection.questions}
+    store.close()
+
+
+def test_an_exported_world_trains_to_the_same_bits(model: FrozenModel, tmp_path: Path) -> None:
+    """Self-study and training see the text alone: nothing comes from the generator but documents."""
+    made = world(12, 2)
+    save_jsonl(made, tmp_path / "exported")
+    found = []
+    for name, collection in (("made", made), ("read", Collection.load(tmp_path / "exported" / "documents.jsonl"))):
+        store = Store.create(tmp_path / name, model, ratio=32)
+        conversations = synthesize(model, collection, store, SelfStudy(conversations=40))
+        Trainer(model, store, conversations, Training(steps=6, pool=2)).run()
+        found.append([store.cartridge(d.id) for d in made.documents])
+        store.close()
+    assert all(bool((a == b).all()) for a, b in zip(*found))
