@@ -87,7 +87,16 @@ never seen, while it learned from them. Scenes grow from level 0 (lists of names
 
 def _curve(file: Path) -> str:
     """The training's own figures, a row for all lines between two marks."""
-    columns = ("lists", "lookup", "lookup in 2-12 texts", "indirect", "whole document", "two documents", "summary", "write")
+    columns = (
+        "lists",
+        "lookup",
+        "lookup in 2-12 texts",
+        "indirect",
+        "whole document",
+        "two documents",
+        "summary",
+        "write",
+    )
     rows = [f"| million tokens | level | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for low, high in zip((0, *MARKS), MARKS):

@@ -77,7 +77,7 @@ def demo(config: DemoConfig) -> int:
         if status:
             return status
         trained = time.monotonic()
-        model = FrozenModel.from_pretrained(settings.model)
+        model = FrozenModel.from_pretrained()
         store = Store.open(folder, model)
         collection = Collection.load("examples")
         questions = unseen(collection.questions, Conversations.load(folder / "conversations"))
