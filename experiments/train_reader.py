@@ -42,7 +42,7 @@ class Config:
 
     output: str = "runs/reader"
     """Folder of the checkpoint, the curve and, at the end, the model."""
-    tokens: int = 300_000_000
+    tokens: int = 30_000_000
     """Tokens to train on."""
     step_tokens: int = 1500
     """Tokens of a step, texts and exchanges together."""
@@ -108,7 +108,7 @@ def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
-    """Random weights, but two layers that begin as what looking a name up is made of; see :func:`look_up`."""
+    """Random weights, but some attention heads that begin as what looking a name up is made of; see :func:`look_up`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
