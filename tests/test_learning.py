@@ -56,7 +56,6 @@ def test_cartridges_learn_their_documents(model: FrozenModel, small: Collection,
     none = right(model, store, small.questions, dict.fromkeys(ids, ()))
     own = right(model, store, small.questions, {i: (i,) for i in ids})
     every = right(model, store, small.questions, dict.fromkeys(ids, ids))
-    print(none, own, every)
     assert none <= 0.1
     assert own >= 0.5
     assert every >= 0.3
