@@ -82,18 +82,19 @@ class Plan:
 def activation_bytes(s: Sizes) -> int:
     """An upper bound of what one forward and backward over a packed step keeps.
 
-    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the gathered
-    keys and values, and the attention weights of every head, with room once for their gradients and twice for masks; for
-    the supervised rows three float32 copies of the logits and one in the compute dtype.
+    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
+    weights of every head, and what is seen in the compute dtype; once, the weights' gradients and masks; for the
+    supervised rows three float32 copies of the logits and one in the compute dtype.
     """
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
     padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
-    gathered = 2 * kv_width * (s.prefix + padded) + 2 * q_width * padded
+    seen = 2 * kv_width * s.prefix
+    own = (2 * kv_width + 2 * q_width) * padded
     weights = s.query_heads * s.longest * (s.prefix + padded)
     logits = s.supervised * s.vocabulary * (s.element + 3 * 4)
-    kept = s.layers * (s.step_tokens * per_token + gathered + weights)
-    return (kept + 2 * gathered + 4 * weights) * s.element + logits
+    kept = s.layers * (s.step_tokens * per_token + seen + weights)
+    return (kept + 2 * own + 2 * weights) * s.element + logits
 
 
 def decoding_bytes(s: Sizes) -> int:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from budget.manager import Manager
-from cas.attention import Batch, Gathered, packed_positions
+from cas.attention import Batch, packed_positions
 from cas.config import Training
 from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, next_token_loss
 from cas.errors import ConfigError, RunError
+from cas.merged import Merged
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
 from cas.schedule import Schedule, Step
@@ -167,7 +168,7 @@ class Trainer:
         """
         tokens = [c.tokens(self.model) for c in conversations]
         batch = Batch(tuple(map(len, tokens)), tuple(visible))
-        context = Gathered(batch, self.model.header_kv, cartridges, self.layout, self.model.rope, self.model.dtype)
+        context = Merged(batch, self.model.header_kv, cartridges, self.layout, self.model.rope, self.model.dtype)
         positions = packed_positions(batch, {n: kv.shape[3] for n, kv in cartridges.items()}, self.layout)
         rows = [
             torch.arange(start + length - len(c.answer), start + length)

@@ -11,9 +11,10 @@ import torch
 from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
-from cas.attention import Batch, Gathered, Masked, Reference, causal_mask, packed_positions
+from cas.attention import Batch, Masked, Reference, causal_mask, packed_positions
 from cas.cartridge import Layout, Positions
 from cas.decoding import Decoding, Prompt
+from cas.merged import Merged
 from cas.model import FrozenModel, Source
 
 POLICIES: tuple[Positions, ...] = ("fixed", "offset", "sequential")
@@ -31,7 +32,7 @@ def packed(
     elif path == "masked":
         context = Masked(batch, header, cartridges, layout, model.dtype)
     else:
-        context = Gathered(batch, header, cartridges, layout, model.rope, model.dtype)
+        context = Merged(batch, header, cartridges, layout, model.rope, model.dtype)
     positions = packed_positions(batch, {name: kv.shape[3] for name, kv in cartridges.items()}, layout)
     return model.forward(ids, positions, context)[0].float()
 
@@ -61,7 +62,7 @@ SPAN = 48
 
 
 def paths(policy: str) -> tuple[str, ...]:
-    return ("gathered",) if policy == "sequential" else ("gathered", "masked")
+    return ("merged",) if policy == "sequential" else ("merged", "masked")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +104,7 @@ def test_a_prefill_cut_in_two_composes_to_the_whole(kind: str, tiny: Callable[..
     with torch.no_grad():
         truth = model.hf(input_ids=torch.tensor([header + document + question])).logits[0, -len(question) :]
         batch = Batch((len(question),), (("first", "second"),))
-        for path in ("reference", "gathered"):
+        for path in ("reference", "merged"):
             logits = packed(path, model, batch, torch.tensor([question]), cartridges, layout)
             torch.testing.assert_close(logits, truth, atol=1e-4, rtol=0)
         logits = decoded(model, [Prompt(tuple(question), ("first", "second"))], cartridges, layout)
@@ -121,7 +122,7 @@ def test_the_order_of_loading_does_not_matter(kind: str, policy: Any, tiny: Call
     layout = Layout(policy, model.layout_header, SPAN)
     ids = torch.tensor([model.encode(QUESTION)])
     orders = list(itertools.permutations(cartridges))
-    for path in ("reference", "gathered", "masked"):
+    for path in ("reference", "merged", "masked"):
         results = [packed(path, model, Batch((ids.shape[1],), (order,)), ids, cartridges, layout) for order in orders]
         assert all(close(result, results[0]) for result in results[1:])
         # Nor does the order in which the pool holds them.
@@ -225,7 +226,7 @@ def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]
     try:
         for _ in range(5):
             leaf = a.clone().requires_grad_()
-            context = Gathered(batch, model.header_kv, {"a": leaf}, layout, model.rope, model.dtype)
+            context = Merged(batch, model.header_kv, {"a": leaf}, layout, model.rope, model.dtype)
             context.attend(0, query, key, value, 1.0, None).square().sum().backward()
             gradients.append(leaf.grad)
     finally:
@@ -259,5 +260,5 @@ def test_the_window_hides_a_cartridge_that_lies_too_far_back(kind: str, tiny: Ca
         # The token stands WINDOW places behind the last position of the cartridge: one too many.
         layout = Layout("fixed", model.layout_header, span=15 + WINDOW)
         with torch.no_grad():
-            outputs.append(packed("gathered", model, Batch((1,), (("a",),)), ids, {"a": a}, layout))
+            outputs.append(packed("merged", model, Batch((1,), (("a",),)), ids, {"a": a}, layout))
     assert torch.equal(*outputs) == (kind == "mistral")
