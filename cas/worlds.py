@@ -89,21 +89,32 @@ class Record:
     founder: Subject | None = None
 
     @property
+    def founded(self) -> str:
+        """The sentence that tells the founder, the document's first."""
+        return self.document.text.split(". ")[0] + "." if self.founder else ""
+
+    @property
     def subjects(self) -> list[Subject]:
         return [self.place, *self.people, *([self.event] if self.event else [])]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question and its answer, as worded for training (``asks``) and for testing (``tests``); a question about one fact
-    or subject has its ``subject`` and the ``sentences`` that answer it."""
+    """A question and its answer, as worded for training (``asks``) and for testing (``tests``); the ``facts`` it rests
+    upon, each a subject's name and a value, in the order of thought; the ``sentences`` that tell them, where all are of
+    one subject."""
 
     kind: str
     answer: str
     asks: tuple[str, ...]
     tests: tuple[str, ...]
-    subject: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
     sentences: tuple[str, ...] = ()
+
+    @property
+    def subject(self) -> str:
+        """Whom or what it asks about first."""
+        return self.facts[0][0] if self.facts else ""
 
 
 def world(seed: int, documents: int = MILLION_TOKENS, questions: int = 16, name: str = "million_tokens") -> Collection:
@@ -149,7 +160,8 @@ def single(record: Record) -> Iterator[Asked]:
             a = subject.attribute(name)
             fill = _filler(s=subject.name)
             kind = LOOKUP if fact.how == BY_NAME else INDIRECT
-            yield Asked(kind, fact.value, fill(a.asks), fill(a.tests), subject.name, (fact.sentence,))
+            told = ((subject.name, fact.value),)
+            yield Asked(kind, fact.value, fill(a.asks), fill(a.tests), told, (fact.sentence,))
     if record.founder is not None:
         fill = _filler(s=record.place.name)
         yield Asked(
@@ -157,8 +169,8 @@ def single(record: Record) -> Iterator[Asked]:
             record.founder.name,
             fill(FOUNDER_ASKS),
             fill(("To whom does {s} owe its existence?", "Which person started {s}?")),
-            record.place.name,
-            (record.document.text.split(". ")[0] + ".",),
+            ((record.place.name, record.founder.name),),
+            (record.founded,),
         )
 
 
@@ -172,7 +184,7 @@ def summary(subject: Subject, text: str) -> Asked | None:
         "; ".join(f"{name}: {fact.value}" for name, fact in facts.items()),
         _filler(s=subject.name)(("Sum up what is told of {s}.",)),
         (),
-        subject.name,
+        tuple((subject.name, fact.value) for fact in facts.values()),
         tuple(fact.sentence for fact in facts.values()),
     )
 
@@ -188,6 +200,7 @@ def whole(record: Record, random: Random) -> Iterator[Asked]:
             min(a, b, key=born.__getitem__),
             fill(("Who is older, {a} or {b}?", "Name the older one of {a} and {b}.")),
             fill(("Which of the two was born first, {a} or {b}?", "Of {a} and {b}, who has lived longer?")),
+            ((a, str(born[a])), (b, str(born[b]))),
         )
     fill = _filler(p=record.place.name)
     yield Asked(
@@ -200,18 +213,21 @@ def whole(record: Record, random: Random) -> Iterator[Asked]:
     if not name:
         return
     sharing = [p.name for p in record.people if name in p.told and p.told[name].value == value]
+    told = tuple((person, value) for person in sharing)
     fill = _filler(p=record.place.name, a=name, v=value)
     yield Asked(
         WHOLE,
         listed(sharing),
         fill(("List the people at {p} whose {a} is {v}.", "Who at {p} has {v} for {a}?")),
         fill(("Which people at {p} share the {a} {v}?", "{v} is the {a} of which people at {p}?")),
+        told,
     )
     yield Asked(
         WHOLE,
         NUMBERS[len(sharing)],
         fill(("Count the people at {p} whose {a} is {v}.", "How many at {p} have {v} for {a}?")),
         fill(("What is the number of people at {p} with the {a} {v}?", "{v} is the {a} of how many people at {p}?")),
+        told,
     )
 
 
@@ -221,7 +237,8 @@ def two(record: Record, other: Record) -> Iterator[Asked]:
         for name, fact in record.founder.told.items():
             a = record.founder.attribute(name)
             fill = _filler(s=f"the founder of {record.place.name}")
-            yield Asked(TWO, fact.value, fill(a.asks), fill(a.tests))
+            told = ((record.place.name, record.founder.name), (record.founder.name, fact.value))
+            yield Asked(TWO, fact.value, fill(a.asks), fill(a.tests), told)
     years = [r.place.told["founding year"].value for r in (record, other) if "founding year" in r.place.told]
     if len(set(years)) == 2:
         fill = _filler(a=record.place.name, b=other.place.name)
@@ -230,6 +247,7 @@ def two(record: Record, other: Record) -> Iterator[Asked]:
             (record if years[0] < years[1] else other).place.name,
             fill(("Which is older, {a} or {b}?", "Name the older one of {a} and {b}.")),
             fill(("Which of the two was there first, {a} or {b}?", "Of {a} and {b}, which one has existed longer?")),
+            ((record.place.name, years[0]), (other.place.name, years[1])),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cas.worlds import SUMMARY, TWO, WHOLE
 from experiments.reader_scenes import Exchange, Scene, Told
 
-NAMING, FINDING = 2, 4  # layers of the heads that are told to look at names, and at answers
-HEADS = 2  # of each: at a name's first and last word; at the answer
+# What heads of a layer are told to look at. Naming has two heads, for a name's first and last word; the others are all heads
+# of their layer, and finding is done in two layers: what can be read in many places can be learned by a cartridge in many.
+LOOKS = {2: "naming", 3: "telling", 4: "finding", 5: "finding", 6: "second"}
+NAMING = 2
+HEADS = 2  # of naming
 
 
 @dataclass(frozen=True)
 class Look:
-    """Tokens of a block that heads are told to look from, and the keys that they may look at: [R], [heads, R, keys]."""
+    """Tokens of a block that heads are told to look from, and the keys that they may look at: [R], [heads, R, keys]; one
+    for all heads if there is but one."""
 
     rows: Tensor
     targets: Tensor
@@ -33,8 +38,8 @@ class Packed:
     texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the header, as
     those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
 
-    With ``look``, a forward also collects in ``looking`` how far a few heads are from where they should look: from a value in
-    a text and from the answer to a question, to the subject's name; from the answer, to the value in the texts.
+    With ``look``, a forward also collects in ``looking`` how far a few heads are from where they should look, which
+    :class:`Pointing` says.
     """
 
     def __init__(self, part: Sequence[Scene], model: Any, random: Random, look: bool = False) -> None:
@@ -49,8 +54,8 @@ class Packed:
         self.header = h
         # Of every scene: its texts' lengths, its exchanges' length, and what these see of it.
         self.scenes: list[tuple[list[int], int, Tensor]] = []
-        self.looks: list[tuple[list[Look | None], Look | None, Look | None]] = []
-        self.looking: dict[int, list[Tensor]] = {NAMING: [], FINDING: []}
+        self.looks: list[tuple[list[Look | None], dict[str, Look]]] = []  # of its texts, of its exchanges
+        self.looking: dict[str, list[Tensor]] = {name: [] for name in LOOKS.values()}
         self.kinds: list[tuple[int, str]] = []
         self.answer_lengths: list[int] = []
         for number, scene in enumerate(part):
@@ -69,7 +74,7 @@ class Packed:
                 positions += range(h, h + len(text.ids))
                 owner += [i] * len(text.ids)
             middle = len(ids)
-            naming, finding = Looking(), Looking()
+            pointing = Pointing(texts, begins, scene.told)
             for i, e in enumerate(scene.exchanges):
                 asked, told = Tokens(model, e.user), Tokens(model, e.answer)
                 user = [*template.footer_ids, *asked.ids, *template.suffix_ids]
@@ -79,10 +84,9 @@ class Packed:
                 rows += range(len(ids) + len(user) - 1, len(ids) + len(user) + len(answer) - 1)
                 gold += answer
                 answering += [True] * len(answer)
-                if look and e.subject:
+                if look:
                     own = len(ids) - start
-                    naming.question(e, asked, own + len(template.footer_ids), own + len(user) - 1, len(answer))
-                    finding.answer(e, told, texts, begins, scene.told, own + len(user) - 1)
+                    pointing.exchange(e, asked, told, own + len(template.footer_ids), own + len(user) - 1)
                 ids += [*user, *answer[:-1]]
                 positions += range(first, first + len(user) + len(answer) - 1)
                 owner += [len(texts) + i] * (len(user) + len(answer) - 1)
@@ -97,16 +101,7 @@ class Packed:
             mask = sees[of[middle - start :, None], of[None]] & (order[middle - start :, None] >= order[None])
             self.scenes.append(([len(text.ids) for text in texts], len(ids) - middle, mask))
             if look:
-                reading = [Looking() for _ in texts]
-                for t in scene.told:
-                    reading[t.text].value(t, texts[t.text], h)
-                self.looks.append(
-                    (
-                        [r.look(h, h + len(text.ids)) for r, text in zip(reading, texts)],
-                        naming.look(middle - start, len(ids) - start),
-                        finding.look(middle - start, len(ids) - start),
-                    )
-                )
+                self.looks.append((pointing.texts(h), pointing.looks(middle - start, len(ids) - start)))
         self.ids, self.positions = torch.tensor([ids]), torch.tensor([positions])
         self.rows, self.gold, self.answering = torch.tensor(rows), torch.tensor(gold), torch.tensor(answering)
 
@@ -122,9 +117,10 @@ class Packed:
         sizes = [n for texts, own, _ in self.scenes for n in (self.header, *texts, own)]
         q, k, v = (iter(x.float().split(sizes, dim=2)) for x in (query, key, value))
         out = []
-        looks = iter(self.looks if layer in self.looking else ())
+        name = LOOKS.get(layer, "")
+        looks = iter(self.looks if name else ())
         for texts, _, mask in self.scenes:
-            in_texts, naming, finding = next(looks, ([None] * len(texts), None, None))
+            in_texts, in_exchanges = next(looks, ([None] * len(texts), {}))
             head = next(q), next(k), next(v)
             keys, values = [head[1]], [head[2]]
             for i in range(len(texts)):
@@ -135,26 +131,27 @@ class Packed:
                 keys.append(own[1])
                 values.append(own[2])
                 if layer == NAMING:
-                    self._look(layer, in_texts[i], own[0], known, None, scale)
+                    self._look(name, in_texts[i], own[0], known, None, scale)
             asked, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
             known = torch.cat(keys, dim=2)
             out.append(attention(asked, known, torch.cat(values, dim=2), attn_mask=mask))
-            self._look(layer, naming if layer == NAMING else finding, asked, known, mask, scale)
+            self._look(name, in_exchanges.get(name), asked, known, mask, scale)
         return torch.cat(out, dim=2).transpose(1, 2)
 
-    def _look(self, layer: int, look: Look | None, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> None:
-        """Collect -log of the attention that the first heads give to where they should look: q [1, Q, R, D], k [1, H, S, D]."""
+    def _look(self, name: str, look: Look | None, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Collect -log of the attention that heads give to where they should look: q [1, Q, R, D], k [1, H, S, D]."""
         if look is None:
             return
         with torch.autocast("cpu", enabled=False):
-            shared = [head * k.shape[1] // q.shape[1] for head in range(HEADS)]
-            scores = (q[0, :HEADS, look.rows] @ k[0, shared].transpose(1, 2)) * scale
+            heads = len(look.targets) if len(look.targets) > 1 else q.shape[1]
+            shared = [head * k.shape[1] // q.shape[1] for head in range(heads)]
+            scores = (q[0, :heads, look.rows] @ k[0, shared].transpose(1, 2)) * scale
         if mask is None:  # a text: causal behind the header
             seen = torch.arange(k.shape[2])[None] <= look.rows[:, None] + (k.shape[2] - q.shape[2])
         else:
             seen = mask[look.rows]
         every = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
-        self.looking[layer].append((every - scores.masked_fill(~look.targets, -torch.inf).logsumexp(-1)).flatten())
+        self.looking[name].append((every - scores.masked_fill(~look.targets, -torch.inf).logsumexp(-1)).flatten())
 
 
 class Tokens:
@@ -171,57 +168,126 @@ class Tokens:
 
     def words(self, subject: str) -> list[range]:
         """The tokens of the first and the last word of a subject's name; none if it is not there."""
-        words = subject.removeprefix("the ").split()
-        at = [self.text.find(word) for word in (words[0], words[-1])]
-        return [] if min(at) < 0 else [self.of((a, a + len(w))) for a, w in zip(at, (words[0], words[-1]))]
+        name = subject.removeprefix("the ")
+        at, words = self.text.find(name), name.split()
+        end = at + len(name)
+        return [] if at < 0 else [self.of((at, at + len(words[0]))), self.of((end - len(words[-1]), end))]
 
 
-class Looking:
-    """Collects where tokens of a block should look, by index into the scene (or a text with the header before it)."""
+class Pointing:
+    """Collects where the tokens of a scene's exchanges and texts should look, by index into the scene.
 
-    def __init__(self) -> None:
-        self.found: dict[int, list[set[int]]] = {}
+    *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value in the
+    texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same value in the
+    text. *Second*: what takes one more thought, when what was found says where to look: facts about a founder, the older one
+    of two, people who share something, the name to write.
+    """
 
-    def add(self, row: int, *targets: set[int]) -> None:
-        for mine, new in zip(self.found.setdefault(row, [set() for _ in range(HEADS)]), targets, strict=True):
+    def __init__(self, texts: Sequence[Tokens], begins: Sequence[int], told: Sequence[Told]) -> None:
+        self._texts, self._begins, self._told = texts, begins, told
+        self._found: dict[str, dict[int, tuple[set[int], ...]]] = {name: {} for name in LOOKS.values()}
+
+    def _add(self, name: str, row: int, *targets: set[int]) -> None:
+        found = self._found[name].setdefault(row, tuple(set() for _ in targets))
+        for mine, new in zip(found, targets, strict=True):
             mine |= new
 
-    def question(self, e: Exchange, asked: Tokens, begin: int, first_row: int, rows: int) -> None:
-        """From every token of an answer to the subject's name in the question."""
-        if words := asked.words(e.subject):
-            for row in range(first_row, first_row + rows):
-                self.add(row, *({begin + t for t in word} for word in words))
+    def exchange(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+        """``question``: where the user's message begins; ``row``: which predicts the answer's first token."""
+        rows = range(row, row + len(told.ids) + 1)
+        if e.kind == "write":
+            self._write(e, asked, told, question, row)
+        elif e.facts and e.answer in [subject for subject, _ in e.facts]:
+            self._compare(e, asked, told, question, row)
+        elif e.kind == WHOLE:
+            self._count(e, told, row)
+        elif e.facts:
+            for word in rows:
+                if words := asked.words(e.facts[0][0]):
+                    self._add("naming", word, *({question + t for t in some} for some in words))
+            looking, facts = "finding", e.facts
+            if e.kind == TWO:
+                for word in rows:
+                    self._add("finding", word, {t for _, at in self._spots(e, facts[0]) for t in at})
+                looking, facts = "second", facts[1:]
+            start = 0
+            for fact in facts:  # a summary's, one behind the other
+                start = told.text.index(f": {fact[1]}", start) + 2 if e.kind == SUMMARY else 0
+                self._copy(
+                    looking, row, told, told.of((start, start + len(fact[1]))), [at for _, at in self._spots(e, fact)]
+                )
+                start += len(fact[1])
 
-    def answer(
-        self, e: Exchange, told: Tokens, texts: Sequence[Tokens], begins: Sequence[int], facts: Sequence[Told], row: int
-    ) -> None:
-        """From where a token of the answer is predicted to that token in the texts: of a value, or of a name to write."""
-        names = told.words(e.subject) if e.kind == "write" else []
-        for fact in facts:
-            if fact.text not in e.texts or fact.subject != e.subject:
-                continue
-            begin, text = begins[fact.text], texts[fact.text]
-            if names:
-                pairs = [*zip(names[0], text.of(fact.first)), *zip(names[1], text.of(fact.last))]
-            elif fact.value == e.answer:
-                pairs = list(enumerate(text.of(fact.at)))
-            else:
-                continue
-            for n, token in pairs:
-                if told.ids[n] == text.ids[token]:
-                    self.add(row + n, {begin + token}, {begin + token})
+    def _write(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+        for subject, value in e.facts:
+            at = asked.text.rindex(value)
+            said = [question + t for t in asked.of((at, at + len(value)))]
+            for spot, told_at in self._spots(e, (subject, value)):
+                for mine, theirs in zip(said, told_at):
+                    self._add("telling", mine, {theirs})
+                for tokens, word in zip(told.words(subject), self._name(spot), strict=True):
+                    for t in tokens:
+                        self._add("finding", row + t, set(said))
+                    self._copy("second", row, told, tokens, [word])
 
-    def value(self, t: Told, text: Tokens, header: int) -> None:
-        """From a value in a text to its subject's name before it."""
-        for row in text.of(t.at):
-            self.add(header + row, *({header + n for n in text.of(span)} for span in (t.first, t.last)))
+    def _compare(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+        for fact in e.facts:
+            first, last = asked.words(fact[0])
+            self._add("naming", question + last[-1], {question + t for t in first}, {question + t for t in last})
+            self._add("finding", question + last[-1], {t for _, at in self._spots(e, fact) for t in at})
+            if fact[0] == e.answer:
+                for t in range(len(told.ids)):
+                    self._add("second", row + t, {question + last[-1]})
 
-    def look(self, start: int, keys: int) -> Look | None:
-        """As tensors: rows counted from ``start``, targets among ``keys``."""
-        if not self.found:
-            return None
-        targets = torch.zeros(HEADS, len(self.found), keys, dtype=torch.bool)
-        for i, heads in enumerate(self.found.values()):
-            for head, wanted in enumerate(heads):
-                targets[head, i, list(wanted)] = True
-        return Look(torch.tensor(list(self.found)) - start, targets)
+    def _count(self, e: Exchange, told: Tokens, row: int) -> None:
+        """Of counts the first token looks at all that is counted; of lists every name at its own fact, then at itself."""
+        for fact in e.facts:
+            words = told.words(fact[0])
+            for spot, at in self._spots(e, fact):
+                if not words:
+                    self._add("finding", row, set(at))
+                for tokens, word in zip(words, self._name(spot)):
+                    for t in tokens:
+                        self._add("finding", row + t, set(at))
+                    self._copy("second", row, told, tokens, [word])
+
+    def _copy(self, name: str, row: int, told: Tokens, tokens: range, spots: Sequence[Sequence[int]]) -> None:
+        """From where tokens of the answer are predicted to the same tokens in the texts."""
+        for at in spots:
+            for mine, theirs in zip(tokens, at):
+                self._add(name, row + mine, {theirs})
+
+    def _spots(self, e: Exchange, fact: tuple[str, str]) -> Iterator[tuple[Told, list[int]]]:
+        """Where the texts of an exchange tell a fact: the tokens of the value."""
+        for t in self._told:
+            if t.text in e.texts and (t.subject, t.value) == fact:
+                yield t, [self._begins[t.text] + n for n in self._texts[t.text].of(t.at)]
+
+    def _name(self, t: Told) -> list[list[int]]:
+        """The tokens of the first and last word of the name before a fact."""
+        return [[self._begins[t.text] + n for n in self._texts[t.text].of(span)] for span in (t.first, t.last)]
+
+    def texts(self, header: int) -> list[Look | None]:
+        """From every value in a text to its subject's name before it."""
+        found: list[dict[int, tuple[set[int], ...]]] = [{} for _ in self._texts]
+        for t in self._told:
+            text = self._texts[t.text]
+            for n in text.of(t.at):
+                found[t.text][header + n] = tuple({header + m for m in text.of(span)} for span in (t.first, t.last))
+        return [_look(some, header, header + len(text.ids)) for some, text in zip(found, self._texts)]
+
+    def looks(self, start: int, keys: int) -> dict[str, Look]:
+        """Of the exchanges, which begin at ``start``."""
+        return {name: look for name, found in self._found.items() if (look := _look(found, start, keys))}
+
+
+def _look(found: dict[int, tuple[set[int], ...]], start: int, keys: int) -> Look | None:
+    """As tensors: rows counted from ``start``, targets among ``keys``."""
+    found = {row: heads for row, heads in found.items() if all(heads)}
+    if not found:
+        return None
+    targets = torch.zeros(len(next(iter(found.values()))), len(found), keys, dtype=torch.bool)
+    for i, heads in enumerate(found.values()):
+        for head, wanted in enumerate(heads):
+            targets[head, i, list(wanted)] = True
+    return Look(torch.tensor(list(found)) - start, targets)

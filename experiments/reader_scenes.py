@@ -18,17 +18,18 @@ from retrieval.chunk import split_sentences, with_title
 
 KINDS = ("whole", "rag", "write", "answer", "lists")
 SEED_KINDS = ("question", "structuring", "use case", "creative")  # in the order of an attribute's wordings
+NOTHING = "Nothing."  # is to be asked about a sentence that tells no fact; self-study drops it
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A user's message and the answer, which sees these texts of its scene; and whom a single fact is asked of."""
+    """A user's message and the answer, which sees these texts of its scene; and the facts it rests upon (Asked.facts)."""
 
     kind: str
     user: str
     answer: str
     texts: tuple[int, ...]
-    subject: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ LEVELS: tuple[tuple[Shape, int, int], ...] = (
 
 
 def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
-    """Scenes without end, a function of seed and number alone; half of them at ``level``, the rest below."""
+    """Scenes without end, a function of seed and number alone: half of them at ``level``, the rest at any level up to it."""
     number = start
     while True:
         random = Random(f"reader/{seed}/{number}")
@@ -89,16 +90,18 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
         found = []
         for i, record in enumerate(records):
             sums = _summaries(record, texts[i])
-            asked = [*single(record), *whole(record, random), *random.sample(sums, min(1, len(sums)))]
+            asked = [*single(record), *random.sample(sums, min(1, len(sums)))]
+            every = list(whole(record, random))
             pairs = two(record, records[(i + 1) % count]) if count > 1 else ()
             visible = (0,) if joined else tuple(range(count))
-            some = random.sample(asked, min(len(asked), max(2, 24 // count)))
+            some = random.sample(asked, min(len(asked), max(2, 20 // count)))
+            some += random.sample(every, min(len(every), max(1, 4 // count)))
             found += [_asked(random, a, visible if joined or random.random() < 0.8 else (i,)) for a in some]
             two_asked = list(pairs)
             found += [_asked(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
         texts = ("\n\n".join(texts),) if joined else texts
         return Scene(texts, tuple(found), tuple(_told(records, texts)))
-    records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 1))
+    records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 2))
     if kind == "rag":
         pieces = [(r, chunk) for r in records for chunk in _chunks(random, r.document.text, random.randint(2, 8))]
         pieces = random.sample(pieces, min(len(pieces), chunks))
@@ -114,27 +117,33 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
     text = with_title(record.document.title, chunk)
     asked = [*_told_in(record, [chunk]), *_summaries(record, text)]
     random.shuffle(asked)
-    told = tuple(_told(records, (text,)))
+    told = tuple(_told([record], (text,)))
     if kind == "answer":
         return Scene((text,), tuple(_asked(random, a, (0,)) for a in asked[:16]), told)
     exchanges = []
     for a in asked[:16]:
-        sentence = random.choice(a.sentences)
+        which = random.randrange(len(a.sentences))
+        sentence, fact = a.sentences[which], a.facts[which]
         if chunk.count(sentence) == 1:  # else nobody knows about whom
-            which = random.randrange(len(a.asks))
-            seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[which]
-            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[which], (0,), a.subject))
+            number = random.randrange(len(a.asks))
+            seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[number]
+            exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[number], (0,), (fact,)))
+    telling = {s for a in single(record) for s in a.sentences}
+    silent = [s for a, b in sentences[low : low + size] if (s := record.document.text[a:b].strip()) not in telling]
+    for sentence in random.sample(silent, min(2, len(silent))):
+        seed = random.choice(("summarisation", *SEED_KINDS))
+        exchanges.append(Exchange("write", f"{seed}: {sentence}", NOTHING, (0,)))
     return Scene((text,), tuple(exchanges), told)
 
 
 def _asked(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
-    return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts, a.subject)
+    return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts, a.facts)
 
 
 def _told(records: Sequence[Record], texts: Sequence[str]) -> Iterator[Told]:
     """Every fact of the records that the texts tell in a paragraph that names its subject before."""
     facts = [(s.name, f.value, f.sentence) for r in records for s in r.subjects for f in s.told.values()]
-    facts += [(r.place.name, r.founder.name, _founded(r)) for r in records if r.founder is not None]
+    facts += [(r.place.name, r.founder.name, r.founded) for r in records if r.founder is not None]
     for number, text in enumerate(texts):
         start = 0
         for paragraph in text.split("\n\n"):
@@ -155,11 +164,6 @@ def _before(text: str, word: str, end: int) -> tuple[int, int] | None:
     """The last place of a word in ``text[:end]``."""
     at = text.rfind(word, 0, end)
     return (at, at + len(word)) if at >= 0 else None
-
-
-def _founded(record: Record) -> str:
-    """The sentence that tells the founder."""
-    return record.document.text.split(". ")[0] + "."
 
 
 def _told_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
@@ -208,7 +212,9 @@ def _lists(random: Random, side_by_side: int) -> Scene:
     return Scene(
         tuple(texts),
         tuple(
-            Exchange(style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count)), n)
+            Exchange(
+                style, n if style == "pair" else f"{n}, {a}", values[n, a], tuple(range(count)), ((n, values[n, a]),)
+            )
             for n, a in asked
         ),
         tuple(told for i, text in enumerate(texts) for told in _listed(i, text)),

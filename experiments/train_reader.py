@@ -2,8 +2,8 @@
 
     python -m experiments.train_reader --output runs/reader
 
-What it reads stands in ``experiments/reader_scenes.py``. Scenes begin small and grow whenever the reader answers nine of ten
-at its present level. Interrupted, the same command goes on.
+What it reads stands in ``experiments/reader_scenes.py``. Scenes begin small and grow whenever nine of ten
+questions about single facts are answered. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 from cas import console
 from cas.config import DEFAULT_SYSTEM, parse
+from cas.errors import ConfigError
 from cas.worlds import TWO, WHOLE
-from experiments.reader_packing import FINDING, HEADS, NAMING, Packed
+from experiments.reader_packing import HEADS, LOOKS, NAMING, Packed
 from experiments.reader_scenes import LEVELS, Scene, scenes
 
 TEMPLATE = (
@@ -32,7 +33,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ROPE_BASE = 1e8
-LOOKING = {"naming": NAMING, "finding": FINDING}
+LOOKING = tuple(dict.fromkeys(LOOKS.values()))
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -41,11 +42,11 @@ class Config:
     """Train the embedded reader."""
 
     output: str = "runs/reader"
-    """Folder of the checkpoint, the curve and, at the end, the model."""
+    """Folder of the checkpoint, the curve and the model so far."""
     tokens: int = 30_000_000
     """Tokens to train on."""
     step_tokens: int = 1500
-    """Tokens of a step, texts and exchanges together."""
+    """Tokens of a step, about: scenes are added until their characters and exchanges promise as many."""
     lr: float = 4e-4
     """Peak learning rate."""
     warmup: int = 300
@@ -54,11 +55,11 @@ class Config:
     """Tokens of the tokenizer."""
     hidden: int = 256
     """Width of the model."""
-    layers: int = 6
+    layers: int = 8
     """Layers."""
     heads: int = 4
     """Attention heads."""
-    intermediate: int = 512
+    intermediate: int = 288
     """Width of the MLP."""
     reading: float = 0.3
     """Weight of predicting the texts themselves."""
@@ -144,8 +145,9 @@ def look_up(hf: Any, config: Config) -> None:
     the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens back, by rotation
     alone, and write the trail. In the second layer keys are trails; the queries of half the heads are the token itself
     (what came behind it before?), those of the others its trail, not nearby (where did I read these words?); all copy the
-    token they find. Heads of layer ``NAMING``, once they look at names, write them; heads of layer ``FINDING`` look where
-    the same name has been written, and copy. Everything else starts near zero.
+    token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that tell look where the same
+    words were read, and copy the name written there; heads that find look where the same name has been written, and copy the
+    token; those that come second copy, too, from wherever they will look. Everything else starts near zero.
     """
     import torch
 
@@ -168,15 +170,15 @@ def look_up(hf: Any, config: Config) -> None:
         embedding[:, 0] = 4 * std
         hf.model.norm.weight.fill_(2.0)
         known = torch.randn(wide, kept) * kept**-0.5  # what the trail keeps of a token
-        for number, heads in ((0, 3), (1, config.heads), (NAMING, HEADS), (FINDING, HEADS)):
-            if number >= config.layers:
-                continue
+        for number in range(min(config.layers, max(LOOKS) + 1)):
+            does = LOOKS.get(number, "")
+            heads = {0: 3, NAMING: HEADS}.get(number, config.heads)
             attention = hf.model.layers[number].self_attn
             for head in range(min(heads, config.heads)):
                 rows = slice(head * size, (head + 1) * size)
                 query, key, value = (getattr(attention, f"{n}_proj").weight[rows] for n in "qkv")
                 output = attention.o_proj.weight[:, rows]
-                for weight in (value, output) if number > 1 else (query, key, value, output):
+                for weight in (value, output) if does else (query, key, value, output):
                     weight.zero_()
                 if number == 0:
                     query[:fast, 0] = 1.3
@@ -185,19 +187,24 @@ def look_up(hf: Any, config: Config) -> None:
                     value[:wide, own] = known
                     output[trail, :wide] = std * same
                     continue
-                if number == NAMING:
+                if does == "naming":
                     value[:wide, own] = torch.randn(wide, kept) * kept**-0.5
                     output[name, :wide] = std * same
                     continue
-                read, held = (name, name) if number == FINDING else (own if head % 2 == 0 else trail, trail)
-                gain = 1.2 if number == FINDING else 1.9
-                key[slow, held] = gain * same
-                query[slow, read] = gain * (known if read is own else same)
-                if read is trail:
-                    query[: fast // 2, 0], key[: fast // 2, 0] = 2.0, -2.0
+                if does != "second":
+                    read, held = (name, name) if does == "finding" else (trail, trail)
+                    read = own if number == 1 and head % 2 == 0 else read
+                    gain = 1.2 if does == "finding" else 1.9
+                    key[slow, held] = gain * same
+                    query[slow, read] = gain * (known if read is own else same)
+                    if read is trail:
+                        query[: fast // 2, 0], key[: fast // 2, 0] = 2.0, -2.0
+                if does == "telling":
+                    value[:wide, name], output[name, :wide] = same, std / heads * same
+                    continue
                 copied = torch.randn(size, kept) * kept**-0.5
                 value[:, own] = copied
-                output[own] = 2 * std * copied.T
+                output[own] = 2 * std * copied.T * (2 / heads if does else 1)
 
 
 class Trainer:
@@ -256,14 +263,13 @@ class Trainer:
         losses = cross_entropy(logits.float(), packed.gold, reduction="none")
         answers = packed.answering
         answering, reading = losses[answers].mean(), losses[~answers].mean()
-        looking = {name: torch.cat(packed.looking[layer] or [losses[:0]]) for name, layer in LOOKING.items()}
-        looking = {name: losses.mean() for name, losses in looking.items() if len(losses)}
+        looking = {name: torch.cat(found).mean() for name, found in packed.looking.items() if found}
         for name, found in looking.items():
             self.looking[name] += 0.02 * (float(found.detach()) - self.looking[name])
         # Names first, and by nothing but the attention to them: much else would be undone on the way.
         loss = self.config.looking * looking.get("naming", 0.0 * reading)
         if self.begun or self.looking["naming"] < 0.5:
-            loss = loss + self.config.looking * looking.get("finding", 0.0)
+            loss = loss + self.config.looking * sum(looked for name, looked in looking.items() if name != "naming")
             loss = loss + answering + self.config.reading * reading
             self.begun += 1
         loss.backward()
@@ -372,15 +378,34 @@ class Trainer:
                     }
 
 
+def _refuse(config: Config) -> None:
+    """Raise ConfigError for what cannot be trained, or was begun otherwise; only ``tokens`` may change on the way."""
+    if not 0 <= config.level < len(LEVELS):
+        raise ConfigError(f"--level {config.level}: from 0 to {len(LEVELS) - 1}")
+    if config.looking and config.layers <= max(LOOKS):
+        raise ConfigError(f"--layers {config.layers}: at least {max(LOOKS) + 1}, or --looking 0")
+    if config.init and not Path(config.init, "config.json").exists():
+        raise ConfigError(f"--init {config.init}: no folder of a model")
+    file = Path(config.output) / "config.json"
+    begun = json.loads(file.read_text()) if file.exists() else {}
+    changed = [k for k, v in asdict(config).items() if k not in ("tokens", "output") and begun.get(k, v) != v]
+    if changed:
+        raise ConfigError(f"{config.output} was begun with another --{changed[0]}; give another --output")
+
+
 def main() -> int:
     """Train, or go on. Returns the exit status."""
 
     def train() -> int:
         config = parse(Config, "python -m experiments.train_reader", sys.argv[1:])
+        _refuse(config)
         trainer = Trainer(config)
         (trainer.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         with console.Interrupt().listening() as interrupt:
-            return 0 if trainer.run(interrupt) else interrupt.exit_status
+            if trainer.run(interrupt):
+                return 0
+            print("interrupted, saved; the same command goes on", file=sys.stderr)
+            return interrupt.exit_status
 
     return console.run(train)
 
