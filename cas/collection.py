@@ -35,7 +35,7 @@ class Document:
     text: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "title", _one_line(self.title) or self.id)
+        object.__setattr__(self, "title", _one_line(self.title) or _one_line(self.id))
 
     @cached_property
     def hash(self) -> str:

@@ -16,6 +16,7 @@ from cas.errors import ConfigError
 _C = TypeVar("_C")
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FICTIONAL = ("million_tokens",)  # collections that the reader in this package is for
 READER = "reader"  # the small model in this package; it reads the fictional worlds of cas.worlds and nothing else
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
 

@@ -86,7 +86,12 @@ def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:
         raise UserError("--documents names no document; give ids, comma-separated")
     stream = not config.json
 
+    begun = False
+
     def write(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()  # a first token often begins with a space
+        begun = begun or bool(text)
         print(_harmless(text), end="", flush=True)
 
     answer = answerer.ask(question, config.retrieve_k, chosen, config.max_new_tokens, on_text=write if stream else None)

@@ -71,12 +71,16 @@ def synthesize(
         found, counts, before = read_unit(file)
         if before != made_with:
             raise ConfigError(
-                f"{folder} was made with other settings, documents or model; give another --store or delete that folder"
+                f"{folder} was made with other settings, documents or model; use the same ones or give another --store"
             )
         return found, counts
 
     if (first := folder / "unit-000000.parquet").exists():
         read(first)  # before anything is written
+    elif store.run_state() is not None:
+        raise ConfigError(
+            f"{store.folder} was trained on conversations that are no longer in {folder}; give another --store"
+        )
     store.add_documents(documents)
     folder.mkdir(exist_ok=True)
     teacher = _Teacher(model, documents, settings)
@@ -100,7 +104,7 @@ def synthesize(
                 teacher.replay(unit, found)
             elif store.run_state() is not None:
                 raise ConfigError(
-                    f"{store.folder} is being trained on {len(items)} conversations; ask for no more, or give another --store"
+                    f"{store.folder} is trained on {len(items)} conversations; ask for no more, or give another --store"
                 )
             else:
                 found, counts = teacher.unit(unit)

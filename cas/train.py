@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas import console
-from cas.config import DEFAULT_MODEL, READER, SelfStudy, TrainConfig, Training, memory, parse, store_folder
+from cas.config import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.errors import BudgetError, ConfigError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -54,10 +54,16 @@ def train(config: TrainConfig, again: str) -> int:
         documents = documents.select(config.documents)
     if config.merge:
         documents = documents.merged()
-    name, pool = _recorded(folder, config, READER if documents.name == "million_tokens" else DEFAULT_MODEL)
+    fictional = config.collection in FICTIONAL
+    name, pool = _recorded(folder, config, READER if fictional else DEFAULT_MODEL)
     model = FrozenModel.from_pretrained(
         name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
     )
+    if model.reader and not fictional:
+        print(
+            "warning: the embedded reader can read --collection million_tokens alone; give another --model",
+            file=sys.stderr,
+        )
     ratio = 16.0 if config.ratio is None and config.tokens is None else config.ratio
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))

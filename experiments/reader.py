@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cas import console
 from cas.config import READER, parse
+from cas.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,8 @@ def experiment(config: Config) -> int:
     from cas.worlds import LOOKUP, world
     from experiments.results import table, write_run
 
+    if config.documents < max(LOADED) or config.questions < 1:
+        raise ConfigError(f"give --documents {max(LOADED)} or more, and --questions 1 or more")
     model = FrozenModel.from_pretrained(config.model, dtype=config.dtype)
     collection = world(config.collection_seed, config.documents)
     shuffled = Random(config.collection_seed).sample(collection.questions, len(collection.questions))
@@ -87,7 +90,7 @@ def experiment(config: Config) -> int:
         Path(config.output),
         name="reader",
         command=" ".join(
-            ["python -m experiments.reader --output DIR"]
+            ["python -m experiments.reader --output DIR" + " --model DIR" * (config.model != READER)]
             + [
                 f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
                 for f in fields(Config)
@@ -95,7 +98,7 @@ def experiment(config: Config) -> int:
             ]
         ),
         seeds=[config.collection_seed],
-        model="embedded reader",
+        model="embedded reader" if config.model == READER else {"reader": model.fingerprint},
         collection={"name": collection.name, "sha256": collection.hash},
         settings={k: v for k, v in asdict(config).items() if k not in ("model", "output")},
         predictions=predictions,

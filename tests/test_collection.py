@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cas.collection import Collection, Document, Question, known_names, save_jsonl, split_long
@@ -350,6 +350,7 @@ readable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1).f
 
 
 @settings(max_examples=60, deadline=None)
+@example({"0 ": ("", "a title that is an id is one line, too")}, [])
 @given(
     st.dictionaries(identifiers, st.tuples(st.text(st.characters(exclude_categories=("Cs",))), readable), min_size=1),
     st.lists(st.tuples(readable, st.lists(readable, min_size=1)), max_size=4),

@@ -310,7 +310,7 @@ def test_other_settings_are_refused(
     synthesize(model, wells(10, 8), store, **(SMALL | {"conversations": 20}))
     files = {file: file.read_bytes() for file in (store.folder / "conversations").iterdir()}
     with pytest.raises(
-        ConfigError, match="was made with other settings, documents or model; give another --store"
+        ConfigError, match="was made with other settings, documents or model; use the same ones or give another --store"
     ) as caught:
         synthesize(model, wells(10, 8), store, **(SMALL | changed))
     assert "\n" not in str(caught.value)

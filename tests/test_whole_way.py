@@ -140,7 +140,7 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
         (["--tokens", "32"], "tokens 16 (now 32)"),
         (["--positions", "offset"], "positions fixed (now offset)"),
         (["--lr", "0.5"], "lr 0.01 (now 0.5)"),
-        (["--conversations", "4000"], "is being trained on"),
+        (["--conversations", "4000"], "is trained on"),
         (["--kinds", "gossip"], "unknown kinds of seed prompt: gossip"),
         (["--questions-per-call", "0"], "--questions-per-call 0: at least 1"),
         (["--conversations", "-5"], "--conversations -5: at least 1"),
