@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 @torch.no_grad()
 def adam_step(kv: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float) -> None:
-    """One Adam step in place, as ``torch.optim.Adam`` does it (no weight decay).
+    """One step in place of ``torch.optim.Adam`` (fused, no weight decay).
 
     Args: kv, grad, exp_avg, exp_avg_sq: float32, one shape. step: this cartridge's own count, 1 for its first step.
     """
     assert step >= 1
-    exp_avg.lerp_(grad, 1 - BETAS[0])
-    exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-    denominator = exp_avg_sq.sqrt().div_((1 - BETAS[1] ** step) ** 0.5).add_(EPSILON)
-    kv.addcdiv_(exp_avg, denominator, value=-lr / (1 - BETAS[0] ** step))
+    adam(
+        [kv], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(step - 1.0, device=kv.device)], fused=True, lr=lr,
+        beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def learning_rate(peak: float, own_step: int, warmup: int, global_step: int, total_steps: int, final: float) -> float:

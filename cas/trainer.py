@@ -136,7 +136,7 @@ class Trainer:
             slot, grad = self.manager.trainees[name], leaves[name].grad
             if grad is None:  # nobody saw it
                 continue
-            if not (math.isfinite(value) and bool(grad.isfinite().all())):
+            if not math.isfinite(value + float(grad.sum())):  # one pass; nothing that is no number adds up to one
                 raise RunError(
                     f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr"
                 )

@@ -213,7 +213,7 @@ def test_steps_equal_torch_adam(
         Step(("doc-02",), (Example("doc-02", 1, ("doc-02",)),)),
     ]
     mine = {name: store.cartridge(name).requires_grad_() for name in pool}
-    adams = {name: torch.optim.Adam([kv]) for name, kv in mine.items()}
+    adams = {name: torch.optim.Adam([kv], fused=True) for name, kv in mine.items()}
     own_steps = dict.fromkeys(pool, 0)
     waiting: dict[str, Tensor] = {}
     for step, each in enumerate(work):

@@ -1,0 +1,1 @@
+"""What everything costs, against what it could cost: ``python -m experiments.benchmarks`` (``make bench``)."""

@@ -1,0 +1,214 @@
+"""The work that benchmarks time: a model, a store of random documents, random conversations; and the rivals of a training step."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cas.attention import Batch
+from cas.collection import Collection, Document
+from cas.config import DEFAULT_MODEL, READER
+from cas.conversations import Conversation, Conversations
+from cas.distill import distillation_loss
+from cas.merged import _similar
+from cas.model import FrozenModel
+from cas.store import Store
+from cas.trainer import Trainer
+from cas.worlds import world
+
+TOP_K = 20
+# Tokens of a question and of its answer: what self-study of each model writes.
+LENGTHS = {"reader": ((6, 12), (2, 8)), "smollm2": ((10, 25), (15, 50))}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and what is asked of it."""
+
+    name: str
+    model: FrozenModel
+    p: int  # positions of a cartridge in the benchmarks of training
+
+    @classmethod
+    def load(cls, name: str, p: int) -> Work:
+        """``reader`` or ``smollm2``, by name."""
+        source = {"reader": READER, "smollm2": DEFAULT_MODEL}[name]
+        return cls(name, FrozenModel.from_pretrained(source), p)
+
+    @contextmanager
+    def store(self, documents: int, p: int | None = None, policy: str = "fixed") -> Iterator[Store]:
+        """A store with so many initial cartridges of ``p`` positions each, in a folder that goes away."""
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store.create(Path(folder) / "store", self.model, tokens=p or self.p, positions=policy)
+            store.add_documents(fictional(documents))
+            yield store
+            store.close()
+
+    def conversations(self, store: Store, each: int = 32, seed: int = 0) -> Conversations:
+        """Random ones about every document of the store: their tokens mean nothing, their lengths do."""
+        numbers, random = np.random.default_rng(seed), Random(seed)
+        vocabulary, end = self.model.geometry.vocabulary, min(self.model.template.stop_ids)
+        logprobs = np.log(np.full(TOP_K, 0.9 / TOP_K, np.float32))
+        asked, answered = LENGTHS[self.name]
+
+        def one(document: str) -> Conversation:
+            prompt, answer = random.randint(*asked), random.randint(*answered)
+            top = np.stack([numbers.choice(vocabulary, TOP_K, replace=False) for _ in range(answer)]).astype(np.int32)
+            ids = np.append(top[:-1, 0], end).astype(np.int32)
+            words = numbers.integers(0, vocabulary, prompt).astype(np.int32)
+            return Conversation(document, "question", "", words, ids, top, np.tile(logprobs, (answer, 1)))
+
+        return Conversations([one(document) for document in store.rows() for _ in range(each)], {})
+
+
+def fictional(documents: int) -> Collection:
+    """So many documents of a world of two, each told apart by its id and title: only lengths count here."""
+    pair = world(0, 2).documents
+    return Collection(
+        "fictional",
+        tuple(Document(f"{i:05d}", f"{pair[i % 2].title} {i}", f"{i}. {pair[i % 2].text}") for i in range(documents)),
+    )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one training step and of every rival over the same conversations."""
+
+    step: float
+    rivals: dict[str, float]
+    tokens: int
+
+
+def timed_steps(
+    work: Work,
+    store: Store,
+    conversations: Conversations,
+    steps: int,
+    rivals: dict[str, Callable[[Sequence[Conversation]], None]] | None = None,
+    warm: int = 1,
+    **options: Any,
+) -> list[Timed]:
+    """Steps of a real trainer, each followed by its rivals on the same conversations; the first ``warm`` are not kept."""
+    found: list[Timed] = []
+    settings: dict[str, Any] = {"rotate_every": 10**6, "checkpoint_every": 10**6, **options}
+    trainer = Trainer(work.model, store, conversations, steps=steps + warm, **settings)
+    step = trainer.train_step
+    examples: list[Conversation] = []
+
+    def watched(number: int, planned: Any) -> tuple[float, int, float]:
+        examples[:] = [conversations.by_document[e.document][e.index] for e in planned.examples]
+        return step(number, planned)
+
+    def stepped(report: Any) -> None:
+        seconds = {name: _seconds(rival, examples) for name, rival in (rivals or {}).items()}
+        found.append(Timed(report.tokens / report.tokens_per_s, seconds, report.tokens))
+
+    trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[assignment, method-assign]
+    trainer.run()
+    return found[warm:]
+
+
+def _seconds(action: Callable[[Any], None], argument: Any) -> float:
+    started = time.perf_counter()
+    action(argument)
+    return time.perf_counter() - started
+
+
+# -- rivals of a training step --------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """Plain causal attention of packed conversations, in groups of similar length: what a model without cartridges pays."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.groups = []
+        starts = batch.starts()
+        for members in _similar(batch.lengths):
+            t = max(batch.lengths[i] for i in members)
+            rows = torch.tensor([[starts[i] + min(n, batch.lengths[i] - 1) for n in range(t)] for i in members])
+            real = torch.tensor([[n < batch.lengths[i] for n in range(t)] for i in members]).flatten()
+            self.groups.append((rows, real.nonzero()[:, 0], torch.full((t, t), -torch.inf).triu_(1)))
+        order = torch.cat([rows.flatten()[real] for rows, real, _ in self.groups])
+        self.back = torch.empty_like(order)
+        self.back[order] = torch.arange(len(order))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        (heads, d), kv_heads = (query.shape[1], query.shape[3]), key.shape[1]
+        outputs = []
+        for rows, real, bias in self.groups:
+            (b, t), index = rows.shape, rows.flatten()
+            q = query[0].index_select(1, index).view(kv_heads, heads // kv_heads, b, t, d).transpose(1, 2)
+            k, v = (x[0].index_select(1, index).view(kv_heads * b, t, d) for x in (key, value))
+            scores = torch.bmm(q.reshape(kv_heads * b, -1, d) * scale, k.transpose(1, 2))
+            scores = (scores.view(kv_heads * b, -1, t, t) + bias).view_as(scores)
+            out = torch.bmm(scores.to(query.dtype).softmax(-1), v).view(kv_heads, b, -1, t, d).transpose(1, 2)
+            outputs.append(out.reshape(heads, b * t, d).index_select(1, real))
+        return torch.cat(outputs, dim=1).index_select(1, self.back).transpose(0, 1)[None]
+
+
+def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:
+    """Forward and backward of the model alone, over the same tokens, supervised rows and loss, to its input embeddings."""
+
+    def run(examples: Sequence[Conversation]) -> None:
+        tokens = [c.tokens(model) for c in examples]
+        batch = Batch(tuple(map(len, tokens)), ((),) * len(tokens))
+        ids = torch.tensor([[token for row in tokens for token in row]])
+        positions = torch.cat([torch.arange(n) for n in batch.lengths])[None]
+        rows = torch.cat(
+            [torch.arange(s + n - len(c.answer), s + n) for s, n, c in zip(batch.starts(), batch.lengths, examples)]
+        )
+        embedded = model.hf.get_input_embeddings()(ids).detach().requires_grad_()
+        before, model.config._attn_implementation = model.config._attn_implementation, "cas"
+        logits = model.hf(
+            inputs_embeds=embedded, position_ids=positions, use_cache=False, logits_to_keep=rows, cas=Alone(batch)
+        ).logits[0]
+        model.config._attn_implementation = before
+        _loss(logits, examples).backward()
+
+    return run
+
+
+def peft(model: FrozenModel, p: int, rows: int = 8) -> Callable[[Sequence[Conversation]], None]:
+    """PEFT's CARTRIDGE with a plain loop: batches of conversations sorted by length, logits of the answers alone, cached
+    teacher, one Adam step a batch (as many as CAS takes with as many targets)."""
+    from peft import CartridgeConfig, TaskType, get_peft_model
+
+    base = copy.deepcopy(model.hf)
+    base.set_attn_implementation("sdpa")
+    adapted = get_peft_model(
+        base, CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=p, num_frozen_tokens=1)
+    )
+    optimizer = torch.optim.Adam([x for x in adapted.parameters() if x.requires_grad], lr=1e-3)
+    pad = min(model.template.stop_ids)
+
+    def run(examples: Sequence[Conversation]) -> None:
+        tokens = [c.tokens(model) for c in examples]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        for start in range(0, len(order), rows):
+            some = order[start : start + rows]
+            t, answer = max(len(tokens[i]) for i in some), max(len(examples[i].answer) for i in some)
+            ids = torch.tensor([[pad] * (t - len(tokens[i])) + tokens[i] for i in some])
+            mask = torch.tensor([[0] * (t - len(tokens[i])) + [1] * len(tokens[i]) for i in some])
+            logits = adapted(input_ids=ids, attention_mask=mask, logits_to_keep=answer).logits
+            kept = torch.cat([logits[b, -len(examples[i].answer) :] for b, i in enumerate(some)])
+            _loss(kept, [examples[i] for i in some]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _loss(logits: Tensor, examples: Sequence[Conversation]) -> Tensor:
+    top = torch.cat([torch.from_numpy(c.top_ids) for c in examples]).long()
+    return distillation_loss(logits, top, torch.cat([torch.from_numpy(c.top_logprobs) for c in examples])).mean()
