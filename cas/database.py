@@ -45,16 +45,17 @@ class Database:
         self._env.close()
 
     @contextlib.contextmanager
-    def _read(self) -> Iterator[Any]:
-        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile."""
+    def _read(self, in_place: bool = False) -> Iterator[Any]:
+        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile. ``in_place``: values are
+        views into the file, good until the end of the transaction."""
         import lmdb
 
         try:
             try:
-                txn = self._env.begin()
+                txn = self._env.begin(buffers=in_place)
             except lmdb.MapResizedError:  # that trainer has grown the map
                 self._env.set_mapsize(0)
-                txn = self._env.begin()
+                txn = self._env.begin(buffers=in_place)
             with txn:
                 yield txn
         except lmdb.Error as error:
@@ -84,16 +85,17 @@ class Database:
 
     def _parse(self, value: bytes | None) -> dict[str, Any]:
         try:
-            return dict(json.loads(value or b""))
+            return dict(json.loads(bytes(value or b"")))
         except (ValueError, TypeError) as error:
             raise self._broken("a record is damaged") from error
 
-    def _blob(self, txn: Any, kind: str, name: str, version: int, crc: int) -> bytes:
+    def _blob(self, txn: Any, kind: str, name: str, version: int, crc: int) -> Any:
+        """Bytes of a safetensors file, in place where the transaction reads in place; its checksum is right."""
         blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
         if blob is None or zlib.crc32(blob) != crc:
             what = "is missing" if blob is None else "fails its checksum"
             raise self._broken(f"{kind} of {name!r} {what}")
-        return bytes(blob)
+        return blob
 
     def _text(self, txn: Any, row: Row) -> str:
         text = txn.get(text_key(row.id))
