@@ -84,27 +84,26 @@ def synthesize(
     store.add_documents(documents)
     folder.mkdir(exist_ok=True)
     teacher = _Teacher(model, documents, settings)
-    items: list[Conversation] = []
-    dropped: Counter[str] = Counter()
+    have, dropped = 0, Counter[str]()
     # When enough is kept, documents about which nothing is yet get calls of their own, but not for ever.
     patience = dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
     unit = 0
     with store.training():  # one writer of units at a time
-        while len(items) < teacher.wanted or any(patience.values()):
+        while have < teacher.wanted or any(patience.values()):
             # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
-            if len(items) < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
+            if have < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
                 12 * teacher.wanted + 1000
             ):
-                kept = f"{len(items)} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
+                kept = f"{have} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
                 raise RunError(f"self-study kept {kept}; use a larger model")
-            teacher.only = [i for i, calls in patience.items() if calls] if len(items) >= teacher.wanted else []
+            teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted else []
             file = folder / f"unit-{unit:06d}.parquet"
             if file.exists():
                 found, counts = read(file)
                 teacher.replay(unit, found)
             elif store.run_state() is not None:
                 raise ConfigError(
-                    f"{store.folder} is trained on {len(items)} conversations; ask for no more, or give another --store"
+                    f"{store.folder} is trained on {have} conversations; ask for no more, or give another --store"
                 )
             else:
                 found, counts = teacher.unit(unit)
@@ -114,12 +113,12 @@ def synthesize(
                 one = teacher.only[number % len(teacher.only)]
                 patience[one] = max(0, patience[one] - 1)
             patience.update({item.document: 0 for item in found})
-            items += found
+            have += len(found)
             dropped.update(counts)
             unit += 1
             if progress is not None:
-                progress(min(len(items), teacher.wanted), teacher.wanted)
-    return Conversations(items, dict(dropped))
+                progress(min(have, teacher.wanted), teacher.wanted)
+        return Conversations.load(folder, unit)
 
 
 @dataclass(frozen=True)

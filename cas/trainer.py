@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,10 +178,10 @@ class Trainer:
         ids = torch.tensor([[token for row in tokens for token in row]])
         logits = self.model.forward(ids, positions, context, rows=torch.cat(rows))[0]
         if self.training.objective == "next-token":
-            answers = torch.cat([torch.from_numpy(c.answer) for c in conversations]).long()
+            answers = torch.from_numpy(np.concatenate([c.answer for c in conversations])).long()
             return next_token_loss(logits, answers.to(logits.device)).mean(), ids.numel()
-        top_ids = torch.cat([torch.from_numpy(c.top_ids) for c in conversations]).long().to(logits.device)
-        top = torch.cat([torch.from_numpy(c.top_logprobs) for c in conversations]).to(logits.device)
+        top_ids = torch.from_numpy(np.concatenate([c.top_ids for c in conversations])).long().to(logits.device)
+        top = torch.from_numpy(np.concatenate([c.top_logprobs for c in conversations])).to(logits.device)
         return distillation_loss(logits, top_ids, top).mean(), ids.numel()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

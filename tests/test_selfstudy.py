@@ -17,7 +17,7 @@ from helpers_store import stored_keys
 from cas import selfstudy
 from cas.collection import Collection, Document
 from cas.config import KINDS
-from cas.conversations import Conversation, Conversations
+from cas.conversations import Conversation, Conversations, write_unit
 from cas.decoding import Generation, Prompt
 from cas.errors import ConfigError, RunError
 from cas.model import FrozenModel, Source
@@ -240,7 +240,7 @@ def test_it_goes_on_where_it_stopped(
     assert plain(found) == plain(expected) and found.dropped == expected.dropped
     assert (folder / "unit-000000.parquet").read_bytes() == done["unit-000000.parquet"][0]
     assert (folder / "unit-000000.parquet").stat().st_mtime_ns == done["unit-000000.parquet"][1]
-    assert len(list(folder.iterdir())) == units
+    assert len(list(folder.glob("unit-*.parquet"))) == units
     # Once more, all from the files; and without the collection, as the trainer's command reads them.
     before = writer.calls
     assert plain(synthesize(model, documents, parts, **SMALL)) == plain(expected)
@@ -644,6 +644,42 @@ def test_conversations_by_document() -> None:
         "a": ["2"],
     }
     assert len(found) == 3 and found.dropped == {"loop": 4}
+
+
+def test_units_are_joined_and_read_from_the_disk(tmp_path: Path) -> None:
+    """What is loaded equals what was written, and follows the units that are there; the joint file is made anew."""
+
+    def one(document: str, n: int) -> Conversation:
+        answer = np.arange(n % 4 + 1, dtype=np.int32)
+        top = np.stack([answer + n] * 3, axis=1)
+        return Conversation(
+            document, KINDS[n % 5], f"question {n}", answer[:2] + 7, answer, top, -top.astype(np.float32)
+        )
+
+    def same(a: Conversation, b: Conversation) -> bool:
+        arrays = ("prompt", "answer", "top_ids", "top_logprobs")
+        equal = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+        return equal and (a.document, a.kind, a.question) == (b.document, b.kind, b.question)
+
+    items = [one("ab"[n % 2], n) for n in range(12)]
+    for unit in range(3):
+        file = tmp_path / f"unit-{unit:06d}.parquet"
+        write_unit(file, items[4 * unit : 4 * unit + 4], Counter({"loop": unit}), "settings")
+
+    def check(found: Conversations, expected: list[Conversation], dropped: int) -> None:
+        assert set(found.by_document) == {"a", "b"} and len(found) == len(expected)
+        for name in "ab":
+            own = [c for c in expected if c.document == name]
+            assert all(map(same, found.by_document[name], own)) and same(found.by_document[name][-1], own[-1])
+            assert all(map(same, found.by_document[name][1:3], own[1:3]))
+        assert sum(found.dropped.values()) == dropped
+
+    check(Conversations.load(tmp_path), items, 3)
+    check(Conversations.load(tmp_path, 2), items[:8], 1)
+    (tmp_path / "units.arrow").write_bytes(b"damaged")
+    check(Conversations.load(tmp_path), items, 3)
+    (tmp_path / "unit-000002.parquet").unlink()
+    check(Conversations.load(tmp_path), items[:8], 1)
 
 
 def test_the_embedded_reader_is_asked_in_its_own_format(
