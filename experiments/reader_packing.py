@@ -15,17 +15,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from cas.worlds import SUMMARY, TWO, WHOLE
 from experiments.reader_scenes import Exchange, Scene, Told
 
-# What heads of a layer are told to look at. Naming has two heads, for a name's first and last word; the others are all heads
-# of their layer, and finding is done in two layers: what can be read in many places can be learned by a cartridge in many.
-LOOKS = {2: "naming", 3: "telling", 4: "finding", 5: "finding", 6: "second"}
-NAMING = 2
-HEADS = 2  # of naming
+# What heads of a layer are told to look at: (layer, heads). Naming has a head each for a name's first and last word. Finding
+# is done by all heads of two layers: what can be read in many places can be learned by a cartridge in many.
+LOOKS = {
+    "naming": ((2, (0, 1)),),
+    "telling": ((3, (0, 1, 2, 3)),),
+    "finding": ((4, (0, 1, 2, 3)), (5, (0, 1, 2, 3))),
+    "writing": ((6, (0, 1)),),
+    "second": ((6, (2, 3)),),
+}
+LAYERS = 1 + max(layer for places in LOOKS.values() for layer, _ in places)
 
 
 @dataclass(frozen=True)
 class Look:
-    """Tokens of a block that heads are told to look from, and the keys that they may look at: [R], [heads, R, keys]; one
-    for all heads if there is but one."""
+    """Tokens of a block that heads are told to look from, and the keys that they may look at: [R], [heads, R, keys], or
+    [1, R, keys] for all alike."""
 
     rows: Tensor
     targets: Tensor
@@ -55,7 +60,7 @@ class Packed:
         # Of every scene: its texts' lengths, its exchanges' length, and what these see of it.
         self.scenes: list[tuple[list[int], int, Tensor]] = []
         self.looks: list[tuple[list[Look | None], dict[str, Look]]] = []  # of its texts, of its exchanges
-        self.looking: dict[str, list[Tensor]] = {name: [] for name in LOOKS.values()}
+        self.looking: dict[str, list[Tensor]] = {name: [] for name in LOOKS}
         self.kinds: list[tuple[int, str]] = []
         self.answer_lengths: list[int] = []
         for number, scene in enumerate(part):
@@ -117,8 +122,8 @@ class Packed:
         sizes = [n for texts, own, _ in self.scenes for n in (self.header, *texts, own)]
         q, k, v = (iter(x.float().split(sizes, dim=2)) for x in (query, key, value))
         out = []
-        name = LOOKS.get(layer, "")
-        looks = iter(self.looks if name else ())
+        here = {name: heads for name, places in LOOKS.items() for at, heads in places if at == layer}
+        looks = iter(self.looks if here else ())
         for texts, _, mask in self.scenes:
             in_texts, in_exchanges = next(looks, ([None] * len(texts), {}))
             head = next(q), next(k), next(v)
@@ -130,22 +135,32 @@ class Packed:
                 out.append(read if i == 0 else read[:, :, self.header :])
                 keys.append(own[1])
                 values.append(own[2])
-                if layer == NAMING:
-                    self._look(name, in_texts[i], own[0], known, None, scale)
+                if "naming" in here:
+                    self._look("naming", here["naming"], in_texts[i], own[0], known, None, scale)
             asked, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
             known = torch.cat(keys, dim=2)
             out.append(attention(asked, known, torch.cat(values, dim=2), attn_mask=mask))
-            self._look(name, in_exchanges.get(name), asked, known, mask, scale)
+            for name, heads in here.items():
+                self._look(name, heads, in_exchanges.get(name), asked, known, mask, scale)
         return torch.cat(out, dim=2).transpose(1, 2)
 
-    def _look(self, name: str, look: Look | None, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> None:
+    def _look(
+        self,
+        name: str,
+        heads: Sequence[int],
+        look: Look | None,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> None:
         """Collect -log of the attention that heads give to where they should look: q [1, Q, R, D], k [1, H, S, D]."""
         if look is None:
             return
         with torch.autocast("cpu", enabled=False):
-            heads = len(look.targets) if len(look.targets) > 1 else q.shape[1]
-            shared = [head * k.shape[1] // q.shape[1] for head in range(heads)]
-            scores = (q[0, :heads, look.rows] @ k[0, shared].transpose(1, 2)) * scale
+            heads = [head for head in heads if head < q.shape[1]]
+            shared = [head * k.shape[1] // q.shape[1] for head in heads]
+            scores = (q[0, heads][:, look.rows] @ k[0, shared].transpose(1, 2)) * scale
         if mask is None:  # a text: causal behind the header
             seen = torch.arange(k.shape[2])[None] <= look.rows[:, None] + (k.shape[2] - q.shape[2])
         else:
@@ -179,13 +194,13 @@ class Pointing:
 
     *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value in the
     texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same value in the
-    text. *Second*: what takes one more thought, when what was found says where to look: facts about a founder, the older one
-    of two, people who share something, the name to write.
+    text. *Writing*: the name that was written there, at itself. *Second*: what takes one more thought, when what was found
+    says where to look: facts about a founder, the older one of two, people who share something.
     """
 
     def __init__(self, texts: Sequence[Tokens], begins: Sequence[int], told: Sequence[Told]) -> None:
         self._texts, self._begins, self._told = texts, begins, told
-        self._found: dict[str, dict[int, tuple[set[int], ...]]] = {name: {} for name in LOOKS.values()}
+        self._found: dict[str, dict[int, tuple[set[int], ...]]] = {name: {} for name in LOOKS}
 
     def _add(self, name: str, row: int, *targets: set[int]) -> None:
         found = self._found[name].setdefault(row, tuple(set() for _ in targets))
@@ -225,19 +240,23 @@ class Pointing:
             for spot, told_at in self._spots(e, (subject, value)):
                 for mine, theirs in zip(said, told_at):
                     self._add("telling", mine, {theirs})
-                for tokens, word in zip(told.words(subject), self._name(spot), strict=True):
+                for tokens, before in zip(told.words(subject), self._name(spot), strict=True):
                     for t in tokens:
                         self._add("finding", row + t, set(said))
-                    self._copy("second", row, told, tokens, [word])
+                    self._copy("writing", row, told, tokens, [before])
+            for tokens, word in zip(told.words(subject), asked.words(subject)):  # it may also stand in the sentence
+                self._copy("writing", row, told, tokens, [[question + t for t in word]])
 
     def _compare(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
         for fact in e.facts:
             first, last = asked.words(fact[0])
-            self._add("naming", question + last[-1], {question + t for t in first}, {question + t for t in last})
-            self._add("finding", question + last[-1], {t for _, at in self._spots(e, fact) for t in at})
+            year = {t for _, at in self._spots(e, fact) for t in at}
+            for word, whole in ((first, first), (last, last)):
+                self._add("naming", question + word[-1], {question + t for t in first}, {question + t for t in whole})
+                self._add("finding", question + word[-1], year)
             if fact[0] == e.answer:
-                for t in range(len(told.ids)):
-                    self._add("second", row + t, {question + last[-1]})
+                for tokens, word in zip(told.words(fact[0]), (first, last)):
+                    self._copy("second", row, told, tokens, [[question + t for t in word]])
 
     def _count(self, e: Exchange, told: Tokens, row: int) -> None:
         """Of counts the first token looks at all that is counted; of lists every name at its own fact, then at itself."""

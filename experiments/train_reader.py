@@ -25,7 +25,7 @@ from cas import console
 from cas.config import DEFAULT_SYSTEM, parse
 from cas.errors import ConfigError
 from cas.worlds import TWO, WHOLE
-from experiments.reader_packing import HEADS, LOOKS, NAMING, Packed
+from experiments.reader_packing import LAYERS, LOOKS, Packed
 from experiments.reader_scenes import LEVELS, Scene, scenes
 
 TEMPLATE = (
@@ -33,7 +33,6 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ROPE_BASE = 1e8
-LOOKING = tuple(dict.fromkeys(LOOKS.values()))
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -145,9 +144,10 @@ def look_up(hf: Any, config: Config) -> None:
     the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens back, by rotation
     alone, and write the trail. In the second layer keys are trails; the queries of half the heads are the token itself
     (what came behind it before?), those of the others its trail, not nearby (where did I read these words?); all copy the
-    token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that tell look where the same
-    words were read, and copy the name written there; heads that find look where the same name has been written, and copy the
-    token; those that come second copy, too, from wherever they will look. Everything else starts near zero.
+    token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that tell look where the same words
+    were read, and copy the name written there; heads that find look where the same name has been written, and copy, in turns,
+    token or name. Of the layer behind, half the heads look where the written name itself stands, the others where the name just
+    found has been written; all copy. Everything else starts near zero.
     """
     import torch
 
@@ -170,11 +170,16 @@ def look_up(hf: Any, config: Config) -> None:
         embedding[:, 0] = 4 * std
         hf.model.norm.weight.fill_(2.0)
         known = torch.randn(wide, kept) * kept**-0.5  # what the trail keeps of a token
-        for number in range(min(config.layers, max(LOOKS) + 1)):
-            does = LOOKS.get(number, "")
-            heads = {0: 3, NAMING: HEADS}.get(number, config.heads)
+        names = [
+            torch.randn(wide, kept) * kept**-0.5 for _ in range(2)
+        ]  # what is written of its first, and of its last word
+        layers: list[tuple[int, str, tuple[int, ...]]] = [(0, "", (0, 1, 2)), (1, "", (0, 1, 2, 3))]
+        layers += [(layer, name, heads) for name, places in LOOKS.items() for layer, heads in places]
+        for number, does, heads in layers:
+            if number >= config.layers:
+                continue
             attention = hf.model.layers[number].self_attn
-            for head in range(min(heads, config.heads)):
+            for head in [head for head in heads if head < config.heads]:
                 rows = slice(head * size, (head + 1) * size)
                 query, key, value = (getattr(attention, f"{n}_proj").weight[rows] for n in "qkv")
                 output = attention.o_proj.weight[:, rows]
@@ -188,23 +193,28 @@ def look_up(hf: Any, config: Config) -> None:
                     output[trail, :wide] = std * same
                     continue
                 if does == "naming":
-                    value[:wide, own] = torch.randn(wide, kept) * kept**-0.5
+                    value[:wide, own] = names[head]
                     output[name, :wide] = std * same
                     continue
-                if does != "second":
-                    read, held = (name, name) if does == "finding" else (trail, trail)
-                    read = own if number == 1 and head % 2 == 0 else read
-                    gain = 1.2 if does == "finding" else 1.9
-                    key[slow, held] = gain * same
-                    query[slow, read] = gain * (known if read is own else same)
-                    if read is trail:
+                if does == "finding":
+                    query[slow, name], key[slow, name] = 1.2 * same, 1.2 * same
+                elif does == "writing":
+                    query[slow, name], key[slow, own] = 1.2 * same, 1.2 * names[head % 2]
+                elif does == "second":
+                    query[slow, own], key[slow, name] = 1.2 * (names[0] + names[1]), 1.2 * same
+                else:
+                    key[slow, trail] = 1.9 * same
+                    if number == 1 and head % 2 == 0:
+                        query[slow, own] = 1.9 * known
+                    else:
+                        query[slow, trail] = 1.9 * same
                         query[: fast // 2, 0], key[: fast // 2, 0] = 2.0, -2.0
-                if does == "telling":
-                    value[:wide, name], output[name, :wide] = same, std / heads * same
+                if does == "telling" or (does == "finding" and head % 2):
+                    value[:wide, name], output[name, :wide] = same, std / len(heads) * same
                     continue
                 copied = torch.randn(size, kept) * kept**-0.5
                 value[:, own] = copied
-                output[own] = 2 * std * copied.T * (2 / heads if does else 1)
+                output[own] = 2 * std * copied.T * (2 / len(heads) if does else 1)
 
 
 class Trainer:
@@ -242,7 +252,7 @@ class Trainer:
         self.step = self.tokens = self.scene = 0
         self.begun = 0  # steps since everything is trained
         self.level, self.right = config.level, 0.0
-        self.looking = dict.fromkeys(LOOKING, 3.0 if config.looking else 0.0)
+        self.looking = dict.fromkeys(LOOKS, 3.0 if config.looking else 0.0)
         self._resume()
 
     def learning_rate(self) -> float:
@@ -275,7 +285,7 @@ class Trainer:
         loss.backward()
         if not self.begun:
             for name, parameter in self.parameters.items():
-                if not re.search(rf"layers.{NAMING}.self_attn.[qk]_proj", name):
+                if not re.search(rf"layers.{LOOKS['naming'][0][0]}.self_attn.[qk]_proj", name):
                     parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
@@ -309,7 +319,7 @@ class Trainer:
                     part.append(scene)
                     total += sum(len(t) for t in scene.texts) // 5 + 20 * len(scene.exchanges)
             figures = self.train_step(part)
-            for name in ("loss", "reading", *LOOKING):
+            for name in ("loss", "reading", *LOOKS):
                 losses.setdefault(name, []).extend([figures[name]] if name in figures else [])
             hits = []
             for number, kind, hit in figures["right"]:
@@ -382,8 +392,8 @@ def _refuse(config: Config) -> None:
     """Raise ConfigError for what cannot be trained, or was begun otherwise; only ``tokens`` may change on the way."""
     if not 0 <= config.level < len(LEVELS):
         raise ConfigError(f"--level {config.level}: from 0 to {len(LEVELS) - 1}")
-    if config.looking and config.layers <= max(LOOKS):
-        raise ConfigError(f"--layers {config.layers}: at least {max(LOOKS) + 1}, or --looking 0")
+    if config.looking and config.layers < LAYERS:
+        raise ConfigError(f"--layers {config.layers}: at least {LAYERS}, or --looking 0")
     if config.init and not Path(config.init, "config.json").exists():
         raise ConfigError(f"--init {config.init}: no folder of a model")
     file = Path(config.output) / "config.json"
