@@ -14,7 +14,7 @@ HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real test test-slow check clean
+.PHONY: help setup demo demo-real bench test test-slow check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ demo-real: $(STAMP) ## train on eight small documents with a real model, ask, an
 
 test: $(STAMP) ## the default tests
 	$(PY) -m pytest -q -m "not slow"
+
+bench: $(STAMP) ## time everything against what it could cost (half an hour on a quiet machine); writes runs/benchmarks
+	@$(PIP) install -c constraints.txt -e '.[bench]'
+	$(PY) -m experiments.benchmarks --output runs/benchmarks
 
 test-slow: $(STAMP) ## the tests that take minutes or a real model
 	$(PY) -m pytest -m slow
