@@ -70,7 +70,8 @@ class Schedule:
         self, step: int, pool: Sequence[str], drawn: Mapping[str, int]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The pool and the guests from this step on. ``drawn``: conversations trained so far by document."""
-        outside = [i for i in self.conversations if i not in set(pool)]
+        inside = set(pool)
+        outside = [i for i in self.conversations if i not in inside]
         need = self._by_need(outside, drawn, self._random(step, "enter"))
         if not pool:
             chosen = need[: self.pool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from cas.attention import Batch
 from cas.collection import Collection, Document
 from cas.config import DEFAULT_MODEL, READER
-from cas.conversations import Conversation, Conversations
+from cas.conversations import Conversation, Conversations, write_unit
 from cas.distill import distillation_loss
 from cas.merged import _similar
 from cas.model import FrozenModel
@@ -56,7 +57,8 @@ class Work:
             store.close()
 
     def conversations(self, store: Store, each: int = 32, seed: int = 0) -> Conversations:
-        """Random ones about every document of the store: their tokens mean nothing, their lengths do."""
+        """Random ones about every document of the store: their tokens mean nothing, their lengths do. They lie on the disk,
+        as those of self-study do."""
         numbers, random = np.random.default_rng(seed), Random(seed)
         vocabulary, end = self.model.geometry.vocabulary, min(self.model.template.stop_ids)
         logprobs = np.log(np.full(TOP_K, 0.9 / TOP_K, np.float32))
@@ -69,7 +71,13 @@ class Work:
             words = numbers.integers(0, vocabulary, prompt).astype(np.int32)
             return Conversation(document, "question", "", words, ids, top, np.tile(logprobs, (answer, 1)))
 
-        return Conversations([one(document) for document in store.rows() for _ in range(each)], {})
+        folder = store.folder / "conversations"
+        folder.mkdir(exist_ok=True)
+        items = [one(document) for document in store.rows() for _ in range(each)]
+        random.shuffle(items)
+        for unit, start in enumerate(range(0, len(items), 64)):
+            write_unit(folder / f"unit-{unit:06d}.parquet", items[start : start + 64], Counter(), "benchmark")
+        return Conversations.load(folder)
 
 
 def fictional(documents: int) -> Collection:
@@ -210,5 +218,5 @@ def peft(model: FrozenModel, p: int, rows: int = 8) -> Callable[[Sequence[Conver
 
 
 def _loss(logits: Tensor, examples: Sequence[Conversation]) -> Tensor:
-    top = torch.cat([torch.from_numpy(c.top_ids) for c in examples]).long()
-    return distillation_loss(logits, top, torch.cat([torch.from_numpy(c.top_logprobs) for c in examples])).mean()
+    top_ids, top = (np.concatenate([getattr(c, name) for c in examples]) for name in ("top_ids", "top_logprobs"))
+    return distillation_loss(logits, torch.from_numpy(top_ids).long(), torch.from_numpy(top)).mean()
