@@ -9,9 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cas.errors import CollectionError, StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _T = TypeVar("_T")
 
@@ -126,6 +129,22 @@ def open_environment(file: Path, write: bool) -> Any:
         )
     except lmdb.Error as error:
         raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
+
+
+def parse_tensors(blob: Any) -> dict[str, Tensor]:
+    """The float32 tensors of a safetensors file, copied once. The file is a length, a JSON header and the data."""
+    import numpy as np
+    import torch
+
+    view = memoryview(blob)
+    start, found = 8 + int.from_bytes(view[:8], "little"), {}
+    for name, about in json.loads(bytes(view[8:start])).items():
+        if name != "__metadata__":
+            assert about["dtype"] == "F32", "stores hold float32"
+            low, high = about["data_offsets"]
+            data = np.frombuffer(view[start + low : start + high], np.float32).copy()
+            found[name] = torch.from_numpy(data).view(about["shape"])
+    return found
 
 
 def under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:

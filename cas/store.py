@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
-from cas.database import Database, Row, blob_keys, open_environment, row_key, text_key, to_json, under
+from cas.database import Database, Row, blob_keys, open_environment, parse_tensors, row_key, text_key, to_json, under
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -376,22 +376,7 @@ class Store(Database):
         return version, zlib.crc32(kv), None if blob is None else zlib.crc32(blob)
 
     def _get(self, txn: Any, kind: str, name: str, version: int, crc: int) -> dict[str, Tensor]:
-        """The tensors of a blob, copied once: out of the file."""
-        import numpy as np
-        import torch
-
-        blob = memoryview(self._blob(txn, kind, name, version, crc))
-        start = 8 + int.from_bytes(
-            blob[:8], "little"
-        )  # of the data: a safetensors file is a length, a JSON header, the data
-        found = {}
-        for part, about in json.loads(bytes(blob[8:start])).items():
-            if part != "__metadata__":
-                assert about["dtype"] == "F32", "stores hold float32"
-                low, high = about["data_offsets"]
-                data = np.frombuffer(blob[start + low : start + high], np.float32).copy()
-                found[part] = torch.from_numpy(data).view(about["shape"])
-        return found
+        return parse_tensors(self._blob(txn, kind, name, version, crc))
 
     def _collect(self) -> None:
         """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""
