@@ -11,7 +11,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 @torch.no_grad()
 def adam_step(kv: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float) -> None:
-    """One step in place of ``torch.optim.Adam`` (fused, no weight decay).
+    """One step of ``torch.optim.Adam`` in place (fused, no weight decay).
 
     Args: kv, grad, exp_avg, exp_avg_sq: float32, one shape. step: this cartridge's own count, 1 for its first step.
     """

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +22,7 @@ from cas.model import FrozenModel
 from cas.selfstudy import _Teacher
 from cas.worlds import world
 from experiments.benchmarks.training import Sample
-from experiments.benchmarks.work import Work
+from experiments.benchmarks.work import Work, seconds
 
 
 def store_speed(work: Work, cartridges: int, repeats: int) -> Iterator[Sample]:
@@ -49,12 +48,12 @@ def store_speed(work: Work, cartridges: int, repeats: int) -> Iterator[Sample]:
                             file.flush()
                             os.fsync(file.fileno())
 
-                ours, theirs = _seconds(write), _seconds(copy)
+                ours, theirs = seconds(write), seconds(copy)
                 yield "store_write_vs_copy", "ratio", theirs / ours
                 yield "store_write_vs_copy", "megabytes_per_second", size / ours / 1e6
                 order = Random(0).sample(names, len(names))
-                ours = _seconds(partial(_all, store.cartridge, order))
-                theirs = _seconds(partial(_all, Path.read_bytes, [Path(folder, name) for name in order]))
+                ours = seconds(_all, store.cartridge, order)
+                theirs = seconds(_all, Path.read_bytes, [Path(folder, name) for name in order])
                 yield "store_read_vs_copy", "ratio", theirs / ours
                 yield "store_read_vs_copy", "megabytes_per_second", size / ours / 1e6
 
@@ -77,18 +76,18 @@ def first_token(work: Work, questions: int, ratio: int = 16) -> Iterator[Sample]
             answerer.ask(question, documents=names, max_new_tokens=1)
             full = [token for i in some for token in encoded[i]]
             rag = full[: 3 * 4 * p]
-            seconds = {
-                "cold": _seconds(partial(cold.ask, question, documents=names, max_new_tokens=1)),
-                "warm": _seconds(partial(answerer.ask, question, documents=names, max_new_tokens=1)),
+            taken = {
+                "cold": seconds(cold.ask, question, documents=names, max_new_tokens=1),
+                "warm": seconds(answerer.ask, question, documents=names, max_new_tokens=1),
             }
             for name, text in (("full", full), ("rag", rag)):
                 prompt = Prompt((*text, *model.template.footer_ids, *tail, *model.template.suffix_ids))
-                seconds[name] = _seconds(partial(generate, model, [prompt], {}, layout, max_new_tokens=1))
+                taken[name] = seconds(generate, model, [prompt], {}, layout, max_new_tokens=1)
             if number:  # the first warms up
                 for name in ("full", "rag"):
                     for state in ("cold", "warm"):
-                        yield f"first_token_vs_{name}_{state}", "ratio", seconds[state] / seconds[name]
-                yield "first_token_vs_full_cold", "seconds", seconds["cold"]
+                        yield f"first_token_vs_{name}_{state}", "ratio", taken[state] / taken[name]
+                yield "first_token_vs_full_cold", "seconds", taken["cold"]
 
 
 def decode_many(
@@ -163,9 +162,3 @@ def _one_at_a_time(model: FrozenModel, teacher: _Teacher, unit: int, sample: int
 def _all(action: Callable[[Any], Any], names: Sequence[Any]) -> None:
     for name in names:
         action(name)
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started

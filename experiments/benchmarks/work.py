@@ -119,17 +119,18 @@ def timed_steps(
         return step(number, planned)
 
     def stepped(report: Any) -> None:
-        seconds = {name: _seconds(rival, examples) for name, rival in (rivals or {}).items()}
-        found.append(Timed(report.tokens / report.tokens_per_s, seconds, report.tokens))
+        taken = {name: seconds(rival, examples) for name, rival in (rivals or {}).items()}
+        found.append(Timed(report.tokens / report.tokens_per_s, taken, report.tokens))
 
     trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[assignment, method-assign]
     trainer.run()
     return found[warm:]
 
 
-def _seconds(action: Callable[[Any], None], argument: Any) -> float:
+def seconds(action: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """How long a call takes."""
     started = time.perf_counter()
-    action(argument)
+    action(*arguments, **options)
     return time.perf_counter() - started
 
 
