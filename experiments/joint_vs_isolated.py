@@ -275,7 +275,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     """Answer the questions under every arm, write the results and print the tables."""
     from cas.store import Store
     from experiments.arms import METRICS, run_arms, unseen
-    from experiments.results import table, write_run
+    from experiments.results import flags, table, write_run
 
     records = {}
     for arm in ("joint", "isolated"):
@@ -302,7 +302,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     run = write_run(
         Path(config.output) / "results",
         name="joint_vs_isolated",
-        command="python -m experiments.joint_vs_isolated " + flags(config),
+        command="python -m experiments.joint_vs_isolated " + flags(config, "train"),
         seeds=[config.seed],
         model=model.source.name,
         collection={"name": config.collection, "sha256": documents.hash},
@@ -339,17 +339,6 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
 def said(arm: str) -> None:
     """Tell that an arm is measured."""
     print(f"measured {arm}", file=sys.stderr, flush=True)
-
-
-def flags(config: Config) -> str:
-    """The command line that makes this configuration, without the output folder."""
-    parts = []
-    for name, value in asdict(config).items():
-        if name in ("output", "train") or value == getattr(Config, name, None):
-            continue
-        words = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-        parts.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {words}"))
-    return " ".join([*parts, "--output DIR"])
 
 
 def write(file: Path, value: object) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -62,7 +62,7 @@ def experiment(config: Config) -> int:
     from cas.evaluate import exact_match
     from cas.model import FrozenModel
     from cas.worlds import LOOKUP, world
-    from experiments.results import table, write_run
+    from experiments.results import flags, table, write_run
 
     if config.documents < max(LOADED) or config.questions < 1:
         raise ConfigError(f"give --documents {max(LOADED)} or more, and --questions 1 or more")
@@ -89,14 +89,7 @@ def experiment(config: Config) -> int:
     run = write_run(
         Path(config.output),
         name="reader",
-        command=" ".join(
-            ["python -m experiments.reader --output DIR" + " --model DIR" * (config.model != READER)]
-            + [
-                f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
-                for f in fields(Config)
-                if f.name not in ("model", "output") and getattr(config, f.name) != f.default
-            ]
-        ),
+        command="python -m experiments.reader " + "--model DIR " * (config.model != READER) + flags(config, "model"),
         seeds=[config.collection_seed],
         model="embedded reader" if config.model == READER else {"reader": model.fingerprint},
         collection={"name": collection.name, "sha256": collection.hash},

@@ -200,6 +200,18 @@ def table(results: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str
     return "\n".join(text) + "\n"
 
 
+def flags(config: Any, *unsaid: str) -> str:
+    """The flags that make this configuration, a dataclass, without the output folder and the fields ``unsaid``."""
+    parts = []
+    for name, value in asdict(config).items():
+        if name in ("output", *unsaid) or value == getattr(type(config), name, None):
+            continue
+        words = value if isinstance(value, tuple) else (value,)
+        said = " ".join(f"{v:g}" if isinstance(value, tuple) and isinstance(v, Real) else str(v) for v in words)
+        parts.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {said}"))
+    return " ".join([*parts, "--output DIR"])
+
+
 def relative(path: str | os.PathLike[str]) -> str:
     """``path`` as it may be published: ``$CAS_DATA/...`` in that folder, else relative to the working folder.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ def run(config: Config) -> int:
     from experiments.benchmarks import serving, training
     from experiments.benchmarks.training import Sample
     from experiments.benchmarks.work import Work
-    from experiments.results import table, write_run
+    from experiments.results import flags, table, write_run
 
     n = config.repeats
     benchmarks: dict[str, Callable[[Work], Iterator[Sample]]] = {
@@ -89,14 +89,7 @@ def run(config: Config) -> int:
     found = write_run(
         Path(config.output),
         name="benchmarks",
-        command=" ".join(
-            ["python -m experiments.benchmarks --output DIR"]
-            + [
-                f"--{f.name} {' '.join(value) if isinstance(value := getattr(config, f.name), tuple) else value}"
-                for f in fields(Config)
-                if f.name != "output" and getattr(config, f.name) != f.default
-            ]
-        ),
+        command="python -m experiments.benchmarks " + flags(config),
         seeds=[0],
         model=list(config.models),
         collection={"name": "random tokens", "sha256": hashlib.sha256(b"random tokens").hexdigest()},
