@@ -6,12 +6,8 @@ the prefix, decides what every query may see, and so owns the mathematics, with 
 
 Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q query heads, D head dimension, L layers.
 
-Contexts in this file:
-
-* :class:`Reference` -- the truth: one conversation at a time, nothing shared, padded or clever. Tests only.
-* :class:`Masked`    -- all residents as one prefix for everybody, visibility as a dense mask.
-
-The CPU path of training is :class:`cas.merged.Merged`; decoding has its own context, in :mod:`cas.decoding`.
+:class:`Reference` is the truth: one conversation at a time, nothing shared, padded or clever; for tests only. Training runs
+:class:`cas.merged.Merged` on a CPU and :class:`cas.flex.Flex` on a GPU; decoding has its own context, in :mod:`cas.decoding`.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from cas.cartridge import Layout, Rope
 
@@ -160,35 +155,3 @@ class Reference:
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
             outputs.append((weights @ v.repeat_interleave(repeat, 0).float()).to(query.dtype).transpose(0, 1))
         return torch.cat(outputs)[None]
-
-
-class Masked:
-    """All residents as one prefix, what each token sees as one dense mask. No conversation may need turned keys."""
-
-    def __init__(
-        self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
-    ) -> None:
-        assert layout.policy != "sequential", "turned keys cannot be shared between conversations"
-        self.pool = _Pool(header, cartridges, dtype)
-        total = sum(batch.lengths)
-        owner = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
-        self.sees = torch.zeros(len(batch.lengths), self.pool.size, dtype=torch.bool)
-        self.sees[:, list(self.pool.header)] = True
-        placed = list(self.pool.header)
-        for name, place in self.pool.places.items():
-            placed += range(layout.header, layout.header + len(place))
-            for row, seen in enumerate(batch.visible):
-                if name in seen:
-                    self.sees[row, list(place)] = True
-        self.sees = torch.cat([self.sees[owner], owner[:, None] == owner[None]], dim=1)
-        own = packed_positions(batch, {n: len(r) for n, r in self.pool.places.items()}, layout)[0]
-        self.query_positions, self.key_positions = own, torch.cat([torch.tensor(placed), own])
-        # Conversations side by side share positions, so "key <= query" alone is not causal across them: `sees` is.
-        assert self.sees.shape == (total, self.pool.size + total)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        prefix = self.pool.layers[layer]
-        k = torch.cat([prefix[0], key[0]], dim=1)[None]
-        v = torch.cat([prefix[1], value[0]], dim=1)[None]
-        mask = (self.sees & causal_mask(self.query_positions, self.key_positions, window)).to(query.device)
-        return scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

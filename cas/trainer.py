@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from budget.manager import Manager
-from cas.attention import Batch, packed_positions
+from cas.attention import AttentionContext, Batch, packed_positions
 from cas.config import Training
 from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, next_token_loss
 from cas.errors import ConfigError, RunError
+from cas.flex import Flex
 from cas.merged import Merged
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
@@ -169,7 +170,7 @@ class Trainer:
         """
         tokens = [c.tokens(self.model) for c in conversations]
         batch = Batch(tuple(map(len, tokens)), tuple(visible))
-        context = Merged(batch, self.model.header_kv, cartridges, self.layout, self.model.rope, self.model.dtype)
+        context = self._attention(batch, cartridges)
         positions = packed_positions(batch, {n: kv.shape[3] for n, kv in cartridges.items()}, self.layout)
         rows = [
             torch.arange(start + length - len(c.answer), start + length)
@@ -183,6 +184,12 @@ class Trainer:
         top_ids = torch.from_numpy(np.concatenate([c.top_ids for c in conversations])).long().to(logits.device)
         top = torch.from_numpy(np.concatenate([c.top_logprobs for c in conversations])).to(logits.device)
         return distillation_loss(logits, top_ids, top).mean(), ids.numel()
+
+    def _attention(self, batch: Batch, cartridges: Mapping[str, Tensor]) -> AttentionContext:
+        header, dtype = self.model.header_kv, self.model.dtype
+        if self.model.device.type == "cuda" and self.layout.policy != "sequential":
+            return Flex(batch, header, cartridges, self.layout, dtype)
+        return Merged(batch, header, cartridges, self.layout, self.model.rope, dtype)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

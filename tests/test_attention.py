@@ -11,9 +11,10 @@ import torch
 from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
-from cas.attention import Batch, Masked, Reference, causal_mask, packed_positions
+from cas.attention import Batch, Reference, causal_mask, packed_positions
 from cas.cartridge import Layout, Positions
 from cas.decoding import Decoding, Prompt
+from cas.flex import Flex
 from cas.merged import Merged
 from cas.model import FrozenModel, Source
 
@@ -29,8 +30,8 @@ def packed(
     context: Any
     if path == "reference":
         context = Reference(batch, header, cartridges, layout, model.rope)
-    elif path == "masked":
-        context = Masked(batch, header, cartridges, layout, model.dtype)
+    elif path == "flex":
+        context = Flex(batch, header, cartridges, layout, model.dtype, block=16)
     else:
         context = Merged(batch, header, cartridges, layout, model.rope, model.dtype)
     positions = packed_positions(batch, {name: kv.shape[3] for name, kv in cartridges.items()}, layout)
@@ -57,12 +58,19 @@ def conversations(seed: int = 0) -> tuple[Batch, Tensor]:
     return batch, ids
 
 
+@pytest.fixture(autouse=True)
+def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention has no kernel for gradients on a CPU and refuses; its plain formula, which it keeps for debugging, has them."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._warn_once", lambda *_, **__: None)
+
+
 SIZES = {"a": 16, "b": 48, "c": 32, "d": 7, "unseen": 16}
 SPAN = 48
 
 
 def paths(policy: str) -> tuple[str, ...]:
-    return ("merged",) if policy == "sequential" else ("merged", "masked")
+    return ("merged",) if policy == "sequential" else ("merged", "flex")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +130,7 @@ def test_the_order_of_loading_does_not_matter(kind: str, policy: Any, tiny: Call
     layout = Layout(policy, model.layout_header, SPAN)
     ids = torch.tensor([model.encode(QUESTION)])
     orders = list(itertools.permutations(cartridges))
-    for path in ("reference", "merged", "masked"):
+    for path in ("reference", "merged", "flex"):
         results = [packed(path, model, Batch((ids.shape[1],), (order,)), ids, cartridges, layout) for order in orders]
         assert all(close(result, results[0]) for result in results[1:])
         # Nor does the order in which the pool holds them.
@@ -211,6 +219,76 @@ def test_what_is_not_visible_changes_no_bit(kind: str, policy: Any, tiny: Callab
             grad = leaves[name].grad
             assert grad is None or not grad.any()
         assert leaves["c"].grad is not None and (leaves["c"].grad.any() or kind == "mistral")
+
+
+@pytest.mark.parametrize("policy", ["fixed", "offset"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_flex_blocks_are_those_that_the_mask_fills(block: int, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
+    """On a GPU blocks are skipped or not masked at all by these alone; the plain formula on a CPU never looks at them."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    model = tiny("llama")
+    batch, _ = conversations()
+    long = Batch((*batch.lengths, 100), (*batch.visible, ("b", "d")))
+    context = Flex(
+        long,
+        model.header_kv,
+        tiny_cartridges(model, SIZES),
+        Layout(policy, model.layout_header, SPAN),
+        model.dtype,
+        block,
+    )
+    for window in (None, 40):
+        mask = context.mask(window)
+        size = (context.tokens, context.start + context.tokens)
+        assert size[0] % block == size[1] % block == 0
+        dense = create_mask(mask.mask_mod, 1, 1, *size, device="cpu")[0, 0]
+        assert dense.any(1).all()
+        cells = dense.view(size[0] // block, block, size[1] // block, block).transpose(1, 2).flatten(2)
+        found = torch.zeros(2, *cells.shape[:2], dtype=torch.bool)
+        for kind, (counts, places) in enumerate(
+            [(mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)]
+        ):
+            for row, count in enumerate(counts[0, 0].tolist()):
+                found[kind, row, places[0, 0, row, :count].long()] = True
+        some, whole = found
+        assert not (some & whole).any()
+        if window is None:
+            assert torch.equal(some | whole, cells.any(2)) and torch.equal(whole, cells.all(2))
+            assert whole.any() and some.any() and not (some | whole).all()
+        else:
+            assert not whole.any() and not (cells.any(2) & ~some).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dtype) -> None:
+    from torch._dynamo.utils import counters
+
+    hf = tiny_hf("llama", initializer_range=0.1, head_dim=16).to("cuda", dtype)
+    model = FrozenModel(hf, tiny_tokenizer(), Source("folder", "tiny"))
+    layout = Layout("fixed", model.layout_header, SPAN)
+    values = {name: kv.cuda() for name, kv in tiny_cartridges(model, SIZES).items()}
+    graphs = []
+    for seed in range(6):
+        batch, ids = conversations(seed)
+        batch = Batch((*batch.lengths[:-1], batch.lengths[-1] - seed), batch.visible)
+        ids = ids[:, : sum(batch.lengths)]
+        found = {}
+        for path in (Reference, Flex):
+            leaves = {name: kv.clone().requires_grad_() for name, kv in values.items()}
+            last: Any = model.rope if path is Reference else model.dtype
+            context = path(batch, model.header_kv, leaves, layout, last)
+            positions = packed_positions(batch, SIZES, layout)
+            logits = model.forward(ids, positions, context)[0].float()
+            logits.log_softmax(-1)[:, 7].mean().backward()
+            found[path] = logits.detach(), leaves["b"].grad
+        (mine, my_grad), (truth, grad) = found[Flex], found[Reference]
+        assert close(mine, truth, 1e-2 if dtype == torch.float32 else 0.05)  # TF32 in the kernel
+        assert my_grad is not None and grad is not None
+        assert torch.cosine_similarity(my_grad.flatten(), grad.flatten(), dim=0) > 0.98
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs[2:])) == 1
 
 
 def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]) -> None:
