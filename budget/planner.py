@@ -21,7 +21,7 @@ class Sizes:
         weights: bytes of the frozen model. element: bytes of one number in its compute dtype.
         largest: elements of the largest cartridge. total: elements of all cartridges together.
         documents: how many. tokens: of all documents.
-        step_tokens: own tokens of one step; supervised: of these, rows that need logits.
+        step_tokens: own tokens of one step; logit_rows: of these, rows whose logits are held at a time.
         prefix: prefix positions that the step's conversations see, all added up (with the header).
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
         longest: own tokens of the longest conversation. rows: conversations of a step.
@@ -35,7 +35,7 @@ class Sizes:
     documents: int
     tokens: int
     step_tokens: int
-    supervised: int
+    logit_rows: int
     prefix: int
     layers: int
     hidden: int
@@ -84,7 +84,7 @@ def activation_bytes(s: Sizes) -> int:
 
     Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
     weights of every head, and what is seen in the compute dtype; once, the weights' gradients and masks; for the
-    supervised rows three float32 copies of the logits and one in the compute dtype.
+    rows at a time three float32 copies of the logits and one in the compute dtype.
     """
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
@@ -92,7 +92,7 @@ def activation_bytes(s: Sizes) -> int:
     seen = 2 * kv_width * s.prefix
     own = (2 * kv_width + 2 * q_width) * padded
     weights = s.query_heads * s.longest * (s.prefix + padded)
-    logits = s.supervised * s.vocabulary * (s.element + 3 * 4)
+    logits = s.logit_rows * s.vocabulary * (s.element + 3 * 4)
     kept = s.layers * (s.step_tokens * per_token + seen + weights)
     return (kept + 2 * own + 2 * weights) * s.element + logits
 

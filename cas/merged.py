@@ -122,7 +122,7 @@ class Merged:
             positions[b] = self.positions[starts[i]].cpu() + torch.arange(t)
         padded = None if bool(inside.all()) else ~inside.flatten().to(device)
         real = None if padded is None else inside.flatten().nonzero()[:, 0].to(device)
-        bias = torch.full((t, t), -torch.inf, device=device).triu_(1)
+        bias = torch.full((t, t), -torch.inf, dtype=self.header[0].dtype, device=device).triu_(1)
         bias = torch.cat([bias.new_zeros(t, h), bias], dim=1)
         return _Own(rows.flatten().to(device), len(members), real, padded, positions.to(device), bias)
 
@@ -147,8 +147,7 @@ class Merged:
         if ("cartridge", number, window) not in self._biases:
             part = self.cartridges[number]
             seen = causal_mask(self.positions[part.rows], part.positions, window)
-            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._biases["cartridge", number, window] = None if bool(seen.all()) else bias
+            self._biases["cartridge", number, window] = None if bool(seen.all()) else self._bias(seen)
         return self._biases["cartridge", number, window]
 
     def own_bias(self, number: int, window: int | None) -> Tensor:
@@ -160,11 +159,13 @@ class Merged:
             header = torch.arange(group.bias.shape[1] - group.positions.shape[1], device=group.rows.device)
             keys = torch.cat([header.expand(group.size, -1), group.positions], dim=1)
             seen = causal_mask(group.positions, keys, window)
-            bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._biases["own", number, window] = bias[:, None]
+            self._biases["own", number, window] = self._bias(seen)[:, None]
         found = self._biases["own", number, window]
         assert found is not None
         return found
+
+    def _bias(self, seen: Tensor) -> Tensor:
+        return self.header[0].new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
@@ -258,7 +259,7 @@ class _Attention(torch.autograd.Function):
             if isinstance(part, _Own) and part.padded is not None:
                 share.masked_fill_(part.padded, -torch.inf)
             share.exp_()  # a row's weights times its share are its softmax
-            by_given = part.shaped((grad.index_select(1, part.rows) * share[..., None]).to(dtype), kv_heads)
+            by_given = part.shaped(grad.index_select(1, part.rows).mul_(share[..., None].to(dtype)), kv_heads)
             offset = part.shaped((share * delta.index_select(1, part.rows))[..., None].to(dtype), kv_heads)
             return by_given, torch.bmm(by_given, values.transpose(1, 2)).sub_(offset).mul_(weights)
 
@@ -268,7 +269,7 @@ class _Attention(torch.autograd.Function):
             by_query.index_add_(1, group.rows, group.flat(torch.bmm(by_scores, k), kv_heads).float())
             own = slice(group.bias.shape[1] - group.bias.shape[0], None)  # not the header
             for sums, left, right in ((by_key, by_scores, q), (by_value, weights, by_given)):
-                part_sum = torch.bmm(left[..., own].transpose(1, 2), right).reshape(kv_heads, -1, d)
+                part_sum = torch.bmm(left.transpose(1, 2), right)[:, own].reshape(kv_heads, -1, d)
                 sums.index_add_(1, group.rows, part_sum.float())
         for part, (weights, top) in zip(context.cartridges, kept[len(context.own) :]):
             keys, values = context.keys_values(part, layer)

@@ -6,10 +6,11 @@ Nothing is assumed about a model that can be measured: a probe at load records w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,7 @@ class FrozenModel:
         self.reader = bool(getattr(self.config, "cas_reader", False))  # our own: see experiments/train_reader.py
         self._refuse_unsupported()
         self.template = render_template(tokenizer, system, self._stop_ids())
+        self.head: torch.nn.Linear | None = None  # the output layer, where logits are its output and nothing more
         self.geometry, self.rope = self._probe()
 
     @classmethod
@@ -153,12 +155,10 @@ class FrozenModel:
 
         Args: ids, positions: integer [B, T]; rows: indices of the wanted rows, or the number of last ones, 0 for all.
         """
-        config, before = self.config, self.config._attn_implementation
         if isinstance(rows, int):
             # As indices, not as a count: a strided slice of the hidden states makes torch copy the whole output matrix a row.
             rows = torch.arange(ids.shape[1] - rows if rows else 0, ids.shape[1])
-        config._attn_implementation = "cas"
-        try:
+        with self._our_attention():
             return self.hf(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -166,8 +166,24 @@ class FrozenModel:
                 logits_to_keep=rows.to(self.device),
                 cas=context,
             ).logits
+
+    @contextlib.contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        before, self.config._attn_implementation = self.config._attn_implementation, "cas"
+        try:
+            yield
         finally:
-            config._attn_implementation = before
+            self.config._attn_implementation = before
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """States [B, rows, hidden] before the output layer of tokens at explicit positions, as :meth:`forward` takes them."""
+        with self._our_attention():
+            states = self.hf.base_model(
+                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, cas=context
+            ).last_hidden_state
+        return states[:, rows.to(self.device) if isinstance(rows, Tensor) else rows]
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> Tensor:
@@ -281,6 +297,10 @@ class FrozenModel:
             raise ModelError(
                 f"{kind}: its attention differs from softmax(QK)V; cartridges would not mean what they should"
             )
+        # Whether logits are the output layer's and nothing more: some models scale or cap them.
+        head = self.hf.get_output_embeddings()
+        if isinstance(head, torch.nn.Linear) and head.bias is None:
+            self.head = head if torch.equal(head(self.hidden(ids, positions, _Probe())).float(), ours) else None
         query_heads, kv_heads, head_dim = shapes.pop()
         geometry = Geometry(
             layers=len(layers),

@@ -170,6 +170,7 @@ def make_plan(
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
     from cas.decoding import BATCH_POSITIONS
+    from cas.distill import rows_at_once
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
@@ -191,7 +192,9 @@ def make_plan(
         documents=len(sizes),
         tokens=sum(tokens),
         step_tokens=rows * longest,
-        supervised=rows * config.answer_tokens,
+        logit_rows=rows * config.answer_tokens
+        if model.head is None
+        else min(rows * config.answer_tokens, rows_at_once(model.head)),
         prefix=prefix,
         layers=g.layers,
         hidden=g.hidden,

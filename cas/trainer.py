@@ -25,7 +25,7 @@ from budget.manager import Manager
 from cas.attention import AttentionContext, Batch, packed_positions
 from cas.config import Training
 from cas.conversations import Conversation, Conversations
-from cas.distill import distillation_loss, next_token_loss
+from cas.distill import distillation_loss, distillation_mean
 from cas.errors import ConfigError, RunError
 from cas.flex import Flex
 from cas.merged import Merged
@@ -177,13 +177,18 @@ class Trainer:
             for start, length, c in zip(batch.starts(), batch.lengths, conversations, strict=True)
         ]
         ids = torch.tensor([[token for row in tokens for token in row]])
-        logits = self.model.forward(ids, positions, context, rows=torch.cat(rows))[0]
-        if self.training.objective == "next-token":
-            answers = torch.from_numpy(np.concatenate([c.answer for c in conversations])).long()
-            return next_token_loss(logits, answers.to(logits.device)).mean(), ids.numel()
-        top_ids = torch.from_numpy(np.concatenate([c.top_ids for c in conversations])).long().to(logits.device)
-        top = torch.from_numpy(np.concatenate([c.top_logprobs for c in conversations])).to(logits.device)
-        return distillation_loss(logits, top_ids, top).mean(), ids.numel()
+        device, supervised = self.model.device, torch.cat(rows)
+        if self.training.objective == "next-token":  # the model's own words as if it had had no doubt
+            answers = np.concatenate([c.answer for c in conversations])[:, None]
+            top_ids, top = torch.from_numpy(answers).long().to(device), torch.zeros(answers.shape, device=device)
+        else:
+            top_ids = torch.from_numpy(np.concatenate([c.top_ids for c in conversations])).long().to(device)
+            top = torch.from_numpy(np.concatenate([c.top_logprobs for c in conversations])).to(device)
+        if self.model.head is None:
+            logits = self.model.forward(ids, positions, context, rows=supervised)[0]
+            return distillation_loss(logits, top_ids, top).mean(), ids.numel()
+        states = self.model.hidden(ids, positions, context, rows=supervised)[0]
+        return distillation_mean(states, self.model.head, top_ids, top), ids.numel()
 
     def _attention(self, batch: Batch, cartridges: Mapping[str, Tensor]) -> AttentionContext:
         header, dtype = self.model.header_kv, self.model.dtype

@@ -278,7 +278,7 @@ def test_any_memory_keeps_every_value(entries: int | None) -> None:
 
 MIB = 2**20
 SIZES = Sizes(
-    weights=500 * MIB, element=2, largest=MIB, total=60 * MIB, documents=80, tokens=100_000, step_tokens=3_000, supervised=600,
+    weights=500 * MIB, element=2, largest=MIB, total=60 * MIB, documents=80, tokens=100_000, step_tokens=3_000, logit_rows=600,
     prefix=20_000, layers=30, hidden=576, intermediate=1536, vocabulary=49_152, query_heads=9, kv_heads=3, head_dim=64, longest=110,
     rows=32,
 )  # fmt: skip
@@ -357,7 +357,7 @@ def test_activations_grow_with_the_step() -> None:
     base = activation_bytes(SIZES)
     for larger in (
         {"step_tokens": 6_000},
-        {"supervised": 1_200},
+        {"logit_rows": 1_200},
         {"prefix": 40_000},
         {"element": 4},
         {"longest": 220},
@@ -365,7 +365,7 @@ def test_activations_grow_with_the_step() -> None:
     ):
         assert activation_bytes(replace(SIZES, **larger)) > base
     logits = 600 * 49_152 * (2 + 12)
-    assert activation_bytes(replace(SIZES, supervised=0)) == base - logits
+    assert activation_bytes(replace(SIZES, logit_rows=0)) == base - logits
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cas.distill import distillation_loss, next_token_loss
+from cas.distill import distillation_loss, distillation_mean
 from cas.optim import adam_step, learning_rate
 
 VOCABULARY = 32
@@ -174,12 +174,40 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
     torch.testing.assert_close(distillation_loss(half, ids, logprobs), distillation_loss(half.float(), ids, logprobs))
 
 
-def test_next_token_loss() -> None:
+def test_one_entry_without_doubt_is_the_next_token_loss() -> None:
     logits, *_ = case(8)
     ids = torch.tensor([3, 1, 4, 1, 5, 9])
-    expected = [-float(logits.detach().double().log_softmax(-1)[n, i]) for n, i in enumerate(ids)]
-    assert next_token_loss(logits, ids).tolist() == pytest.approx(expected, rel=1e-5)
-    assert next_token_loss(logits.to(torch.bfloat16), ids).dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+    torch.testing.assert_close(distillation_loss(logits, ids[:, None], torch.zeros(6, 1)), expected)
+
+
+@given(st.integers(0, 10_000), st.integers(1, VOCABULARY), st.floats(0, 60), st.floats(0, 60), st.integers(1, 6))
+@settings(max_examples=150, deadline=None)
+def test_the_mean_in_chunks_equals_the_reference(seed: int, k: int, student: float, teacher: float, rows: int) -> None:
+    """With an output layer that hands the logits through, value and gradient are the reference's."""
+    logits, _, ids, logprobs = case(seed, k=k, student=student, teacher=teacher)
+    head = torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.eye(VOCABULARY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cas.distill.AT_ONCE", rows * VOCABULARY)
+        mean = distillation_mean(logits, head, ids, logprobs)
+    reference = distillation_loss(logits, ids, logprobs).mean()
+    torch.testing.assert_close(mean, reference, rtol=1e-5, atol=1e-6)
+    (ours,) = torch.autograd.grad(3 * mean, logits)
+    (theirs,) = torch.autograd.grad(3 * reference, logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_a_half_precision_model_is_near_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, VOCABULARY, bias=False).requires_grad_(False).to(torch.bfloat16)
+    hidden = torch.randn(6, 16, generator=generator).to(torch.bfloat16).requires_grad_()
+    _, _, ids, logprobs = case(9)
+    mean, reference = distillation_mean(hidden, head, ids, logprobs), distillation_loss(head(hidden), ids, logprobs)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, reference.mean())
+    (ours,), (theirs,) = torch.autograd.grad(mean, hidden), torch.autograd.grad(reference.mean(), hidden)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
 
 
 # -- Adam per cartridge -------------------------------------------------------------------------------------------------

@@ -489,6 +489,7 @@ def test_models_that_cannot_carry_cartridges_are_refused(name: str, settings: di
 def test_other_models_that_can(name: str, settings: dict[str, Any], windows: Any) -> None:
     model = FrozenModel(other(name, **settings), tiny_tokenizer(), SOURCE)
     assert model.geometry.windows == windows
+    assert (model.head is None) == (name == "Gemma2")  # which caps its logits
     ids = torch.tensor([model.encode(TEXTS["tide"])])
     ours = model.forward(ids, torch.arange(ids.shape[1])[None], Plain())
     torch.testing.assert_close(ours, model.hf(input_ids=ids).logits, atol=1e-4, rtol=1e-4)

@@ -158,10 +158,20 @@ def plain_loss(
 
 @pytest.mark.parametrize("positions", ["fixed", "offset", "sequential"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("chunked", [True, False])
 def test_loss_equals_a_plain_computation(
-    tmp_path: Path, tiny: Callable[..., FrozenModel], kind: str, positions: str
+    tmp_path: Path,
+    tiny: Callable[..., FrozenModel],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    positions: str,
+    chunked: bool,
 ) -> None:
     model, documents = tiny(kind), many_documents(3, words=30)
+    if chunked:
+        monkeypatch.setattr("cas.distill.AT_ONCE", 5 * model.geometry.vocabulary)
+    else:
+        monkeypatch.setattr(model, "head", None)
     store = make_store(tmp_path / "s", model, documents, tokens=None, ratio=2, positions=positions)
     assert len({row.p for row in store.rows().values()}) > 1
     talks = converse(model, documents, per_document=2)
@@ -301,7 +311,7 @@ def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenMo
             g = model.geometry
             sizes = Sizes(
                 weights=0, element=4, largest=0, total=0, documents=6, tokens=0, step_tokens=tokens,
-                supervised=sum(len(c.answer) for c in items), prefix=sum(model.layout_header + 64 * len(seen) for seen in visible),
+                logit_rows=sum(len(c.answer) for c in items), prefix=sum(model.layout_header + 64 * len(seen) for seen in visible),
                 layers=g.layers, hidden=g.hidden, intermediate=64, vocabulary=g.vocabulary, query_heads=g.query_heads,
                 kv_heads=g.kv_heads, head_dim=g.head_dim, longest=max(len(c.tokens(model)) for c in items), rows=len(items),
             )  # fmt: skip

@@ -21,7 +21,7 @@ from cas.attention import Batch
 from cas.collection import Collection, Document
 from cas.config import DEFAULT_MODEL, READER
 from cas.conversations import Conversation, Conversations, write_unit
-from cas.distill import distillation_loss
+from cas.distill import distillation_loss, distillation_mean
 from cas.merged import _similar
 from cas.model import FrozenModel
 from cas.store import Store
@@ -179,11 +179,12 @@ def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:
         )
         embedded = model.hf.get_input_embeddings()(ids).detach().requires_grad_()
         before, model.config._attn_implementation = model.config._attn_implementation, "cas"
-        logits = model.hf(
-            inputs_embeds=embedded, position_ids=positions, use_cache=False, logits_to_keep=rows, cas=Alone(batch)
-        ).logits[0]
+        states = model.hf.base_model(
+            inputs_embeds=embedded, position_ids=positions, use_cache=False, cas=Alone(batch)
+        ).last_hidden_state[0, rows]
         model.config._attn_implementation = before
-        _loss(logits, examples).backward()
+        assert model.head is not None
+        distillation_mean(states, model.head, *_teacher(examples)).backward()
 
     return run
 
@@ -211,13 +212,13 @@ def peft(model: FrozenModel, p: int, rows: int = 8) -> Callable[[Sequence[Conver
             mask = torch.tensor([[0] * (t - len(tokens[i])) + [1] * len(tokens[i]) for i in some])
             logits = adapted(input_ids=ids, attention_mask=mask, logits_to_keep=answer).logits
             kept = torch.cat([logits[b, -len(examples[i].answer) :] for b, i in enumerate(some)])
-            _loss(kept, [examples[i] for i in some]).backward()
+            distillation_loss(kept, *_teacher([examples[i] for i in some])).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     return run
 
 
-def _loss(logits: Tensor, examples: Sequence[Conversation]) -> Tensor:
+def _teacher(examples: Sequence[Conversation]) -> tuple[Tensor, Tensor]:
     top_ids, top = (np.concatenate([getattr(c, name) for c in examples]) for name in ("top_ids", "top_logprobs"))
-    return distillation_loss(logits, torch.from_numpy(top_ids).long(), torch.from_numpy(top)).mean()
+    return torch.from_numpy(top_ids).long(), torch.from_numpy(top)
