@@ -23,7 +23,8 @@ class BackingStore(Protocol):
     """The slow, durable place."""
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Tensors of the newest written version: ``kv`` and, once trained, ``exp_avg``, ``exp_avg_sq``, perhaps ``pending``."""
+        """Fresh tensors of the newest written version: ``kv`` and, once trained, ``exp_avg``, ``exp_avg_sq``, perhaps
+        ``pending``. They are the caller's to change."""
         ...
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -144,10 +145,9 @@ class Manager:
         self.counters.device_loads += 1
 
         def own(key: str) -> Tensor:
-            # A copy of our own even on the CPU: a slot is changed in place, what it came from must not be.
-            return tensors[key].to(self.device, torch.float32, copy=True) if key in tensors else torch.zeros_like(leaf)
+            return tensors[key].to(self.device, torch.float32) if key in tensors else torch.zeros_like(leaf)
 
-        leaf = kv.detach().to(self.device, torch.float32, copy=True)
+        leaf = kv.to(self.device, torch.float32)  # on a CPU the tensors themselves: nobody else has them
         slot = Slot(leaf, own("exp_avg"), own("exp_avg_sq"), own("pending") if "pending" in tensors else None)
         self.trainees[name] = slot
 

@@ -14,14 +14,25 @@ import contextlib
 import fcntl
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
-from cas.database import Database, Row, blob_keys, open_environment, parse_tensors, row_key, text_key, to_json, under
+from cas.database import (
+    Database,
+    Row,
+    blob_keys,
+    checksum,
+    dump_tensors,
+    open_environment,
+    parse_tensors,
+    row_key,
+    text_key,
+    to_json,
+    under,
+)  # fmt: skip
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
     from cas.composed import Composed
     from cas.model import FrozenModel
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "cartridges.lmdb"
 
 
@@ -42,6 +53,7 @@ class Store(Database):
         super().__init__(folder, environment)
         self.model = model
         self._meta: dict[str, Any] | None = None
+        self._buffer = bytearray()
         self._unnamed: dict[str, tuple[int, int, int | None]] = {}  # written since the last commit: version, checksums
 
     # -- making and opening -----------------------------------------------------------------------------------------
@@ -226,10 +238,10 @@ class Store(Database):
                 p = cartridge_size(len(ids), meta["tokens"], meta["ratio"], meta["span"])
                 seed = int(document.hash[:15], 16) ^ meta["seed"]
                 kv = initialise(model, ids, p, meta["initialisation"], seed)
-                version, crc, _ = self._unnamed[document.id] = self._put(
+                version, kv_hash, _ = self._unnamed[document.id] = self._put(
                     document.id, 0, {"kv": kv.cpu()}, document.title
                 )
-                rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, crc)
+                rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, kv_hash)
                 if n % 64 == 0:
                     self.commit(rows, None)
             self.commit(rows, None)
@@ -240,19 +252,19 @@ class Store(Database):
         """The trained KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified."""
         with self._read(in_place=True) as txn:  # row and tensors in one transaction: a trainer may be at work
             row = self._row(txn.get(row_key(document)), document)
-            return self._get(txn, "kv", document, row.version, row.kv_crc)["kv"]
+            return self._get(txn, "kv", document, row.version, row.kv_hash)["kv"]
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """(BackingStore) Newest written tensors, committed or not."""
         if name in self._unnamed:
-            version, kv_crc, state_crc = self._unnamed[name]
+            version, kv_hash, state_hash = self._unnamed[name]
         else:
             row = self.row(name)
-            version, kv_crc, state_crc = row.version, row.kv_crc, row.state_crc
+            version, kv_hash, state_hash = row.version, row.kv_hash, row.state_hash
         with self._read(in_place=True) as txn:
-            tensors = self._get(txn, "kv", name, version, kv_crc)
-            if state_crc is not None and (parts is None or set(parts) - {"kv"}):
-                tensors |= self._get(txn, "state", name, version, state_crc)
+            tensors = self._get(txn, "kv", name, version, kv_hash)
+            if state_hash is not None and (parts is None or set(parts) - {"kv"}):
+                tensors |= self._get(txn, "state", name, version, state_hash)
         return tensors
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -271,7 +283,7 @@ class Store(Database):
         """
 
         def write(txn: Any) -> None:
-            for name, (version, kv_crc, state_crc) in self._unnamed.items():
+            for name, (version, kv_hash, state_hash) in self._unnamed.items():
                 key = row_key(name)
                 before = txn.get(key)
                 if before is not None:
@@ -279,12 +291,13 @@ class Store(Database):
                     if old != version:
                         for blob in blob_keys(name, old):
                             txn.delete(blob)
-                row = replace(rows[name], version=version, kv_crc=kv_crc, state_crc=state_crc)
+                row = replace(rows[name], version=version, kv_hash=kv_hash, state_hash=state_hash)
                 txn.put(key, to_json(asdict(row)))
             if run_state is not None:
                 txn.put(b"run", to_json(run_state))
 
         self._write(write)
+        self._env.sync(True)
         self._unnamed.clear()
 
     # -- sharing ----------------------------------------------------------------------------------------------------
@@ -301,7 +314,7 @@ class Store(Database):
         file = Path(file)
         with self._read() as txn:
             row = self._row(txn.get(row_key(document)), document)
-            blob = self._blob(txn, "kv", document, row.version, row.kv_crc)
+            blob = self._blob(txn, "kv", document, row.version, row.kv_hash)
         partial = file.with_name(f"{file.name}.partial")
         try:
             with partial.open("wb") as handle:
@@ -333,9 +346,9 @@ class Store(Database):
                     self._text(txn, row)
                 except StoreError as error:
                     broken.append(str(error).rpartition("; run:")[0])
-                for kind, crc in (("kv", row.kv_crc), ("state", row.state_crc)):
+                for kind, wanted in (("kv", row.kv_hash), ("state", row.state_hash)):
                     try:
-                        tensors = {} if crc is None else self._get(txn, kind, row.id, row.version, crc)
+                        tensors = {} if wanted is None else self._get(txn, kind, row.id, row.version, wanted)
                     except StoreError as error:
                         broken.append(str(error).rpartition("; run:")[0])
                         continue
@@ -348,8 +361,6 @@ class Store(Database):
     # -- LMDB -------------------------------------------------------------------------------------------------------
 
     def _put(self, name: str, version: int, tensors: Mapping[str, Tensor], title: str) -> tuple[int, int, int | None]:
-        from safetensors.torch import save
-
         model = self.meta["model"]
         about = {
             "format": FORMAT,
@@ -362,21 +373,24 @@ class Store(Database):
             "positions": self.meta["positions"],
         }
         kv_key, state_key = blob_keys(name, version)
-        # One entry: safetensors writes several in any order, and equal cartridges should be equal bytes.
-        kv = save({"kv": tensors["kv"].contiguous()}, metadata={"cartridge": to_json(about).decode()})
-        state = {k: t.contiguous() for k, t in tensors.items() if k != "kv"}
-        blob = save(state) if state else None
+        state = {k: t for k, t in tensors.items() if k != "kv"}
 
-        def write(txn: Any) -> None:
-            txn.put(kv_key, kv)
-            if blob is not None:
-                txn.put(state_key, blob)
+        def write(txn: Any) -> tuple[int, int | None]:
+            sums: list[int | None] = [None, None]
+            for i, (key, some) in enumerate(((kv_key, {"kv": tensors["kv"]}), (state_key, state))):
+                if some:
+                    metadata = {} if i else {"cartridge": to_json(about).decode()}
+                    blob = dump_tensors(some, metadata, self._buffer)
+                    sums[i] = checksum(blob)
+                    txn.put(key, blob)
+                    blob.release()  # the next one may need a larger buffer
+            assert sums[0] is not None
+            return sums[0], sums[1]
 
-        self._write(write)
-        return version, zlib.crc32(kv), None if blob is None else zlib.crc32(blob)
+        return version, *self._write(write)
 
-    def _get(self, txn: Any, kind: str, name: str, version: int, crc: int) -> dict[str, Tensor]:
-        return parse_tensors(self._blob(txn, kind, name, version, crc))
+    def _get(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> dict[str, Tensor]:
+        return parse_tensors(self._blob(txn, kind, name, version, wanted))
 
     def _collect(self) -> None:
         """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""

@@ -108,7 +108,7 @@ def contents(store: Store) -> dict[str, tuple[Row, dict[str, bytes]]]:
             dataclasses.replace(row, version=0),
             {k: t.numpy().tobytes() for k, t in sorted(tensors.items())},
         )
-        kinds = ("kv", "state") if row.state_crc is not None else ("kv",)
+        kinds = ("kv", "state") if row.state_hash is not None else ("kv",)
         named |= {
             f"row/{hashed(name)}",
             f"text/{hashed(name)}",

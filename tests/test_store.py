@@ -82,7 +82,7 @@ def test_documents_get_their_initial_cartridges(store: Store, model: FrozenModel
     for document in collection.documents:
         row, ids = store.row(document.id), model.encode(document.text)
         assert (row.title, row.hash, row.tokens, row.p) == (document.title, document.hash, len(ids), 16)
-        assert (row.version, row.drawn, row.steps, row.trained_tokens, row.state_crc) == (0, 0, 0, 0, None)
+        assert (row.version, row.drawn, row.steps, row.trained_tokens, row.state_hash) == (0, 0, 0, 0, None)
         kv = store.cartridge(document.id)
         assert kv.dtype == torch.float32 and kv.shape == (3, 2, 2, 16, 12)
         assert torch.equal(kv, initialise(model, ids, 16, "first", 0))
@@ -295,10 +295,10 @@ def test_other_models_headers_and_formats_are_refused(
             assert words in one_line(caught)
     opened = Store.open(folder, model, write=True)  # a refusal holds nothing
     meta = opened.meta
-    opened._write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 2}).encode()))
+    opened._write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 1}).encode()))
     opened.close()
     for given in (model, None):
-        with pytest.raises(StoreMismatch, match="has store format 2, this version reads 1") as caught:
+        with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2") as caught:
             Store.open(folder, given)
         one_line(caught)
 
@@ -442,7 +442,7 @@ def read_on_demand(pipe: Any) -> None:
         found = set()
         for name in ("crane", "ferry", "lamp", "pump", "tide"):
             row = store._row(txn.get(f"row/{hashed(name)}".encode()))
-            tensors = store._get(txn, "kv", name, row.version, row.kv_crc)
+            tensors = store._get(txn, "kv", name, row.version, row.kv_hash)
             found.add((float(tensors["kv"][0, 0, 0, 0, 0]), row.steps))
         return found
 
@@ -623,7 +623,7 @@ def test_export_is_a_safetensors_file(store: Store, model: FrozenModel, tmp_path
     with safetensors.safe_open(file, framework="np") as opened:
         about = json.loads(opened.metadata()["cartridge"])
     assert about == {
-        "format": 1, "id": "pump", "title": "Pump", "model": "tiny-llama", "fingerprint": model.fingerprint,
+        "format": 2, "id": "pump", "title": "Pump", "model": "tiny-llama", "fingerprint": model.fingerprint,
         "rope": model.rope_fingerprint, "header": model.layout_header, "positions": "fixed",
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pump.safetensors", "store"]
