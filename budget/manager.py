@@ -2,6 +2,7 @@
 
 Three places, one rule: a cartridge is on the device, else perhaps in host memory, else only in the store. What was
 trained and is not in the store yet is *dirty*; host memory that is full spills its longest unused entry to the store.
+On a GPU a thread reads those that will enter next and writes those that left, while steps run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +61,7 @@ class Counters:
     rotations: int = 0
     device_loads: int = 0
     store_reads: int = 0
+    read_ahead: int = 0  # of these, begun before they were needed
     store_writes: int = 0
 
 
@@ -69,6 +72,8 @@ class Manager:
     Attributes:
         device_bytes: limit for trainees (with gradient and moments) and guests; None for no limit.
         host_bytes: limit for evicted cartridges kept in host memory; 0 sends each leaver straight to the store.
+        ahead: read and write in a thread beside the steps. It takes host memory for those on the way, at most as much as two
+            pools; the values are the same.
     """
 
     store: BackingStore
@@ -76,6 +81,7 @@ class Manager:
     device_bytes: int | None = None
     host_bytes: int | None = 0
     guest_dtype: torch.dtype = torch.bfloat16
+    ahead: bool = False
     trainees: dict[str, Slot] = field(default_factory=dict)
     guests: dict[str, Tensor] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
@@ -84,11 +90,16 @@ class Manager:
         self.ledger = Ledger({"device": self.device_bytes, "host": self.host_bytes})
         self._host: dict[str, _Host] = {}
         self._dirty: set[str] = set()  # trainees whose newest values are only on the device
+        # One worker, so that a read comes after the writes before it.
+        self._worker = ThreadPoolExecutor(1) if self.ahead else None
+        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+        self._leaving: dict[str, Future[None]] = {}
 
     def rotate(self, pool: Sequence[str], guests: Sequence[str]) -> None:
         """Make exactly these trainees and guests resident. Leavers go first, so the device never holds both."""
         assert not set(pool) & set(guests)
         self.counters.rotations += 1
+        self._settle()
         for name in [n for n in self.trainees if n not in set(pool)]:
             self._evict(name)
         for name in [n for n in self.guests if n not in set(guests)]:
@@ -100,7 +111,20 @@ class Manager:
         for name in pool:
             if name not in self.trainees:
                 self._admit(name)
+        self._coming.clear()
         give_back()
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begin to read what the next rotation will admit from the store."""
+        assert self._worker is not None
+        for name in names:
+            if name not in self.trainees and name not in self._host and name not in self._coming:
+                self._coming[name] = self._worker.submit(self._read, name)
+
+    def close(self) -> None:
+        """Wait for what is on the way, and end the thread. What was not flushed is lost."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
 
     def touch(self, name: str) -> None:
         """Say that a trainee has changed."""
@@ -110,21 +134,35 @@ class Manager:
     def flush(self, before_write: Callable[[str], None] | None = None) -> list[str]:
         """Write everything dirty to the store (a checkpoint's first half); returns the names."""
         written = []
+        self._settle()
         for name, tensors in [(n, self.trainees[n].tensors()) for n in sorted(self._dirty)] + [
             (n, h.tensors) for n, h in sorted(self._host.items()) if h.dirty
         ]:
             if before_write is not None:
                 before_write(name)
-            self._write(name, tensors)
+            self._write(name, tensors, wait=True)
             written.append(name)
         self._dirty.clear()
         for entry in self._host.values():
             entry.dirty = False
         return written
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], wait: bool = False) -> None:
         self.counters.store_writes += 1
-        self.store.write_tensors(name, {k: t.to("cpu") for k, t in tensors.items()})
+        here = {k: t.to("cpu") for k, t in tensors.items()}
+        if self._worker is None or wait:
+            self.store.write_tensors(name, here)
+        else:
+            self._leaving[name] = self._worker.submit(self.store.write_tensors, name, here)
+
+    def _settle(self) -> None:
+        """Wait until everything that left is in the store; an error there is raised here."""
+        for name in list(self._leaving):
+            self._leaving.pop(name).result()
+
+    def _read(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        tensors = self.store.read_tensors(name, parts)
+        return {k: t.pin_memory() for k, t in tensors.items()} if self.device.type == "cuda" else tensors
 
     def _tensors(self, name: str, parts: Sequence[str] | None) -> dict[str, Tensor]:
         if name in self._host:
@@ -132,7 +170,13 @@ class Manager:
             tensors = self._host[name].tensors
             return tensors if parts is None else {k: tensors[k] for k in parts}
         self.counters.store_reads += 1
-        return self.store.read_tensors(name, parts)
+        if name in self._leaving:
+            self._leaving.pop(name).result()
+        coming = self._coming.pop(name, None)
+        if coming is None:
+            return self._read(name, parts)
+        self.counters.read_ahead += 1
+        return coming.result()
 
     def _admit(self, name: str) -> None:
         tensors = self._tensors(name, None)
@@ -145,9 +189,15 @@ class Manager:
         self.counters.device_loads += 1
 
         def own(key: str) -> Tensor:
-            return tensors[key].to(self.device, torch.float32) if key in tensors else torch.zeros_like(leaf)
+            return (
+                tensors[key].to(self.device, torch.float32, non_blocking=True)
+                if key in tensors
+                else torch.zeros_like(leaf)
+            )
 
-        leaf = kv.to(self.device, torch.float32)  # on a CPU the tensors themselves: nobody else has them
+        leaf = kv.to(
+            self.device, torch.float32, non_blocking=True
+        )  # on a CPU the tensors themselves: nobody else has them
         slot = Slot(leaf, own("exp_avg"), own("exp_avg_sq"), own("pending") if "pending" in tensors else None)
         self.trainees[name] = slot
 

@@ -74,7 +74,7 @@ class Plan:
             f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimiser state",
             f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, activations up to "
             f"{size(self.activations)}, pool of {self.pool} {size(self.trainees)}, {self.guests} guests {size(self.guest_copies)}",
-            f"host        up to {size(self.host)} for evicted cartridges",
+            f"host        up to {size(self.host)} for evicted cartridges and those on the way",
             f"disk        {size(self.disk)} for cartridges and state",
         ]
 
@@ -135,6 +135,7 @@ def make_plan(
     guests = copies(pool)
     everything = 12 * s.total
     host = everything if host_budget is None else min(host_budget, everything)
+    host += 0 if on_cpu else 2 * 12 * pool * s.largest  # those that a thread reads and writes beside the steps
     return Plan(
         documents=s.documents,
         tokens=s.tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Database:
 
     def __init__(self, folder: Path, environment: Any) -> None:
         self.folder, self._env = folder, environment
+        self._lock = threading.RLock()  # a map must not grow under another thread's transaction
 
     def close(self) -> None:
         """Release the file."""
@@ -50,6 +52,10 @@ class Database:
     def _read(self, in_place: bool = False) -> Iterator[Any]:
         """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile. ``in_place``: values are
         views into the file, good until the end of the transaction."""
+        with self._lock:
+            yield from self._reading(in_place)
+
+    def _reading(self, in_place: bool) -> Iterator[Any]:
         import lmdb
 
         try:
@@ -67,20 +73,21 @@ class Database:
         """One write transaction; a full map grows, a full disk is said in one line."""
         import lmdb
 
-        while True:
-            try:
-                with self._env.begin(write=True) as txn:
-                    return action(txn)
-            except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
-            except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
-            except lmdb.DiskError as error:
-                raise StoreError(
-                    f"{self.folder}: the disk is full; free some space and run the same command again"
-                ) from error
-            except lmdb.Error as error:
-                raise StoreError(f"{self.folder}: cannot be written ({error})") from error
+        with self._lock:
+            while True:
+                try:
+                    with self._env.begin(write=True) as txn:
+                        return action(txn)
+                except lmdb.MapFullError:
+                    self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                except lmdb.MapResizedError:
+                    self._env.set_mapsize(0)
+                except lmdb.DiskError as error:
+                    raise StoreError(
+                        f"{self.folder}: the disk is full; free some space and run the same command again"
+                    ) from error
+                except lmdb.Error as error:
+                    raise StoreError(f"{self.folder}: cannot be written ({error})") from error
 
     def _broken(self, what: str) -> StoreError:
         return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")

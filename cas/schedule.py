@@ -86,7 +86,7 @@ class Schedule:
 
     def step(self, step: int, pool: Sequence[str], guests: Sequence[str], drawn: Mapping[str, int]) -> Step:
         """The targets of a step, their conversations and what each of these sees."""
-        targets = tuple(sorted(self._by_need(pool, drawn, self._random(step, "targets"))[: self.targets]))
+        targets = self._targets(step, pool, drawn)
         others = sorted({*pool, *guests})
         random = self._random(step, "visibility")
         examples = []
@@ -100,6 +100,20 @@ class Schedule:
                     visible |= set(random.sample(candidates, min(k, len(candidates))))
                 examples.append(Example(target, index, tuple(sorted(visible))))
         return Step(targets, tuple(examples))
+
+    def coming(self, step: int, pool: Sequence[str], drawn: Mapping[str, int]) -> list[str]:
+        """Who will enter at the first rotation after this step: what may be read meanwhile."""
+        drawn = dict(drawn)
+        while True:
+            for target in self._targets(step, pool, drawn):
+                drawn[target] = drawn.get(target, 0) + self.per_target
+            step += 1
+            if self.rotates(step):
+                new, guests = self.rotate(step, pool, drawn)
+                return [name for name in (*new, *guests) if name not in pool]
+
+    def _targets(self, step: int, pool: Sequence[str], drawn: Mapping[str, int]) -> tuple[str, ...]:
+        return tuple(sorted(self._by_need(pool, drawn, self._random(step, "targets"))[: self.targets]))
 
     def _conversation(self, document: str, n: int) -> int:
         """Index of the n-th conversation drawn for a document: shuffled anew in every pass."""

@@ -14,6 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
@@ -93,6 +94,7 @@ class Trainer:
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
         self._limits = (device_bytes, host_bytes)
+        self.ahead = model.device.type == "cuda"  # a CPU has no time to spare beside the steps
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
         """Train to the end, or until ``stop()`` or step ``until``; always leaves a checkpoint.
@@ -102,12 +104,14 @@ class Trainer:
         with self.store.training():
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
-            with (self.store.folder / "metrics.jsonl").open("a") as log:
+            with closing(self.manager), (self.store.folder / "metrics.jsonl").open("a") as log:
                 while step < end and not stop():
                     started = time.perf_counter()
                     if self.schedule.rotates(step):
                         pool, guests = self.schedule.rotate(step, pool, self._drawn)
                         self.manager.rotate(pool, guests)
+                        if self.manager.ahead:
+                            self.manager.prefetch(self.schedule.coming(step, pool, self._drawn))
                     work = self.schedule.step(step, pool, guests, self._drawn)
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
@@ -210,7 +214,7 @@ class Trainer:
         step, pool, guests = int(state["step"]), tuple(state["pool"]), tuple(state["guests"])
         self._cut_log(step)
         # A new one every time: the old one may hold what a failed run did after the checkpoint.
-        self.manager = Manager(self.store, self.model.device, *self._limits)
+        self.manager = Manager(self.store, self.model.device, *self._limits, ahead=self.ahead)
         self.manager.rotate(pool, guests)
         return step, pool, guests
 

@@ -250,14 +250,17 @@ def test_who_is_trained_is_no_guest() -> None:
         m.touch("a")
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("entries", [0, 1, 2, 4, None])
-def test_any_memory_keeps_every_value(entries: int | None) -> None:
-    """Random moves against a plain dictionary of what was trained."""
+def test_any_memory_keeps_every_value(entries: int | None, ahead: bool) -> None:
+    """Random moves against a plain dictionary of what was trained; of what is read ahead, half is what will enter."""
     names = "abcdefgh"
-    m, shelf = manager(names, host_bytes=None if entries is None else entries * STATE)
+    m, shelf = manager(names, host_bytes=None if entries is None else entries * STATE, ahead=ahead)
     truth, chance = {name: float(n) for n, name in enumerate(names)}, random.Random(1)
     for _ in range(60):
         chosen = chance.sample(names, 5)
+        if ahead:
+            m.prefetch(chance.sample(names, 3))
         pool, guests = chosen[:3], chosen[3:]
         m.rotate(pool, guests)
         assert set(m.trainees) == set(pool) and set(m.guests) == set(guests)
@@ -270,8 +273,24 @@ def test_any_memory_keeps_every_value(entries: int | None) -> None:
         if chance.random() < 0.2:
             m.flush()
     m.flush()
+    m.close()
     assert {name: t["kv"][0].item() for name, t in shelf.tensors.items()} == truth
     assert m.ledger.used("device") == 3 * SLOT + 2 * guest_bytes(ELEMENTS)
+
+
+def test_an_error_beside_the_steps_is_raised_at_the_next_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, shelf = manager(ahead=True)
+    m.rotate("ab", "")
+    train(m, "a")
+
+    def full(name: str, tensors: Mapping[str, Tensor]) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(shelf, "write_tensors", full)
+    m.rotate("cd", "")
+    with pytest.raises(OSError, match="full"):
+        m.rotate("ef", "")
+    m.close()
 
 
 # -- planner ------------------------------------------------------------------------------------------------------------

@@ -343,9 +343,10 @@ def test_memory_never_changes_a_bit(
     options = {k: v for k, v in options.items() if k != "positions"}
     one = 4 * model.geometry.elements(16)
 
-    def train(name: str, host_bytes: int | None) -> tuple[Any, list[Any], Manager]:
+    def train(name: str, host_bytes: int | None, ahead: bool = False) -> tuple[Any, list[Any], Manager]:
         store = new_store(name, **settings)
         trainer = Trainer(model, store, conversations, host_bytes=host_bytes, **(MIXED | options))
+        trainer.ahead = ahead
         assert trainer.run()
         assert store.verify() == []
         return contents(store), log(store), trainer.manager
@@ -353,7 +354,13 @@ def test_memory_never_changes_a_bit(
     disk = train("disk", 0)
     some = train("some", 5 * one)
     host = train("host", None)
-    assert disk[:2] == some[:2] == host[:2]
+    ahead = train("ahead", 0, ahead=True)
+    assert disk[:2] == some[:2] == host[:2] == ahead[:2]
+    # Whoever entered after the first rotation, and did not just leave, had been read by then.
+    counters = ahead[2].counters
+    assert counters.store_reads == disk[2].counters.store_reads
+    assert counters.store_reads - counters.read_ahead <= 3 + options.get("guests", 0) * counters.rotations
+    assert counters.read_ahead >= counters.rotations - 2 > 0
     assert disk[2].counters.store_reads >= some[2].counters.store_reads > host[2].counters.store_reads >= 6
     assert disk[2].counters.store_writes > host[2].counters.store_writes
     assert disk[2].ledger.peak["host"] == 0 < some[2].ledger.peak["host"] <= 5 * one < host[2].ledger.peak["host"]
