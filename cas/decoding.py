@@ -218,10 +218,12 @@ def generate(
             else:
                 chosen = logits.argmax(-1).cpu()
             if keep_top:
-                top = logits.log_softmax(-1).topk(keep_top, dim=-1)
+                top = logits.topk(keep_top, dim=-1)
+                top_ids = top.indices.to("cpu", torch.int32)
+                top_logprobs = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
                 for b, i in enumerate(rows):
-                    results[i].top_ids.append(top.indices[b].to("cpu", torch.int32))
-                    results[i].top_logprobs.append(top.values[b].cpu())
+                    results[i].top_ids.append(top_ids[b])
+                    results[i].top_logprobs.append(top_logprobs[b])
             going = []
             for b, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 if token in stop:

@@ -164,17 +164,16 @@ class _Teacher:
         """The conversations of one unit and what was dropped, by reason."""
         s, template, dropped = self.settings, self.model.template, Counter[str]()
         asked: list[tuple[_Call, str]] = []
+        kv: dict[str, torch.Tensor] = {}  # of every chunk, read once for its questions and their answers
         for number in self.calls(unit):
             call = self._call(number)
             seen = {normal(question) for before, question in asked if before.document == call.document}
-            asked += [(call, question) for question in self._questions(number, call, seen, dropped)]
-        chunks = {chunk: f"chunk {i}" for i, chunk in enumerate(dict.fromkeys(call.chunk for call, _ in asked))}
+            asked += [(call, question) for question in self._questions(number, call, seen, dropped, kv)]
         users = [self.model.encode(question + call.seed.style) for call, question in asked]
         prompts = [
-            Prompt((*template.footer_ids, *user, *template.suffix_ids), (chunks[call.chunk],))
+            Prompt((*template.footer_ids, *user, *template.suffix_ids), (call.chunk,))
             for (call, _), user in zip(asked, users, strict=True)
         ]
-        kv = {name: self._kv(chunk, ()) for chunk, name in chunks.items()}
         top_k = min(s.top_k, self.model.geometry.vocabulary)
         answers = generate(self.model, prompts, kv, self.layout, max_new_tokens=s.answer_tokens, keep_top=top_k)
         kept: list[Conversation] = []
@@ -222,14 +221,18 @@ class _Teacher:
         pairs = tuple((sentences[i - first], opening) for i, opening in chosen)
         return _Call(document, with_title(document.title, " ".join(sentences)), seed, pairs, 0.0 if fresh else 0.7)
 
-    def _questions(self, number: int, call: _Call, seen: set[str], dropped: Counter[str]) -> list[str]:
-        """Let the model write a call's questions; the ones worth answering. ``seen``: wordings asked in this unit before."""
+    def _questions(
+        self, number: int, call: _Call, seen: set[str], dropped: Counter[str], kv: dict[str, torch.Tensor]
+    ) -> list[str]:
+        """Let the model write a call's questions; the ones worth answering. ``seen``: wordings asked in this unit before;
+        ``kv``: the chunk's is added."""
         title, seen = call.document.title, seen | self.wordings[call.document.id]
-        kv, prompts = self._requests(call)
+        prefix, prompts = self._requests(call)
+        kv[call.chunk] = prefix[:, :, :, : len(self.model.encode(call.chunk))]
         written = generate(
             self.model,
             prompts,
-            kv,
+            {"call": prefix},
             self.layout,
             max_new_tokens=self.settings.question_tokens,
             also_stop=self.newline,
@@ -253,18 +256,18 @@ class _Teacher:
             questions.append(question)
         return questions
 
-    def _requests(self, call: _Call) -> tuple[dict[str, torch.Tensor], list[Prompt]]:
+    def _requests(self, call: _Call) -> tuple[torch.Tensor, list[Prompt]]:
         """The prompts that the questions of a call are written behind, and the KV that they share."""
         model = self.model
         if model.reader:
             asked = [question_tokens(model, f"{call.seed.kind}: {sentence}") for sentence, _ in call.pairs]
-            return {"call": self._kv(call.chunk, ())}, [Prompt(tokens, ("call",)) for tokens in asked]
+            return self._kv(call.chunk, ()), [Prompt(tokens, ("call",)) for tokens in asked]
         instruction = [*model.template.footer_ids, *model.encode(call.seed.instruction())]
         prompts = [
             Prompt(tuple(model.encode(f"\n\nSentence: {s}\nAbout {call.document.title}:\n- {opening}")), ("call",))
             for s, opening in call.pairs
         ]
-        return {"call": self._kv(call.chunk, instruction)}, prompts
+        return self._kv(call.chunk, instruction), prompts
 
     def _window(self, call: int) -> tuple[Document, int, list[str]]:
         """A document, and whole sentences of it from the given one on, at most ``chunk_tokens``, around a point that walks

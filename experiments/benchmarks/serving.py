@@ -147,7 +147,7 @@ def _one_at_a_time(model: FrozenModel, teacher: _Teacher, unit: int, sample: int
         call = teacher._call(number)
         for pair in call.pairs[:sample]:
             one = replace(call, pairs=(pair,))
-            questions = teacher._questions(number, one, set(), Counter())
+            questions = teacher._questions(number, one, set(), Counter(), {})
             for question in questions:
                 user = model.encode(question + call.seed.style)
                 prompt = Prompt((*model.template.footer_ids, *user, *model.template.suffix_ids), ("chunk",))
