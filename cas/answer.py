@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cas.decoding import Prompt, generate
+from cas.decoding import Generation, Prompt, generate
 from cas.errors import UserError
 from cas.model import FrozenModel
 from cas.prompting import cartridges as cartridge_prompt
@@ -113,10 +113,7 @@ class Answerer:
         Args: on_loaded: called with (id, title, score) of the cartridges before decoding; on_text: with each new piece.
         Raises: CollectionError for an unknown document, UserError for an empty question or k < 1.
         """
-        if not question.strip():
-            raise UserError("the question is empty")
-        if k < 1:
-            raise UserError(f"--retrieve-k {k}: retrieve at least one cartridge")
+        _refuse(question, k)
         scores: dict[str, float | None] = {}
         clock = _Clock()
         if documents is not None:
@@ -125,11 +122,10 @@ class Answerer:
             scores = {r.document_id: r.score for r in rank_documents(self.index, [question], k)[0]}
         retrieve_s = clock.lap()
         loaded = {name: self.load(name) for name in scores}
-        titles = {name: self.store.row(name).title for name in scores}
         prompt: Prompt = cartridge_prompt(self.model, question, list(loaded))
         load_s = clock.lap()
         if on_loaded is not None:
-            on_loaded([(name, titles[name], score) for name, score in scores.items()])
+            on_loaded([(name, self.store.row(name).title, score) for name, score in scores.items()])
         ids: list[int] = []
         shown, first = "", 0.0
 
@@ -155,16 +151,61 @@ class Answerer:
         )[0]
         total = time.perf_counter() - started
         prefill_s = (first - started) if first else total
-        positions = sum(kv.shape[3] for kv in loaded.values())
+        timings = {"retrieve_s": retrieve_s, "load_s": load_s, "prefill_s": prefill_s, "decode_s": total - prefill_s}
+        return self._answer(question, prompt, result, scores, loaded, timings)
+
+    def ask_many(self, questions: Sequence[str], k: int = 4, max_new_tokens: int = 128) -> list[Answer]:
+        """Answer questions, each from its own k retrieved cartridges, up to 16 of them in one forward pass a token.
+
+        ``timings`` of an answer are those of all that were answered with it; ``prefill_s`` is part of ``decode_s``.
+        Raises: UserError for an empty question or k < 1.
+        """
+        for question in questions:
+            _refuse(question, k)
+        answers: list[Answer] = []
+        for start in range(0, len(questions), self._keep):
+            some, clock = questions[start : start + self._keep], _Clock()
+            ranked = rank_documents(self.index, some, k)
+            scores: list[dict[str, float | None]] = [{r.document_id: r.score for r in found} for found in ranked]
+            timings = {"retrieve_s": clock.lap()}
+            loaded = {name: self.load(name) for found in scores for name in found}
+            timings["load_s"] = clock.lap()
+            prompts = [cartridge_prompt(self.model, question, list(found)) for question, found in zip(some, scores)]
+            layout = self.store.layout
+            results = generate(self.model, prompts, loaded, layout, max_new_tokens=max_new_tokens, watch=True)
+            timings |= {"prefill_s": 0.0, "decode_s": clock.lap()}
+            for question, prompt, result, found in zip(some, prompts, results, scores):
+                answers.append(self._answer(question, prompt, result, found, loaded, timings))
+        return answers
+
+    def _answer(
+        self,
+        question: str,
+        prompt: Prompt,
+        result: Generation,
+        scores: Mapping[str, float | None],
+        loaded: Mapping[str, Tensor],
+        timings: dict[str, float],
+    ) -> Answer:
+        positions = sum(loaded[name].shape[3] for name in scores)
         held = self.store.layout.header + positions + len(prompt.tokens) + len(result.ids)
         return Answer(
             question=question,
             answer=self.model.decode(result.ids),
-            cartridges=tuple(Loaded(n, titles[n], s, result.attention.get(n, 0.0)) for n, s in scores.items()),
+            cartridges=tuple(
+                Loaded(n, self.store.row(n).title, s, result.attention.get(n, 0.0)) for n, s in scores.items()
+            ),
             tokens={"cartridge": positions, "prompt": len(prompt.tokens), "answer": len(result.ids)},
             bytes=self.model.geometry.elements(held) * self.model.dtype.itemsize,
-            timings={"retrieve_s": retrieve_s, "load_s": load_s, "prefill_s": prefill_s, "decode_s": total - prefill_s},
+            timings=timings,
         )
+
+
+def _refuse(question: str, k: int) -> None:
+    if not question.strip():
+        raise UserError("the question is empty")
+    if k < 1:
+        raise UserError(f"--retrieve-k {k}: retrieve at least one cartridge")
 
 
 class _Clock:

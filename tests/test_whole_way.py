@@ -17,7 +17,9 @@ from test_selfstudy import Writer
 
 from cas import __main__ as tool
 from cas import answer, console, query, selfstudy, train
+from cas.errors import UserError
 from cas.model import FrozenModel
+from cas.store import Store
 from retrieval import HashEmbedder
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,27 @@ def test_piped_questions(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) 
     status, out, err = call(query.main, "--retrieve-k", "0", "--json")
     assert status == 2 and err.count("--retrieve-k 0") == 2 and out == ""
     assert call(query.main, "Which?", "--max-new-tokens", "0")[0] == 2
+
+
+def test_questions_asked_together_are_answered_as_one_by_one(manuals: FrozenModel) -> None:
+    assert call(train.main, *TRAIN)[0] == 0
+    store = Store.open("runs/manuals", manuals)
+    answerer = answer.Answerer(manuals, store, HashEmbedder(), keep=3)
+    questions = [TEXTS[name][:60] + "?" for name in ("pump", "tide", "lamp", "ferry")]
+    together = answerer.ask_many(questions, k=2, max_new_tokens=8)
+    assert len({tuple(sorted(c.id for c in a.cartridges)) for a in together}) > 1
+    for question, mine in zip(questions, together, strict=True):
+        alone = answerer.ask(question, k=2, max_new_tokens=8)
+        for name in ("question", "answer", "tokens", "bytes"):
+            assert getattr(mine, name) == getattr(alone, name)
+        for a, b in zip(mine.cartridges, alone.cartridges, strict=True):
+            assert (a.id, a.title) == (b.id, b.title)
+            assert (a.score, a.attention) == pytest.approx((b.score, b.attention), abs=1e-5)
+        assert all(seconds >= 0 for seconds in mine.timings.values()) and mine.timings.keys() == alone.timings.keys()
+    for wrong, k in (([*questions, " "], 2), (questions, 0)):
+        with pytest.raises(UserError, match=r"empty|at least one"):
+            answerer.ask_many(wrong, k=k)
+    store.close()
 
 
 def test_a_dry_run_writes_nothing(manuals: FrozenModel) -> None:
