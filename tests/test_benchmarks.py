@@ -41,7 +41,7 @@ def test_rivals_see_the_conversations_of_their_step(work: Work) -> None:
         frozen_pass(examples)  # type: ignore[arg-type]
 
     with work.store(4) as store:
-        timed = timed_steps(work, store, work.conversations(store, 4), 2, {"frozen": rival}, targets=2, per_target=3)
+        timed = timed_steps(work, store, 4, 2, {"frozen": rival}, targets=2, per_target=3)
     assert len(timed) == 2 and [one.tokens for one in timed] == seen[1:]
     assert all(one.step > 0 and one.rivals["frozen"] > 0 for one in timed)
 

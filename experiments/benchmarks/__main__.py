@@ -59,7 +59,7 @@ def run(config: Config) -> int:
         "first_token": lambda work: serving.first_token(work, n),
         "decode_many": lambda work: serving.decode_many(work, n),
         "synthesis": lambda work: serving.synthesis(work, n),
-        "documents": lambda work: training.documents(work, 4 * n),
+        "documents": lambda work: training.documents(work, n),
     }
     if unknown := [*set(config.only) - set(benchmarks), *set(config.models) - set(MODELS)]:
         raise ConfigError(f"unknown {unknown[0]!r}; benchmarks: {', '.join(benchmarks)}; models: {', '.join(MODELS)}")

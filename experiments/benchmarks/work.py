@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from cas.conversations import Conversation, Conversations, write_unit
 from cas.distill import distillation_loss, distillation_mean
 from cas.merged import _similar
 from cas.model import FrozenModel
+from cas.schedule import Step
 from cas.store import Store
-from cas.trainer import Trainer
+from cas.trainer import Report, Trainer
 from cas.worlds import world
 
 TOP_K = 20
@@ -79,6 +80,11 @@ class Work:
             write_unit(folder / f"unit-{unit:06d}.parquet", items[start : start + 64], Counter(), "benchmark")
         return Conversations.load(folder)
 
+    def trainer(self, store: Store, each: int, steps: int, **options: Any) -> Trainer:
+        """A trainer over ``each`` conversations a document, without checkpoints, and by default without rotation."""
+        settings: dict[str, Any] = {"rotate_every": 10**6, "checkpoint_every": 10**6, **options}
+        return Trainer(self.model, store, self.conversations(store, each), steps=steps, **settings)
+
 
 def fictional(documents: int) -> Collection:
     """So many documents of a world of two, each told apart by its id and title: only lengths count here."""
@@ -101,30 +107,42 @@ class Timed:
 def timed_steps(
     work: Work,
     store: Store,
-    conversations: Conversations,
+    each: int,
     steps: int,
-    rivals: dict[str, Callable[[Sequence[Conversation]], None]] | None = None,
-    warm: int = 1,
+    rivals: dict[str, Callable[[Sequence[Conversation]], None]],
     **options: Any,
 ) -> list[Timed]:
-    """Steps of a real trainer, each followed by its rivals on the same conversations; the first ``warm`` are not kept."""
+    """Steps of a real trainer, each followed by its rivals on the same conversations; the first warms up."""
     found: list[Timed] = []
-    settings: dict[str, Any] = {"rotate_every": 10**6, "checkpoint_every": 10**6, **options}
-    trainer = Trainer(work.model, store, conversations, steps=steps + warm, **settings)
-    step = trainer.train_step
-    examples: list[Conversation] = []
+    trainer = work.trainer(store, each, steps + 1, **options)
+    train_step, examples = trainer.train_step, list[Conversation]()
 
-    def watched(number: int, planned: Any) -> tuple[float, int, float]:
-        examples[:] = [conversations.by_document[e.document][e.index] for e in planned.examples]
-        return step(number, planned)
+    def watched(step: int, work: Step) -> tuple[float, int, float]:
+        examples[:] = [trainer.conversations.by_document[e.document][e.index] for e in work.examples]
+        return train_step(step, work)
 
-    def stepped(report: Any) -> None:
-        taken = {name: seconds(rival, examples) for name, rival in (rivals or {}).items()}
+    def stepped(report: Report) -> None:
+        taken = {name: seconds(rival, examples) for name, rival in rivals.items()}
         found.append(Timed(report.tokens / report.tokens_per_s, taken, report.tokens))
 
-    trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[assignment, method-assign]
+    trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[method-assign]
     trainer.run()
-    return found[warm:]
+    return found[1:]
+
+
+def in_turn(trainers: Mapping[Any, Trainer], steps: int, turns: int) -> Iterator[dict[Any, float]]:
+    """Seconds that so many steps take each trainer, one trainer after the other in every turn; the first turn warms up."""
+    for turn in range(turns + 1):
+        taken = dict.fromkeys(trainers, 0.0)
+        for name, trainer in trainers.items():
+
+            def stepped(report: Report, name: Any = name, taken: dict[Any, float] = taken) -> None:
+                taken[name] += report.tokens / report.tokens_per_s
+
+            trainer.on_step, done = stepped, (trainer.store.run_state() or {"step": 0})["step"]
+            trainer.run(until=done + steps)
+        if turn:
+            yield taken
 
 
 def seconds(action: Callable[..., Any], *arguments: Any, **options: Any) -> float:
