@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from cas.trainer import Trainer
-from experiments.benchmarks.work import Work, frozen, in_turn, peft, timed_steps
+from experiments.benchmarks.work import Work, frozen, in_turn, peft, profiled, timed_steps
 
 Sample = tuple[str, str, float]  # metric, what (ratio, or a figure with its unit), value
 
@@ -24,6 +24,10 @@ def steps(work: Work, count: int) -> Iterator[Sample]:
             yield "step_vs_frozen", "seconds", one.step
             yield "step_vs_frozen", "tokens", one.tokens
             yield "step_vs_peft", "peft_seconds", one.rivals["peft"]
+    with work.store(24) as store:
+        for who, taken in profiled(work, store, rivals["frozen"], isolation=1.0, pool=20).items():
+            for what, value in taken.items():
+                yield "step_vs_frozen", f"profile_{who}_{what}", value
     with work.store(24) as store:
         rivals.pop("peft")
         for one in timed_steps(work, store, 32, count, rivals, pool=20):

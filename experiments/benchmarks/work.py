@@ -130,6 +130,40 @@ def timed_steps(
     return found[1:]
 
 
+def profiled(
+    work: Work, store: Store, rival: Callable[[Sequence[Conversation]], None], **options: Any
+) -> dict[str, dict[str, float]]:
+    """Seconds of one warm training step, and of a rival over its conversations, by what the time goes to: products of the
+    model's weights, products of attention, and all else (copies, elementwise work, the optimiser, Python)."""
+    from torch.profiler import profile
+
+    trainer = work.trainer(store, 32, 2, **options)
+    train_step, found = trainer.train_step, dict[str, dict[str, float]]()
+
+    def by_kind(prof: Any, total: float) -> dict[str, float]:
+        spent = {"weights": ("aten::mm", "aten::addmm"), "attention": ("aten::bmm", "aten::baddbmm")}
+        taken = dict.fromkeys(spent, 0.0)
+        for event in prof.key_averages():
+            for kind, names in spent.items():
+                taken[kind] += event.self_cpu_time_total / 1e6 if event.key in names else 0.0
+        return {**taken, "rest": total - sum(taken.values())}
+
+    def watched(step: int, work: Step) -> tuple[float, int, float]:
+        with profile() as ours:
+            started = time.perf_counter()
+            result = train_step(step, work)
+            mine = time.perf_counter() - started
+        examples = [trainer.conversations.by_document[e.document][e.index] for e in work.examples]
+        with profile() as theirs:
+            other = seconds(rival, examples)
+        found.update(step=by_kind(ours, mine), frozen=by_kind(theirs, other))
+        return result
+
+    trainer.train_step = watched  # type: ignore[method-assign]
+    trainer.run()
+    return found
+
+
 def in_turn(trainers: Mapping[Any, Trainer], steps: int, turns: int) -> Iterator[dict[Any, float]]:
     """Seconds that so many steps take each trainer, one trainer after the other in every turn; the first turn warms up."""
     for turn in range(turns + 1):

@@ -1,0 +1,141 @@
+"""Write docs/performance.md and its plot from the newest recorded benchmarks: ``python docs/make_performance.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RUNS = Path(__file__).parents[1] / "experiments" / "results" / "benchmarks"
+MODELS = {"reader": "reader", "smollm2": "SmolLM2-135M"}
+# What is measured: against what, the target (a limit, and whether a ratio should be below or above it).
+METRICS: dict[str, tuple[str, str]] = {
+    "step_vs_frozen": ("frozen forward and backward over the same tokens, one visible cartridge of 256", "<= 1.10"),
+    "step_vs_peft": ("PEFT's CARTRIDGE in a plain loop, the same", "<= 1.00"),
+    "mixed_vs_frozen": ("the frozen pass; a quarter of the conversations among up to 10 distractors", "<= 1.40"),
+    "rotation_overhead": ("no rotation; half of 20 are exchanged every 10 steps", "<= 1.02"),
+    "residents32_vs_8": ("8 residents, up to 5 distractors", ""),
+    "residents128_vs_8": ("8 residents, up to 5 distractors", ""),
+    "store_write_vs_copy": ("raw files of the same bytes, synced one by one (speed)", ">= 0.70"),
+    "store_read_vs_copy": ("raw files of the same bytes (speed)", ">= 0.70"),
+    "first_token_vs_full_cold": ("prefill of the four documents", "< 1.00"),
+    "first_token_vs_full_warm": ("prefill of the four documents", "< 1.00"),
+    "first_token_vs_rag_cold": ("prefill of a RAG prompt of three times the cartridges' tokens", "< 1.00"),
+    "first_token_vs_rag_warm": ("prefill of a RAG prompt of three times the cartridges' tokens", "< 1.00"),
+    "decode_many": ("tokens a second with full context in the same memory", ""),
+    "synthesis_vs_sequential": ("one conversation at a time (conversations a second)", ">= 4.00"),
+    "documents1024_vs_256": ("seconds a step with 256 documents", "<= 1.10"),
+    "documents4096_vs_256": ("seconds a step with 256 documents", "<= 1.10"),
+}
+
+
+def newest(kind: str = "cpu") -> Path:
+    """The newest recorded run of a kind of machine."""
+    return max(RUNS.glob(f"{kind}-*/results.json"))
+
+
+def text(file: Path) -> str:
+    """The page."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    hardware, figures = found["hardware"], found["measurements"]
+    return f"""# Performance
+
+Made by `python docs/make_performance.py` from a [recorded run](../{file.parent.relative_to(RUNS.parents[2]).as_posix()}/results.json)
+(`{found["command"]}`, {found["date"][:10]}, {hardware["cpu"]}, {hardware["cores"]} cores, no accelerator). Everything is
+measured beside what it is compared with, in one process and in turn; each figure is a ratio, mean and 95 % interval over
+repetitions. Below 1 is better where the target is a most, above where it is a least.
+
+![ratios and targets](performance.svg)
+
+| measured | against | target | {" | ".join(MODELS.values())} |
+|---|---|---|{"---|" * len(MODELS)}
+{chr(10).join(_row(name, found["metrics"]) for name in METRICS)}
+
+`decode_many` and `first_token` take documents of the embedded world and cartridges of a sixteenth of them. **bold**: missed.
+
+## Where a training step's time goes
+
+Seconds of one step over the same conversations, by what they are spent on: products with the model's weights, products
+of attention, and all else (copies, exponentials, the optimiser, Python).
+
+{_profile(figures)}
+
+The cartridge's own products are what training it takes at the least: per token and layer six products with its keys and values
+where the frozen pass has none. With conversations of some 15 tokens (the reader's) they outweigh the model's own work, with SmolLM2's
+of 50 they are about an eighth of it, and `step_vs_frozen` cannot come below that.
+
+## In figures
+
+{_figures(figures)}
+"""
+
+
+def _row(name: str, metrics: dict[str, Any]) -> str:
+    against, target = METRICS[name]
+    cells = []
+    for model in MODELS:
+        m = metrics.get(f"{name}_{model}.ratio")
+        cell = "" if m is None else f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
+        cells.append(f"**{cell}**" if m is not None and not met(m["mean"], target) else cell)
+    return f"| {name} | {against} | {target} | {' | '.join(cells)} |"
+
+
+def met(value: float, target: str) -> bool:
+    """Whether a mean is on the right side of its target (none: always)."""
+    if not target:
+        return True
+    side, limit = target.split()
+    return value <= float(limit) if side.startswith("<") else value >= float(limit)
+
+
+def _profile(figures: dict[str, Any]) -> str:
+    rows = ["| | weights | attention | rest |", "|---|---|---|---|"]
+    for model, title in MODELS.items():
+        for who, label in (("frozen", "frozen pass"), ("step", "step")):
+            keys = [f"step_vs_frozen_{model}.profile_{who}_{what}" for what in ("weights", "attention", "rest")]
+            if all(key in figures for key in keys):
+                rows.append(f"| {title}, {label} | " + " | ".join(f"{figures[key]['mean']:.3f}" for key in keys) + " |")
+    return "\n".join(rows)
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    rows = ["| figure | mean |", "|---|---|"]
+    for key in sorted(figures):
+        if ".profile_" not in key:
+            rows.append(f"| {key} | {figures[key]['mean']:,.3g} |")
+    return "\n".join(rows)
+
+
+def plot(file: Path, to: Path) -> None:
+    """Every ratio with its interval, and its target."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+    names = [n for n in METRICS if any(f"{n}_{model}.ratio" in metrics for model in MODELS)]
+    matplotlib.rcParams["svg.hashsalt"] = "cas"
+    figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
+    for offset, (model, title) in zip((-0.15, 0.15), MODELS.items()):
+        at = [(i, metrics[f"{n}_{model}.ratio"]) for i, n in enumerate(names) if f"{n}_{model}.ratio" in metrics]
+        means = [m["mean"] for _, m in at]
+        spread = [[m["mean"] - m["low"] for _, m in at], [m["high"] - m["mean"] for _, m in at]]
+        axes.errorbar(means, [i + offset for i, _ in at], xerr=spread, fmt="o", ms=4, capsize=2, label=title)
+    for i, name in enumerate(names):
+        if target := METRICS[name][1]:
+            side, limit = target.split()
+            axes.plot([float(limit)], [i], "k<" if side.startswith("<") else "k>", ms=6)
+    axes.axvline(1, color="0.8", lw=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio (black arrows: target, pointing to the good side)")
+    axes.legend()
+    figure.savefig(to, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    here, run = Path(__file__).parent, newest()
+    here.joinpath("performance.md").write_text(text(run), encoding="utf-8")
+    plot(run, here / "performance.svg")
