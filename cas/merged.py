@@ -207,7 +207,7 @@ class _Attention(torch.autograd.Function):
             top = scores.amax(-1, keepdim=True)
             top = top if window is None else top.clamp_min(LOW)  # a row may see nothing of a part
             weights = scores.sub_(top).exp_()
-            total = part.flat(weights.sum(-1, keepdim=True, dtype=torch.float32), kv_heads)[..., 0]
+            total = part.flat(weights.sum(-1, keepdim=True), kv_heads)[..., 0].float()
             out, top = part.flat(torch.bmm(weights, values), kv_heads), part.flat(top, kv_heads)[..., 0].float()
             kept.append((weights, top))
             if isinstance(part, _Own) and part.inside is not None:
@@ -248,7 +248,7 @@ class _Attention(torch.autograd.Function):
         kv_heads, d, dtype = key.shape[0], key.shape[2], query.dtype
         grad = gradients[0].transpose(0, 1).contiguous()  # [Q, N, D]
         delta = (grad * out).sum(-1)
-        by_query, by_key, by_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
+        by_query, by_key, by_value = (torch.zeros_like(x) for x in (query, key, value))
         by_cartridge: dict[str, Tensor] = {}
 
         def scores_gradient(
@@ -266,23 +266,23 @@ class _Attention(torch.autograd.Function):
         for group, (weights, top) in zip(context.own, kept):
             q, k, v = _own_tokens(query, key, value, context.header[layer], group)
             by_given, by_scores = scores_gradient(weights, top, v, group)
-            by_query.index_add_(1, group.rows, group.flat(torch.bmm(by_scores, k), kv_heads).float())
+            by_query.index_add_(1, group.rows, group.flat(torch.bmm(by_scores, k), kv_heads))
             own = slice(group.bias.shape[1] - group.bias.shape[0], None)  # not the header
             for sums, left, right in ((by_key, by_scores, q), (by_value, weights, by_given)):
                 part_sum = torch.bmm(left.transpose(1, 2), right)[:, own].reshape(kv_heads, -1, d)
-                sums.index_add_(1, group.rows, part_sum.float())
+                sums.index_add_(1, group.rows, part_sum)
         for part, (weights, top) in zip(context.cartridges, kept[len(context.own) :]):
             keys, values = context.keys_values(part, layer)
             by_given, by_scores = scores_gradient(weights, top, values, part)
-            by_query.index_add_(1, part.rows, part.flat(torch.bmm(by_scores, keys), kv_heads).float())
+            by_query.index_add_(1, part.rows, part.flat(torch.bmm(by_scores, keys), kv_heads))
             if part.name in context.learning:
                 by_turned = torch.bmm(by_scores.transpose(1, 2), part.grouped(query, kv_heads))
                 by_kv = torch.stack(
                     [context.turned(by_turned, -part.turn, layer), torch.bmm(weights.transpose(1, 2), by_given)]
                 )
                 by_cartridge[part.name] = by_cartridge[part.name] + by_kv if part.name in by_cartridge else by_kv
-        by_own = by_query.mul_(scale).to(dtype), by_key.to(dtype), by_value.to(dtype)
-        return (*by_own, None, None, None, None, *(by_cartridge[name] for name in context.learning))
+        others = (by_cartridge[name] for name in context.learning)
+        return (by_query.mul_(scale), by_key, by_value, None, None, None, None, *others)
 
 
 def _own_tokens(
