@@ -34,8 +34,9 @@ def newest(kind: str = "cpu") -> Path:
     return max(RUNS.glob(f"{kind}-*/results.json"))
 
 
-def text(file: Path) -> str:
+def text() -> str:
     """The page."""
+    file = newest()
     found = json.loads(file.read_text(encoding="utf-8"))
     hardware, figures = found["hardware"], found["measurements"]
     return f"""# Performance
@@ -106,14 +107,14 @@ def _figures(figures: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def plot(file: Path, to: Path) -> None:
-    """Every ratio with its interval, and its target."""
+def plot(to: Path) -> None:
+    """Every ratio with its interval, and its target, as an SVG file."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+    metrics = json.loads(newest().read_text(encoding="utf-8"))["metrics"]
     names = [n for n in METRICS if any(f"{n}_{model}.ratio" in metrics for model in MODELS)]
     matplotlib.rcParams["svg.hashsalt"] = "cas"
     figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
@@ -136,6 +137,6 @@ def plot(file: Path, to: Path) -> None:
 
 
 if __name__ == "__main__":
-    here, run = Path(__file__).parent, newest()
-    here.joinpath("performance.md").write_text(text(run), encoding="utf-8")
-    plot(run, here / "performance.svg")
+    here = Path(__file__).parent
+    here.joinpath("performance.md").write_text(text(), encoding="utf-8")
+    plot(here / "performance.svg")

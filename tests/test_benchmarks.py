@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from cas.attention import Batch
 from cas.model import FrozenModel
+from cas.schedule import Step
 from experiments.benchmarks import serving, training
 from experiments.benchmarks.work import Alone, Work, frozen, timed_steps
 
@@ -44,6 +47,40 @@ def test_rivals_see_the_conversations_of_their_step(work: Work) -> None:
         timed = timed_steps(work, store, 4, 2, {"frozen": rival}, targets=2, per_target=3)
     assert len(timed) == 2 and [one.tokens for one in timed] == seen[1:]
     assert all(one.step > 0 and one.rivals["frozen"] > 0 for one in timed)
+
+
+def test_products_are_those_that_a_step_multiplies(work: Work) -> None:
+    """Counted by hand from shapes, against torch's count of what is really multiplied (padding included)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with work.store(4) as store:
+        trainer = work.trainer(store, 8, 1, isolation=1.0, pool=4)
+        train_step, found = trainer.train_step, []
+
+        def counted(step: int, planned: Step) -> tuple[float, int, float]:
+            examples = [trainer.conversations.by_document[e.document][e.index] for e in planned.examples]
+            with FlopCounterMode(display=False) as counter:
+                result = train_step(step, planned)
+            found.append(counter.get_total_flops() / work.products(examples))
+            return result
+
+        trainer.train_step = counted  # type: ignore[assignment, method-assign]
+        trainer.run()
+    assert found == [pytest.approx(1, abs=0.1)]
+
+
+def test_the_plot_and_its_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    page = importlib.import_module("make_performance")
+    page.plot(tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    for value, target, good in (
+        (1.1, "<= 1.10", True),
+        (1.11, "<= 1.10", False),
+        (0.7, ">= 0.70", True),
+        (9, "", True),
+    ):
+        assert page.met(value, target) == good
 
 
 @pytest.mark.parametrize(

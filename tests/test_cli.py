@@ -34,7 +34,7 @@ def test_options_are_the_golden_ones() -> None:
     assert {c.__name__: [f.name for f in dataclasses.fields(c)] for c in (TrainConfig, QueryConfig)} == golden
 
 
-@pytest.mark.parametrize("page", ["cli", "worlds"])
+@pytest.mark.parametrize("page", ["cli", "worlds", "performance"])
 def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     text = importlib.import_module(f"make_{page}").text()

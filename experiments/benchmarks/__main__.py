@@ -19,7 +19,7 @@ from cas.errors import ConfigError
 if TYPE_CHECKING:
     from experiments.results import Prediction
 
-MODELS = ("reader", "smollm2")
+MODELS = ("reader", "smollm2", "qwen3-8b")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Config:
 
     output: str = "runs/benchmarks"
     """Folder of the results."""
-    models: tuple[str, ...] = MODELS
-    """Models to time: reader, smollm2."""
+    models: tuple[str, ...] = MODELS[:2]
+    """Models to time: reader, smollm2, qwen3-8b (its shape, random weights; for a GPU)."""
     only: tuple[str, ...] = ()
     """Names of single benchmarks (default: all)."""
     tokens: int = 256
@@ -68,7 +68,7 @@ def run(config: Config) -> int:
     for name in config.models:
         work = Work.load(name, config.tokens)
         for benchmark in config.only or benchmarks:
-            if (benchmark, name) in TOO_LONG:
+            if (benchmark, name) in TOO_LONG and not (config.only or work.on_gpu):
                 continue
             print(f"{name}: {benchmark}", file=sys.stderr, flush=True)
             for metric, what, value in benchmarks[benchmark](work):

@@ -22,6 +22,7 @@ from cas.collection import Collection, Document
 from cas.config import DEFAULT_MODEL, READER
 from cas.conversations import Conversation, Conversations, write_unit
 from cas.distill import distillation_loss, distillation_mean
+from cas.loading import Source
 from cas.merged import _similar
 from cas.model import FrozenModel
 from cas.schedule import Step
@@ -31,7 +32,7 @@ from cas.worlds import world
 
 TOP_K = 20
 # Tokens of a question and of its answer: what self-study of each model writes.
-LENGTHS = {"reader": ((6, 12), (2, 8)), "smollm2": ((10, 25), (15, 50))}
+LENGTHS = {"reader": ((6, 12), (2, 8)), "smollm2": ((10, 25), (15, 50)), "qwen3-8b": ((10, 25), (15, 50))}
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,15 @@ class Work:
     model: FrozenModel
     p: int  # positions of a cartridge in the benchmarks of training
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.model.device.type == "cuda"
+
     @classmethod
     def load(cls, name: str, p: int) -> Work:
-        """``reader`` or ``smollm2``, by name."""
+        """By name: ``reader``, ``smollm2``, or ``qwen3-8b``, which has that model's shape and random weights."""
+        if name == "qwen3-8b":
+            return cls(name, _random_qwen3_8b(), p)
         source = {"reader": READER, "smollm2": DEFAULT_MODEL}[name]
         return cls(name, FrozenModel.from_pretrained(source), p)
 
@@ -67,7 +74,8 @@ class Work:
 
         def one(document: str) -> Conversation:
             prompt, answer = random.randint(*asked), random.randint(*answered)
-            top = np.stack([numbers.choice(vocabulary, TOP_K, replace=False) for _ in range(answer)]).astype(np.int32)
+            first = numbers.integers(0, vocabulary, (answer, 1))
+            top = ((first + 97 * np.arange(TOP_K)) % vocabulary).astype(np.int32)  # distinct
             ids = np.append(top[:-1, 0], end).astype(np.int32)
             words = numbers.integers(0, vocabulary, prompt).astype(np.int32)
             return Conversation(document, "question", "", words, ids, top, np.tile(logprobs, (answer, 1)))
@@ -83,7 +91,65 @@ class Work:
     def trainer(self, store: Store, each: int, steps: int, **options: Any) -> Trainer:
         """A trainer over ``each`` conversations a document, without checkpoints, and by default without rotation."""
         settings: dict[str, Any] = {"rotate_every": 10**6, "checkpoint_every": 10**6, **options}
-        return Trainer(self.model, store, self.conversations(store, each), steps=steps, **settings)
+        trainer = Trainer(self.model, store, self.conversations(store, each), steps=steps, **settings)
+        train_step = trainer.train_step
+
+        def finished(step: int, work: Step) -> tuple[float, int, float]:
+            result = train_step(step, work)
+            wait(self.model.device)
+            return result
+
+        trainer.train_step = finished  # type: ignore[method-assign]
+        return trainer
+
+    def products(self, examples: Sequence[Conversation]) -> float:
+        """Floating-point operations of the matrix products of a training step over these, each seeing one cartridge: forward,
+        and backward to what learns (the weights do not)."""
+        g, hf = self.model.geometry, self.model.hf
+        embedded = {id(hf.get_input_embeddings().weight), id(hf.get_output_embeddings().weight)}
+        weights = sum(w.numel() for w in hf.parameters() if w.dim() == 2 and id(w) not in embedded)
+        tokens = sum(len(c.tokens(self.model)) for c in examples)
+        rows = sum(len(c.answer) for c in examples)
+        keys = sum(
+            len(c.tokens(self.model)) * (self.p + self.model.layout_header + len(c.tokens(self.model)) / 2)
+            for c in examples
+        )
+        attention = 12 * keys * g.layers * g.query_heads * g.head_dim
+        return 4 * (tokens * weights + rows * g.hidden * g.vocabulary) + attention
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ceiling(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 20) -> float:
+    """Floating-point operations a second of one large matrix product: the most that a step could reach."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        _ = a @ b
+        wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _random_qwen3_8b() -> FrozenModel:
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer = FrozenModel.from_pretrained(READER, device="cpu").tokenizer
+    return FrozenModel(hf, tokenizer, Source("folder", "random Qwen3-8B"))
 
 
 def fictional(documents: int) -> Collection:
@@ -102,6 +168,7 @@ class Timed:
     step: float
     rivals: dict[str, float]
     tokens: int
+    products: float  # floating-point operations
 
 
 def timed_steps(
@@ -117,15 +184,15 @@ def timed_steps(
     trainer = work.trainer(store, each, steps + 1, **options)
     train_step, examples = trainer.train_step, list[Conversation]()
 
-    def watched(step: int, work: Step) -> tuple[float, int, float]:
-        examples[:] = [trainer.conversations.by_document[e.document][e.index] for e in work.examples]
-        return train_step(step, work)
+    def watched(step: int, planned: Step) -> tuple[float, int, float]:
+        examples[:] = [trainer.conversations.by_document[e.document][e.index] for e in planned.examples]
+        return train_step(step, planned)
 
     def stepped(report: Report) -> None:
         taken = {name: seconds(rival, examples) for name, rival in rivals.items()}
-        found.append(Timed(report.tokens / report.tokens_per_s, taken, report.tokens))
+        found.append(Timed(report.tokens / report.tokens_per_s, taken, report.tokens, work.products(examples)))
 
-    trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[method-assign]
+    trainer.train_step, trainer.on_step = watched, stepped  # type: ignore[assignment, method-assign]
     trainer.run()
     return found[1:]
 
@@ -180,9 +247,11 @@ def in_turn(trainers: Mapping[Any, Trainer], steps: int, turns: int) -> Iterator
 
 
 def seconds(action: Callable[..., Any], *arguments: Any, **options: Any) -> float:
-    """How long a call takes."""
+    """How long a call takes, a GPU's work included."""
     started = time.perf_counter()
     action(*arguments, **options)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -192,17 +261,18 @@ def seconds(action: Callable[..., Any], *arguments: Any, **options: Any) -> floa
 class Alone:
     """Plain causal attention of packed conversations, in groups of similar length: what a model without cartridges pays."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
         self.groups = []
         starts = batch.starts()
         for members in _similar(batch.lengths):
             t = max(batch.lengths[i] for i in members)
             rows = torch.tensor([[starts[i] + min(n, batch.lengths[i] - 1) for n in range(t)] for i in members])
             real = torch.tensor([[n < batch.lengths[i] for n in range(t)] for i in members]).flatten()
-            self.groups.append((rows, real.nonzero()[:, 0], torch.full((t, t), -torch.inf).triu_(1)))
+            bias = torch.full((t, t), -torch.inf, device=device).triu_(1)
+            self.groups.append((rows.to(device), real.nonzero()[:, 0].to(device), bias))
         order = torch.cat([rows.flatten()[real] for rows, real, _ in self.groups])
         self.back = torch.empty_like(order)
-        self.back[order] = torch.arange(len(order))
+        self.back[order] = torch.arange(len(order), device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         (heads, d), kv_heads = (query.shape[1], query.shape[3]), key.shape[1]
@@ -223,20 +293,20 @@ def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:
 
     def run(examples: Sequence[Conversation]) -> None:
         tokens = [c.tokens(model) for c in examples]
-        batch = Batch(tuple(map(len, tokens)), ((),) * len(tokens))
-        ids = torch.tensor([[token for row in tokens for token in row]])
-        positions = torch.cat([torch.arange(n) for n in batch.lengths])[None]
+        batch, device = Batch(tuple(map(len, tokens)), ((),) * len(tokens)), model.device
+        ids = torch.tensor([[token for row in tokens for token in row]], device=device)
+        positions = torch.cat([torch.arange(n) for n in batch.lengths])[None].to(device)
         rows = torch.cat(
             [torch.arange(s + n - len(c.answer), s + n) for s, n, c in zip(batch.starts(), batch.lengths, examples)]
         )
         embedded = model.hf.get_input_embeddings()(ids).detach().requires_grad_()
         before, model.config._attn_implementation = model.config._attn_implementation, "cas"
         states = model.hf.base_model(
-            inputs_embeds=embedded, position_ids=positions, use_cache=False, cas=Alone(batch)
-        ).last_hidden_state[0, rows]
+            inputs_embeds=embedded, position_ids=positions, use_cache=False, cas=Alone(batch, device)
+        ).last_hidden_state[0, rows.to(device)]
         model.config._attn_implementation = before
         assert model.head is not None
-        distillation_mean(states, model.head, *_teacher(examples)).backward()
+        distillation_mean(states, model.head, *_teacher(examples, device)).backward()
 
     return run
 
@@ -262,15 +332,16 @@ def peft(model: FrozenModel, p: int, rows: int = 8) -> Callable[[Sequence[Conver
             t, answer = max(len(tokens[i]) for i in some), max(len(examples[i].answer) for i in some)
             ids = torch.tensor([[pad] * (t - len(tokens[i])) + tokens[i] for i in some])
             mask = torch.tensor([[0] * (t - len(tokens[i])) + [1] * len(tokens[i]) for i in some])
+            ids, mask = ids.to(model.device), mask.to(model.device)
             logits = adapted(input_ids=ids, attention_mask=mask, logits_to_keep=answer).logits
             kept = torch.cat([logits[b, -len(examples[i].answer) :] for b, i in enumerate(some)])
-            distillation_loss(kept, *_teacher([examples[i] for i in some])).mean().backward()
+            distillation_loss(kept, *_teacher([examples[i] for i in some], model.device)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     return run
 
 
-def _teacher(examples: Sequence[Conversation]) -> tuple[Tensor, Tensor]:
+def _teacher(examples: Sequence[Conversation], device: torch.device) -> tuple[Tensor, Tensor]:
     top_ids, top = (np.concatenate([getattr(c, name) for c in examples]) for name in ("top_ids", "top_logprobs"))
-    return torch.from_numpy(top_ids).long(), torch.from_numpy(top)
+    return torch.from_numpy(top_ids).long().to(device), torch.from_numpy(top).to(device)
