@@ -291,6 +291,32 @@ def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dt
     assert len(set(graphs[2:])) == 1
 
 
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_scores_far_above_those_of_the_header(factor: float, tiny: Callable[..., FrozenModel]) -> None:
+    """Exponentials relative to the header's scores would be infinite in some rows: these get their true maximum."""
+    model = tiny("llama")
+    layout = Layout("fixed", model.layout_header, SPAN)
+    values = tiny_cartridges(model, {"a": 16, "b": 32})
+    values["a"][:, 0] *= factor
+    batch, generator = Batch((9, 4, 31), (("a",), ("b",), ("a", "b"))), torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 44, 12, generator=generator)
+    key, value = torch.randn(2, 1, 2, 44, 12, generator=generator)
+    found: list[list[Tensor]] = []
+    for path in (Merged, Reference):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value, values["a"], values["b"])]
+        cartridges = {"a": inputs[3], "b": inputs[4]}
+        more: Any = (model.dtype,) if path is Merged else ()
+        context: Any = path(batch, model.header_kv, cartridges, layout, model.rope, *more)
+        out = context.attend(0, *inputs[:3], 1.0, None)
+        out.square().sum().backward()
+        found.append([out.detach(), *(x.grad for x in inputs if x.grad is not None)])
+    scores = (query[0, :2, :9] @ values["a"][0, 0, 0].T).amax() - (query[0, :2] @ model.header_kv[0, 0, 0].T).amax()
+    assert (scores > 89) == (factor == 100)  # e^89 is no float32
+    assert len(found[0]) == len(found[1]) == 6
+    for mine, truth in zip(*found, strict=True):
+        assert close(mine, truth, 1e-4)
+
+
 def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]) -> None:
     """Many conversations read one cartridge: their gradients must be added up in one fixed order, threads or not."""
     model = tiny("llama")
