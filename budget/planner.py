@@ -57,6 +57,7 @@ class Plan:
     tokens: int
     pool: int
     guests: int
+    recompute: bool
     weights: int
     activations: int
     trainees: int
@@ -73,14 +74,17 @@ class Plan:
             f"documents   {self.documents:,} ({self.tokens:,} tokens)",
             f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimiser state",
             f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, activations up to "
-            f"{size(self.activations)}, pool of {self.pool} {size(self.trainees)}, {self.guests} guests {size(self.guest_copies)}",
+            f"{size(self.activations)}{' (layers computed twice)' if self.recompute else ''}, pool of {self.pool} "
+            f"{size(self.trainees)}, {self.guests} guests {size(self.guest_copies)}",
             f"host        up to {size(self.host)} for evicted cartridges and those on the way",
             f"disk        {size(self.disk)} for cartridges and state",
         ]
 
 
-def activation_bytes(s: Sizes) -> int:
-    """An upper bound of what one forward and backward over a packed step keeps.
+def activation_bytes(s: Sizes, recompute: bool = False, on_cpu: bool = True) -> int:
+    """An upper bound of what one forward and backward over a packed step keeps. ``recompute``: layers keep their input alone,
+    and one at a time is computed again. On a GPU no attention weights are kept, and residents are counted by
+    :func:`make_plan`.
 
     Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
     weights of every head, and what is seen in the compute dtype; once, the weights' gradients and masks; for the
@@ -89,11 +93,12 @@ def activation_bytes(s: Sizes) -> int:
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
     padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
-    seen = 2 * kv_width * s.prefix
+    seen = 2 * kv_width * s.prefix if on_cpu else 0
     own = (2 * kv_width + 2 * q_width) * padded
-    weights = s.query_heads * s.longest * (s.prefix + padded)
+    weights = s.query_heads * s.longest * (s.prefix + padded) if on_cpu else 0
     logits = s.logit_rows * s.vocabulary * (s.element + 3 * 4)
-    kept = s.layers * (s.step_tokens * per_token + seen + weights)
+    layer = s.step_tokens * per_token + weights
+    kept = s.layers * seen + (layer + s.layers * s.step_tokens * s.hidden if recompute else s.layers * layer)
     return (kept + 2 * own + 2 * weights) * s.element + logits
 
 
@@ -108,27 +113,33 @@ def make_plan(
     s: Sizes, *, pool: int | None, guests: int, budget: int | None, host_budget: int | None, on_cpu: bool
 ) -> Plan:
     """What training will take. Without ``pool``, the largest that fits ``budget`` (at most 20, as in 2606.04557). Pool and
-    guests together are never more than the documents.
+    guests together are never more than the documents. Where it fits only so, layers are computed twice.
 
     Raises: DoesNotFit with the figures when the budget cannot hold it.
     """
     runtime = RUNTIME_BYTES if on_cpu else 0
-    activations = max(activation_bytes(s), decoding_bytes(s))
-    fixed, each = runtime + s.weights + activations, trainee_bytes(s.largest)
+    # A GPU step has residents side by side in the compute dtype: cast, put together, and with a gradient of that.
+    beside = 0 if on_cpu else 3 * s.element * s.largest
+    each, guest = trainee_bytes(s.largest), guest_bytes(s.largest)
 
     def copies(pool: int) -> int:
         return min(guests, s.documents - pool)
 
     def needed(pool: int) -> int:
-        return fixed + pool * each + copies(pool) * guest_bytes(s.largest)
+        return runtime + s.weights + activations + pool * (each + beside) + copies(pool) * (guest + beside)
 
     most = min(20 if pool is None else pool, s.documents)
     least = 1 if pool is None else most
-    fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
-    if not fitting:
+    fitting: list[int] = []
+    for recompute in (False, True):
+        activations = max(activation_bytes(s, recompute, on_cpu), decoding_bytes(s))
+        fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
+        if fitting:
+            break
+    else:
         raise DoesNotFit(
             f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, activations up to {size(activations)}, "
-            f"runtime {size(runtime)}, {copies(least)} guests {size(copies(least) * guest_bytes(s.largest))}, pool of {least} "
+            f"runtime {size(runtime)}, {copies(least)} guests {size(copies(least) * guest)}, pool of {least} "
             f"{size(least * each)} make {size(needed(least))}; raise --budget or lower --pool, --guests, --targets or --per-target"
         )
     pool = fitting[0]
@@ -141,10 +152,11 @@ def make_plan(
         tokens=s.tokens,
         pool=pool,
         guests=guests,
+        recompute=recompute,
         weights=s.weights,
-        activations=activations,
+        activations=activations + (pool + guests) * beside,
         trainees=pool * each,
-        guest_copies=guests * guest_bytes(s.largest),
+        guest_copies=guests * guest,
         runtime=runtime,
         device=needed(pool),
         host=host,

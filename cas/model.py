@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -176,7 +176,11 @@ class FrozenModel:
             self.config._attn_implementation = before
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, rows: Tensor | slice = slice(None)
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        context: attention.AttentionContext,
+        rows: Tensor | slice = slice(None),
     ) -> Tensor:
         """States [B, rows, hidden] before the output layer of tokens at explicit positions, as :meth:`forward` takes them."""
         with self._our_attention():
@@ -184,6 +188,31 @@ class FrozenModel:
                 input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, cas=context
             ).last_hidden_state
         return states[:, rows.to(self.device) if isinstance(rows, Tensor) else rows]
+
+    @contextlib.contextmanager
+    def recomputing(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, decoder layers keep their input alone and are computed again on the way back (activation checkpointing)."""
+        from torch.utils.checkpoint import checkpoint
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        def run(layer: Callable[..., Any], *arguments: Any) -> Any:
+            def again(
+                *arguments: Any,
+            ) -> Any:  # the second time is on the way back, when nobody else sets our attention
+                with self._our_attention():
+                    return layer(*arguments)
+
+            return checkpoint(again, *arguments, use_reentrant=False)
+
+        layers = [m for m in self.hf.modules() if wanted and isinstance(m, GradientCheckpointingLayer)]
+        assert layers or not wanted
+        for layer in layers:  # these alone: what is in them stays in evaluation
+            vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=run, training=True)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                vars(layer).update(gradient_checkpointing=False, training=False)
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> Tensor:

@@ -138,6 +138,7 @@ def _joint_training(
         training,
         host_bytes=memory(config.host_memory, "--host-memory"),
         device_bytes=plan.trainees + plan.guest_copies,
+        recompute=plan.recompute,
     )
     started, done = time.monotonic(), 0
     with console.Display("training") as display:

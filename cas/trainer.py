@@ -53,8 +53,8 @@ class Report:
 class Trainer:
     """Trains a store's cartridges on its conversations; resumes where the store's last checkpoint is.
 
-    ``host_bytes`` is memory for cartridges outside the pool; it never changes a result. ``options`` are fields of
-    :class:`Training`.
+    ``host_bytes`` is memory for cartridges outside the pool, ``recompute`` keeps fewer activations and computes layers twice;
+    neither changes a result. ``options`` are fields of :class:`Training`.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Trainer:
         *,
         host_bytes: int | None = 0,
         device_bytes: int | None = None,
+        recompute: bool = False,
         on_step: Callable[[Report], None] | None = None,
         **options: Any,
     ) -> None:
@@ -93,7 +94,7 @@ class Trainer:
         )
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
-        self._limits = (device_bytes, host_bytes)
+        self._limits, self.recompute = (device_bytes, host_bytes), recompute
         self.ahead = model.device.type == "cuda"  # a CPU has no time to spare beside the steps
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
@@ -188,10 +189,11 @@ class Trainer:
         else:
             top_ids = torch.from_numpy(np.concatenate([c.top_ids for c in conversations])).long().to(device)
             top = torch.from_numpy(np.concatenate([c.top_logprobs for c in conversations])).to(device)
-        if self.model.head is None:
-            logits = self.model.forward(ids, positions, context, rows=supervised)[0]
-            return distillation_loss(logits, top_ids, top).mean(), ids.numel()
-        states = self.model.hidden(ids, positions, context, rows=supervised)[0]
+        with self.model.recomputing(self.recompute):
+            if self.model.head is None:
+                logits = self.model.forward(ids, positions, context, rows=supervised)[0]
+                return distillation_loss(logits, top_ids, top).mean(), ids.numel()
+            states = self.model.hidden(ids, positions, context, rows=supervised)[0]
         return distillation_mean(states, self.model.head, top_ids, top), ids.numel()
 
     def _attention(self, batch: Batch, cartridges: Mapping[str, Tensor]) -> AttentionContext:

@@ -314,7 +314,10 @@ def test_plan_adds_up() -> None:
     assert p.device == p.runtime + p.weights + p.activations + p.trainees + p.guest_copies
     assert (p.host, p.pool, p.guests, p.documents, p.tokens) == (12 * 60 * MIB, 7, 3, 80, 100_000)
     assert 2 * 12 * 60 * MIB <= p.disk <= 2.2 * 12 * 60 * MIB  # measured on the demo: the file grows to 2.06 times
-    assert plan(pool=7, on_cpu=False).device == p.device - p.runtime - p.guest_copies
+    gpu = plan(pool=7, guests=3, on_cpu=False)
+    assert gpu.runtime == 0 and gpu.host == 2 * 12 * 7 * MIB  # those on the way
+    assert gpu.activations == activation_bytes(SIZES, on_cpu=False) + 10 * 3 * 2 * MIB < p.activations
+    assert gpu.device == gpu.weights + gpu.activations + gpu.trainees + gpu.guest_copies
     assert plan(host_budget=5).host == 5 and plan(host_budget=0).host == 0
 
 
@@ -359,17 +362,26 @@ def test_a_smaller_collection_has_fewer_guests_to_pay_for() -> None:
     assert (p.pool, p.guests, p.device) == (9, 1, budget)
 
 
+def test_layers_are_computed_twice_where_it_fits_only_so() -> None:
+    full, fewer = plan(pool=1), activation_bytes(SIZES) - activation_bytes(SIZES, recompute=True)
+    assert fewer > activation_bytes(SIZES) / 2 and not full.recompute
+    assert not plan(pool=1, budget=full.device).recompute
+    p = plan(pool=1, budget=full.device - 1)
+    assert p.recompute and p.device == full.device - fewer and "computed twice" in "\n".join(p.lines())
+
+
 def test_does_not_fit_has_the_figures() -> None:
-    least = plan(pool=1).device
+    recomputed = activation_bytes(SIZES, recompute=True)
+    least = plan(pool=1).device - activation_bytes(SIZES) + recomputed
     with pytest.raises(DoesNotFit) as caught:
         plan(budget=least - 1)
     message = str(caught.value)
     assert isinstance(caught.value, ValueError) and "\n" not in message
-    figures = (least - 1, 500 * MIB, RUNTIME_BYTES, activation_bytes(SIZES), least)
+    figures = (least - 1, 500 * MIB, RUNTIME_BYTES, recomputed, least)
     for figure in (*map(size, figures), "pool of 1 16.0 MiB", "raise --budget"):
         assert figure in message
     with pytest.raises(DoesNotFit, match=r"pool of 7 112\.0 MiB .*lower --pool"):
-        plan(pool=7, budget=plan(pool=7).device - 1)
+        plan(pool=7, budget=least + 6 * 16 * MIB - 1)
 
 
 def test_activations_grow_with_the_step() -> None:

@@ -343,10 +343,10 @@ def test_memory_never_changes_a_bit(
     options = {k: v for k, v in options.items() if k != "positions"}
     one = 4 * model.geometry.elements(16)
 
-    def train(name: str, host_bytes: int | None, ahead: bool = False) -> tuple[Any, list[Any], Manager]:
+    def train(name: str, host_bytes: int | None, **more: bool) -> tuple[Any, list[Any], Manager]:
         store = new_store(name, **settings)
         trainer = Trainer(model, store, conversations, host_bytes=host_bytes, **(MIXED | options))
-        trainer.ahead = ahead
+        vars(trainer).update(more)
         assert trainer.run()
         assert store.verify() == []
         return contents(store), log(store), trainer.manager
@@ -356,6 +356,17 @@ def test_memory_never_changes_a_bit(
     host = train("host", None)
     ahead = train("ahead", 0, ahead=True)
     assert disk[:2] == some[:2] == host[:2] == ahead[:2]
+    forwards, forward = 0, model.hf.base_model.layers[0].self_attn.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return forward(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.hf.base_model.layers[0].self_attn, "forward", counted)
+        assert train("twice", 0, recompute=True)[:2] == disk[:2]
+    assert forwards == 2 * MIXED["steps"] + 6  # and once for the start of every cartridge
     # Whoever entered after the first rotation, and did not just leave, had been read by then.
     counters = ahead[2].counters
     assert counters.store_reads == disk[2].counters.store_reads
