@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,3 +85,22 @@ def test_an_exported_world_trains_to_the_same_bits(model: FrozenModel, tmp_path:
         found.append([store.cartridge(d.id) for d in made.documents])
         store.close()
     assert all(bool((a == b).all()) for a, b in zip(*found))
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_as_float32_does(model: FrozenModel, small: Collection, tmp_path: Path) -> None:
+    """The loss curves over the same conversations, a tenth of the run at a time."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        computes = model if dtype == "float32" else FrozenModel.from_pretrained("reader", dtype=dtype, device="cpu")
+        store = Store.create(tmp_path / dtype, computes, tokens=32)
+        if dtype == "float32":
+            conversations = synthesize(computes, small, store, SelfStudy(conversations=320))
+        store.add_documents(small)
+        Trainer(computes, store, conversations, Training(steps=200, pool=4)).run()
+        lines = (store.folder / "metrics.jsonl").read_text().splitlines()
+        found = [json.loads(line)["loss"] for line in lines]
+        losses.append([sum(found[i : i + 20]) / 20 for i in range(0, 200, 20)])
+        store.close()
+    assert losses[0][-1] < losses[0][0] / 3
+    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.01)
