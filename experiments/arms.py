@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from cas.model import FrozenModel
 from cas.seeds import normal
 from cas.store import Store
 from experiments.results import Prediction
-from retrieval import Embedder, rank_documents, with_title
+from retrieval import ChunkIndex, Embedder, SentenceEmbedder, rank_documents, with_title
 
 METRICS = ("contains", "f1", "exact_match", "log_perplexity")
 
@@ -37,8 +38,10 @@ def build_prompts(
     """The prompts of one arm, with "answer in a few words" in every one.
 
     Arms: ``no_context``; ``oracle``: the gold documents' cartridges; ``loaded``: every cartridge of the store;
-    ``retrieved<k>``: the k best by retrieval; ``rag``: the best chunks that fit into as many tokens as four of the store's
-    largest cartridges, titles counted.
+    ``loaded<k>``: the gold ones and others, k in all, drawn at random or (``_nearest``) the next best by retrieval,
+    ``_reversed`` in the reverse of the usual order; ``absent<k>``: k others alone; ``retrieved<k>``: the k best by retrieval;
+    ``rag``: the best chunks that fit into as many tokens as four of the store's largest cartridges, titles counted;
+    ``rag<n>``: chunks of about n words in three times as many.
     """
     asked = [q.question + prompting.brief(model) for q in questions]
     rows = store.rows()
@@ -48,22 +51,47 @@ def build_prompts(
         return [prompting.cartridges(model, a, q.document_ids) for a, q in zip(asked, questions, strict=True)]
     if arm == "loaded":
         return [prompting.cartridges(model, a, list(rows)) for a in asked]
+    if arm.startswith(("loaded", "absent")) and not arm.endswith("_nearest"):
+        count = int(arm.removesuffix("_reversed")[6:])
+        prompts = []
+        for a, q in zip(asked, questions, strict=True):
+            own = [] if arm.startswith("absent") else list(q.document_ids)
+            others = [name for name in rows if name not in q.document_ids]
+            some = [*own, *Random(f"others/{q.id}").sample(others, count - len(own))]
+            prompt = prompting.cartridges(model, a, some)
+            prompts.append(Prompt(prompt.tokens, prompt.cartridges[:: -1 if arm.endswith("_reversed") else 1]))
+        return prompts
     index = open_index(store, embedder)
     plain = [q.question for q in questions]
+    if arm.startswith("loaded"):
+        count = int(arm.removesuffix("_nearest").removeprefix("loaded"))
+        ranked = rank_documents(index, plain, count + 2)
+        return [
+            prompting.cartridges(
+                model,
+                a,
+                [*q.document_ids, *[r.document_id for r in best if r.document_id not in q.document_ids]][:count],
+            )
+            for a, q, best in zip(asked, questions, ranked, strict=True)
+        ]
     if arm.startswith("retrieved"):
         ranked = rank_documents(index, plain, int(arm.removeprefix("retrieved")))
         return [
             prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)
         ]
-    assert arm == "rag", arm
-    _, best_rows = index.search(plain, len(index))
+    assert arm.startswith("rag"), arm
+    room = 4 * store.layout.span
+    if words := arm.removeprefix("rag"):
+        room *= 3
+        index = ChunkIndex(store.texts(), embedder or SentenceEmbedder(), words=int(words))
+    _, best_rows = index.search(plain, min(len(index), room))  # a chunk has a token at least
     prompts = []
     for a, best in zip(asked, best_rows, strict=True):
         texts: list[str] = []
         for row in best:
             name, start, length = index.span(int(row))
             chunk = with_title(collection[name].title, collection[name].text[start : start + length])
-            if len(model.encode("\n\n".join([*texts, chunk]))) > 4 * store.layout.span:
+            if len(model.encode("\n\n".join([*texts, chunk]))) > room:
                 break
             texts.append(chunk)
         prompts.append(prompting.text_context(model, a, texts))

@@ -65,6 +65,16 @@ def test_what_every_arm_loads(tiny: Callable[..., FrozenModel], collection: Coll
     assert [p.cartridges for p in prompts("oracle")] == [q.document_ids for q in questions]
     assert {p.cartridges for p in prompts("loaded")} == {tuple(sorted(TEXTS))}
     assert all(len(p.cartridges) == 2 for p in prompts("retrieved2"))
+    for arm in ("loaded3", "loaded3_nearest", "absent2"):
+        for prompt, question in zip(prompts(arm), questions, strict=True):
+            assert prompt.cartridges == tuple(sorted(set(prompt.cartridges))) and len(prompt.cartridges) == int(arm[6])
+            assert (set(question.document_ids) <= set(prompt.cartridges)) == arm.startswith("loaded")
+            assert arm.startswith("loaded") or not set(question.document_ids) & set(prompt.cartridges)
+    assert [p.cartridges[::-1] for p in prompts("loaded3_reversed")] == [p.cartridges for p in prompts("loaded3")]
+    assert {p.cartridges for p in prompts("loaded3")} != {p.cartridges for p in prompts("loaded3_nearest")}
+    fewer = [len(p.tokens) - len(tokens) for p, tokens in zip(prompts("rag"), behind, strict=True)]
+    for prompt, tokens, few in zip(prompts("rag20"), behind, fewer, strict=True):
+        assert few <= len(prompt.tokens) - len(tokens) <= 3 * 4 * 16 + 2 * 10
     for prompt, tokens in zip(prompts("rag"), behind, strict=True):
         assert prompt.tokens[-len(tokens) :] == tokens
         assert 0 < len(prompt.tokens) - len(tokens) <= 4 * 16 + 2 * 3  # as many as four cartridges, and blank lines
@@ -163,3 +173,43 @@ def test_questions_of_the_self_study_are_not_asked(tiny: Callable[..., FrozenMod
     one = converse(tiny("llama"), collection, per_document=1).by_document["pump"][0]
     seen = replace(one, question=f" {collection.questions[0].question.upper()} ")
     assert unseen(collection.questions, Conversations([seen], {})) == list(collection.questions[1:])
+
+
+# -- collapse and rescue ------------------------------------------------------------------------------------------------
+
+
+def test_validation_questions_are_about_other_facts_than_test_questions() -> None:
+    from cas.worlds import world
+    from experiments.collapse_and_rescue import Config, validation
+
+    config = Config(documents=20, collection_seed=3)
+    tested = world(5, 20).questions
+    checked = validation(config, 2)
+    assert len(checked) > 100 and checked == validation(config, 2) != validation(config, 1)
+    # Of one document two questions with the same words ask for the same.
+    wordings = {(i, q.question) for q in tested for i in q.document_ids}
+    assert not wordings & {(q.document_ids[0], q.question) for q in checked}
+    texts = {d.id: d.text for d in world(5, 20).documents}
+    assert sum(q.answers[0] in texts[q.document_ids[0]] for q in checked) > 0.9 * len(checked)
+
+
+def test_predictions_get_the_names_of_the_claims() -> None:
+    from experiments.collapse_and_rescue import CLAIMS, PARTS, named
+
+    kinds = ["lookup"] * 4 + ["indirect"] * 2 + ["whole document"] * 2 + ["two documents"]
+    questions = [Question(f"q{n}", ("d",), "Who?", ("x",), None, kind) for n, kind in enumerate(kinds)]
+    arms = ("joint_retrieved4", "rag40", "monolithic_loaded")
+    given: list[Any] = [
+        {"arm": arm, "seed": 7, "question_id": q.id, "document_id": "d", "scores": {"exact_match": 1.0}, "answer": "x"}
+        for arm in arms
+        for q in questions
+    ]
+    found = named(given, questions, 7)
+    counts = {arm: sum(p["arm"] == arm for p in found) for arm in {p["arm"] for p in found}}
+    assert counts["rag"] == counts["monolithic"] == counts["joint_retrieved4"] == 9
+    assert [counts[f"rag{part}"] for part in PARTS] == [4, 2, 2, 1, 6]
+    assert {p["question_id"] for p in found if p["arm"] == "rag_thirds"} == {
+        p["question_id"] for p in found if p["arm"] == "joint_retrieved4_thirds"
+    }
+    assert all(p["question_id"].startswith("7/") and p["document_id"] == "7/d" for p in found)
+    assert all(side in ("least", "most") for _, side, _ in CLAIMS)

@@ -1,0 +1,361 @@
+"""Isolated cartridges collapse when they are loaded together, joint training rescues them: the claims of 2606.04557, on worlds.
+
+    python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
+
+For every seed, a world of its own and everything trained anew: one self-study; ``joint`` and ``isolated`` cartridges on equal
+tokens, each at the learning rate that serves it best on validation questions; ``paper``, isolated at ``offset`` positions; and
+``monolithic``, one cartridge of as many positions as four. Validation questions are about facts that no test question asks
+about, in wordings of test questions. Every part resumes by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from cas import console
+from cas.config import READER, parse
+from cas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cas.collection import Collection, Question
+    from cas.conversations import Conversations
+    from cas.model import FrozenModel
+    from cas.store import Store
+    from cas.trainer import Trainer
+    from experiments.results import Prediction
+
+K = 4  # cartridges that are retrieved
+OTHERS = 10  # cartridges that are loaded together
+# What is trained: positions, and whether conversations see others too.
+TRAININGS = {"joint": ("fixed", True), "isolated": ("fixed", False), "paper": ("offset", False)}
+# Arms of a training, and those of the text. The same questions are asked under all.
+ASKED = {
+    "joint": ("oracle", "loaded10", "loaded10_nearest", "loaded10_reversed", "absent10", "retrieved4"),
+    "isolated": ("oracle", "loaded10", "loaded10_nearest", "retrieved4"),
+    "paper": ("oracle", "loaded10"),
+}
+TEXT = ("no_context", "full_document")
+# Ends of the names of arms that hold some questions alone.
+PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds")
+# What must be shown, on the bound of the 95 % interval: the least of a figure, or the most.
+CLAIMS: tuple[tuple[str, str, float], ...] = (
+    ("full_document", "least", 85),
+    ("no_context", "most", 10),
+    ("joint_loaded10_minus_isolated_loaded10", "least", 20),
+    ("joint_oracle_minus_isolated_oracle", "least", -3),
+    ("joint_oracle_minus_joint_loaded10", "most", 3),
+    ("full_document_minus_joint_oracle", "most", 4),
+    ("joint_retrieved4_minus_monolithic", "least", 10),
+    ("joint_retrieved4_minus_rag", "least", -2),
+    ("joint_retrieved4_thirds_minus_rag_thirds", "least", -2),
+    ("joint_absent10_minus_no_context", "most", 5),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Collapse and rescue on fictional worlds."""
+
+    output: str = "runs/collapse_and_rescue"
+    """Folder of stores and results."""
+    documents: int = 64
+    """Documents of each world."""
+    collection_seed: int = 0
+    """World of seed 0; seed s has the world of this plus s."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, each a world and a training of its own."""
+    model: str = READER
+    """The frozen model."""
+    ratio: float = 16.0
+    """Document tokens per cartridge position."""
+    conversations: int | None = None
+    """Self-study conversations of a world; default as in cas.train."""
+    epochs: float = 40.0
+    """Passes over all conversations, of every training."""
+    lrs: tuple[float, ...] = (0.02, 0.05)
+    """Learning rates to choose from, on the first seed."""
+    search_epochs: float = 10.0
+    """Passes of a trial."""
+    isolation: float = 0.5
+    """Share of conversations that see their own cartridge alone in joint training."""
+    pool: int = 16
+    """Cartridges in training at a time."""
+    guests: int = 0
+    """Read-only cartridges among the distractors."""
+    questions: int | None = None
+    """Ask so many test questions a seed; default all."""
+
+
+def main() -> int:
+    """Run the experiment. Returns the exit status."""
+    return console.run(lambda: experiment(parse(Config, "python -m experiments.collapse_and_rescue", sys.argv[1:])))
+
+
+def experiment(config: Config) -> int:
+    """Train and ask under every arm, seed by seed; write the results, print tables and verdicts."""
+    from cas.model import FrozenModel
+    from experiments.results import flags, table, write_run
+
+    if config.documents < 2 * OTHERS or config.documents % 2:
+        raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
+    model = FrozenModel.from_pretrained(config.model)
+    predictions: list[Prediction] = []
+    trained: dict[str, Any] = {}
+    for seed in config.seeds:
+        trained[str(seed)], found = one_seed(config, model, seed)
+        predictions += found
+    arms = list(dict.fromkeys(p["arm"] for p in predictions))
+    plain = [arm for arm in arms if not arm.endswith(PARTS)]
+    pairs = [(a, b) for a, minus, b in (name.partition("_minus_") for name, _, _ in CLAIMS) if minus]
+    pairs += [(f"joint_retrieved4{part}", f"rag{part}") for part in PARTS]
+    pairs += [("joint_loaded10", "joint_loaded10_reversed")]
+    run = write_run(
+        Path(config.output) / "results",
+        name="collapse_and_rescue",
+        command="python -m experiments.collapse_and_rescue " + flags(config),
+        seeds=list(config.seeds),
+        model="embedded reader" if config.model == READER else model.source.name,
+        collection={"name": "million_tokens", "sha256": world_of(config, config.seeds[0]).hash},
+        settings={k: v for k, v in asdict(config).items() if k != "output"} | {"trained": trained},
+        predictions=predictions,
+        metric_names=["exact_match"],
+        compare=list(dict.fromkeys(pairs)),
+        keep_answers=config.model == READER,
+    )
+    print(table(run, plain, ["exact_match"]))
+    print(table(run, [f"{arm}{part}" for part in PARTS for arm in ("joint_retrieved4", "rag")], ["exact_match"]))
+    for name, side, limit in CLAIMS:
+        figure = run["metrics"][f"{name}.exact_match"]
+        bound = figure["low" if side == "least" else "high"]
+        met = bound >= limit if side == "least" else bound <= limit
+        interval = f"{figure['mean']:.1f} [{figure['low']:.1f}, {figure['high']:.1f}]"
+        print(f"{'shown    ' if met else 'NOT SHOWN'}  {name}: {interval}, at {side} {limit:g}")
+    return 0
+
+
+def world_of(config: Config, seed: int) -> Collection:
+    """The documents of a seed, with their test questions."""
+    from cas.worlds import world
+
+    found = world(config.collection_seed + seed, config.documents)
+    if config.questions is None:
+        return found
+    some = Random(seed).sample(found.questions, min(config.questions, len(found.questions)))
+    return replace(found, questions=tuple(sorted(some, key=lambda q: q.id)))
+
+
+def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
+    """Questions about facts that no test question of this world asks about, in wordings of test questions."""
+    from cas.collection import Question
+    from cas.worlds import Shape, make_records, single, world
+
+    number = config.collection_seed + seed
+    tested = {(i, q.question) for q in world(number, config.documents).questions for i in q.document_ids}
+    found = []
+    for group in range(config.documents // 2):
+        for record in make_records(f"world/{number}", group, Shape()):
+            i = record.document.id
+            for n, asked in enumerate(single(record)):
+                if not any((i, wording) in tested for wording in asked.tests):
+                    wording = asked.tests[n % len(asked.tests)]
+                    found.append(Question(f"{i}/v{n:02d}", (i,), wording, (asked.answer,), None, asked.kind))
+    return Random(f"validation/{seed}").sample(found, min(most, len(found)))
+
+
+def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, Any], list[Prediction]]:
+    """What was trained for a seed, and the answers under every arm."""
+    from cas.conversations import Conversations
+    from cas.selfstudy import SelfStudy, synthesize
+    from experiments.arms import run_arms, unseen
+    from experiments.joint_vs_isolated import said, write
+
+    folder = Path(config.output) / f"seed-{seed}"
+    answers = folder / "predictions.json"
+    record = folder / "trained.json"
+    if answers.exists():
+        return json.loads(record.read_text()), json.loads(answers.read_text())
+    collection, checked = world_of(config, seed), validation(config, seed)
+    base = open_store(folder / "base", model, config, "fixed", seed)
+    conversations = synthesize(
+        model,
+        collection,
+        base,
+        SelfStudy(conversations=config.conversations, seed=seed),
+        progress=lambda kept, wanted: print(f"\rself-study  {kept}/{wanted}", end="", file=sys.stderr, flush=True),
+    )
+    base.close()
+    found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
+    predictions: list[Prediction] = []
+    questions = unseen(collection.questions, conversations)
+    for arm in TRAININGS:
+        lr = chosen_rate(config, model, collection, conversations, arm, checked)
+        trainer = trainer_for(config, model, collection, conversations, arm, lr, config.epochs, seed)
+        found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
+        if arm == "joint":
+            best, scores = best_chunks(model, trainer.store, collection, checked)
+            found["rag"] = {"chunk_words": best, "validation": scores}
+            texts = [*TEXT, f"rag{best}"]
+            predictions += run_arms(model, trainer.store, collection, questions, texts, seed=seed, progress=said)
+        predictions += run_arms(
+            model, trainer.store, collection, questions, ASKED[arm], seed=seed, prefix=f"{arm}_", progress=said
+        )
+        trainer.store.close()
+    whole = replace(collection.merged(), questions=collection.questions)
+    merged = Conversations(
+        [replace(c, document="collection") for some in conversations.by_document.values() for c in some], {}
+    )
+    lr = chosen_rate(config, model, collection, conversations, "isolated", checked)
+    trainer = trainer_for(config, model, whole, merged, "monolithic", lr, config.epochs, seed)
+    found["monolithic"] = train(trainer, f"seed {seed}, monolithic") | {"lr": lr}
+    monolithic: Store = trainer.store
+    predictions += run_arms(model, monolithic, collection, questions, ["loaded"], seed=seed, prefix="monolithic_")
+    monolithic.close()
+    predictions = named(predictions, questions, seed)
+    write(record, found)
+    write(answers, predictions)
+    return found, predictions
+
+
+def named(predictions: Sequence[Prediction], questions: Sequence[Question], seed: int) -> list[Prediction]:
+    """The predictions under the names of the claims, once more by kind of question, and pooled over equal thirds of the kinds
+    that one document answers. Ids get the seed: every seed has documents of its own."""
+    kinds = {q.id: q.kind or "" for q in questions}
+    single = [k for k in dict.fromkeys(kinds.values()) if k != "two documents"]
+    least = min(sum(k == kind for k in kinds.values()) for kind in single)
+    third = {
+        i
+        for kind in single
+        for i in Random(f"thirds/{seed}").sample(sorted(i for i, k in kinds.items() if k == kind), least)
+    }
+    found: list[Prediction] = []
+    for p in predictions:
+        arm = "monolithic" if p["arm"] == "monolithic_loaded" else "rag" if p["arm"].startswith("rag") else p["arm"]
+        one: Prediction = {
+            **p,
+            "question_id": f"{seed}/{p['question_id']}",
+            "document_id": f"{seed}/{p['document_id']}",
+        }
+        shares = [arm, f"{arm}_{kinds[p['question_id']].replace(' ', '_')}"]
+        for name in [*shares, f"{arm}_thirds"] if p["question_id"] in third else shares:
+            found.append({**one, "arm": name})
+    return found
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def open_store(
+    folder: Path, model: FrozenModel, config: Config, positions: str, seed: int, tokens: int | None = None
+) -> Store:
+    """A store of this experiment, made if it is not there."""
+    from cas.store import Store
+
+    if (folder / "cartridges.lmdb").exists():
+        return Store.open(folder, model, write=True)
+    ratio = None if tokens else config.ratio
+    return Store.create(folder, model, ratio=ratio, tokens=tokens, positions=positions, seed=seed)
+
+
+def trainer_for(
+    config: Config,
+    model: FrozenModel,
+    collection: Collection,
+    conversations: Conversations,
+    arm: str,
+    lr: float,
+    epochs: float,
+    seed: int,
+) -> Trainer:
+    """A trainer of one arm on a store of its own."""
+    from cas.trainer import Trainer, Training
+
+    positions, joint = TRAININGS.get(arm, ("fixed", False))
+    folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
+    tokens = K * span(model, config, seed) if arm == "monolithic" else None
+    store = open_store(folder, model, config, positions, seed, tokens)
+    store.add_documents(collection)
+    targets = min(4, len(collection))
+    settings = Training(
+        epochs=epochs,
+        lr=lr,
+        pool=min(config.pool, len(collection)),
+        targets=targets,
+        per_target=32 // targets,  # as many conversations a step for one cartridge as for four
+        guests=config.guests if joint else 0,
+        isolation=config.isolation if joint else 1.0,
+        seed=seed,
+    )
+    return Trainer(model, store, conversations, settings)
+
+
+def span(model: FrozenModel, config: Config, seed: int) -> int:
+    """Positions of the largest cartridge of a seed's collection."""
+    base = open_store(Path(config.output) / f"seed-{seed}" / "base", model, config, "fixed", seed)
+    found = base.layout.span
+    base.close()
+    return found
+
+
+def train(trainer: Trainer, title: str) -> dict[str, Any]:
+    """Train to the end; what it took."""
+    from experiments.joint_vs_isolated import progress
+
+    progress(trainer, title)
+    rows = trainer.store.rows().values()
+    return {
+        "steps": trainer.steps,
+        "trained_tokens": sum(r.trained_tokens for r in rows),
+        "adam_steps_each": sum(r.steps for r in rows) / len(rows),
+        "conversations_shown_each": sum(r.drawn for r in rows) / len(rows),
+        "positions_each": sum(r.p for r in rows) / len(rows),
+    }
+
+
+def chosen_rate(
+    config: Config,
+    model: FrozenModel,
+    collection: Collection,
+    conversations: Conversations,
+    arm: str,
+    questions: Sequence[Question],
+) -> float:
+    """The learning rate that answers most validation questions of the first seed with ten loaded, by short trainings."""
+    from experiments.arms import run_arms
+    from experiments.joint_vs_isolated import write
+
+    record = Path(config.output) / f"rates-{arm}.json"
+    found: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    for lr in config.lrs if len(config.lrs) > 1 else ():
+        if f"{lr:g}" not in found:
+            seed = config.seeds[0]
+            trainer = trainer_for(config, model, collection, conversations, arm, lr, config.search_epochs, seed)
+            train(trainer, f"trial of {arm}, lr {lr:g}")
+            answers = run_arms(model, trainer.store, collection, questions, ["loaded10"])
+            trainer.store.close()
+            found[f"{lr:g}"] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
+            write(record, found)
+            print(f"{arm}, lr {lr:g}: {found[f'{lr:g}']:.3f} of validation questions", flush=True)
+    return float(max(found, key=lambda lr: found[lr])) if found else config.lrs[0]
+
+
+def best_chunks(
+    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question]
+) -> tuple[int, dict[str, float]]:
+    """Words of a chunk with which RAG answers most validation questions, and the share for each size."""
+    from experiments.arms import run_arms
+
+    scores = {}
+    for words in (20, 40, 80, 160):
+        answers = run_arms(model, store, collection, questions, [f"rag{words}"])
+        scores[f"{words}"] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
+    return int(max(scores, key=lambda words: scores[words])), scores
+
+
+if __name__ == "__main__":
+    sys.exit(main())
