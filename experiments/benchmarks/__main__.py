@@ -55,6 +55,7 @@ def run(config: Config) -> int:
         "steps": lambda work: training.steps(work, n),
         "rotation": lambda work: training.rotation(work, n),
         "residents": lambda work: training.residents(work, n),
+        "largest_pool": training.largest_pool,
         "store": lambda work: serving.store_speed(work, 1000, n),
         "first_token": lambda work: serving.first_token(work, n),
         "decode_many": lambda work: serving.decode_many(work, n),

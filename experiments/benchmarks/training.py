@@ -8,9 +8,14 @@ import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import torch
+
 from budget.manager import give_back
+from cas.config import TrainConfig
+from cas.errors import BudgetError
+from cas.train import make_plan
 from cas.trainer import Trainer
-from experiments.benchmarks.work import Work, ceiling, frozen, in_turn, peft, profiled, timed_steps
+from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 
 Sample = tuple[str, str, float]  # metric, what (ratio, or a figure with its unit), value
 
@@ -78,6 +83,34 @@ def documents(work: Work, count: int, sizes: tuple[int, ...] = (256, 1024, 4096)
                 yield f"documents{size}_vs_{sizes[0]}", "ratio", taken[size] / taken[sizes[0]]
         for size in sizes[1:]:
             yield f"documents{size}_vs_{sizes[0]}", "more_bytes", memory[size] - memory[sizes[0]]
+
+
+def largest_pool(work: Work) -> Iterator[Sample]:
+    """On a GPU: the pool that the planner says fits all its memory, against the largest that does, tried upwards from there."""
+    if not work.on_gpu:
+        return
+    device = work.model.device
+    config = TrainConfig(tokens=work.p, budget=str(torch.cuda.get_device_properties(device).total_memory))
+    planned, step = 0, 1 << 12
+    while step:
+        try:
+            make_plan(config, work.model, fictional(planned + step), None, planned + step)
+            planned += step
+        except BudgetError:
+            step //= 2
+    fits = 0
+    for factor in (1.0, 1.1, 1.2, 1.4, 1.7, 2.0):
+        pool = int(factor * planned)
+        try:
+            with work.store(pool) as store:
+                work.trainer(store, 8, 2, pool=pool).run()
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            torch.cuda.empty_cache()
+        fits = pool
+    yield "largest_pool", "ratio", planned / max(1, fits)
+    yield "largest_pool", "planned", planned
 
 
 def _anonymous() -> float:
