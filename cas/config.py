@@ -66,7 +66,8 @@ class SelfStudy:
     """Settings of the synthesis."""
 
     conversations: int | None = None
-    """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document."""
+    """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document; for
+    the embedded reader one of every kind about every sentence."""
     chunk_tokens: int = 512
     """Tokens of text, in whole sentences, that the teacher sees at a time."""
     questions_per_call: int = 32

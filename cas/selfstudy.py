@@ -3,7 +3,8 @@ probabilities it answered with (2506.06266, section 4).
 
 One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows that
 share the chunk's KV, each pointed at one sentence and opened with one of the kind's openings. Small models need the hand
-on the sentence, large ones do not mind it, and it covers the whole document. Answers are decoded greedily with the chunk
+on the sentence, large ones do not mind it, and it covers the whole document. The embedded reader, which has one way to ask a
+kind of question about a sentence, is by default asked about every sentence once in every kind. Answers are decoded greedily with the chunk
 in context, so the probabilities met on the way are the teacher's: no second pass.
 
 A *unit* of work is a fixed number of calls and one Parquet file, renamed when whole. Everything in it is keyed by
@@ -55,7 +56,8 @@ def synthesize(
     Also gives new documents their initial cartridges (:meth:`Store.add_documents`). A document about which nothing worth
     keeping is written, in calls of its own too, is missing from the result.
 
-    Args: settings, or its fields as ``options``; progress: called with (kept, wanted) after every unit.
+    Args: settings, or its fields as ``options``; progress: called with (kept, wanted) after every unit, or with (asked, to be
+    asked) where everything is asked once.
     Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
     """
     settings = settings or SelfStudy(**options)
@@ -63,8 +65,9 @@ def synthesize(
     about = {k: v for k, v in vars(settings).items() if k != "conversations"}
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
+    once = model.reader and settings.conversations is None
     made_with = json.dumps(
-        {"model": model.fingerprint, "system": model.system, "documents": texts, **about}, sort_keys=True
+        {"model": model.fingerprint, "system": model.system, "documents": texts, "once": once, **about}, sort_keys=True
     )
 
     def read(file: Path) -> tuple[list[Conversation], Counter[str]]:
@@ -86,17 +89,19 @@ def synthesize(
     teacher = _Teacher(model, documents, settings)
     have, dropped = 0, Counter[str]()
     # When enough is kept, documents about which nothing is yet get calls of their own, but not for ever.
-    patience = dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
+    patience = {} if once else dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
     unit = 0
     with store.training():  # one writer of units at a time
-        while have < teacher.wanted or any(patience.values()):
+        while teacher.calls(unit) if once else have < teacher.wanted or any(patience.values()):
             # Half of what is asked of a weak model may be dropped; one that writes next to nothing usable must be said.
-            if have < teacher.wanted and unit * settings.calls_per_unit * settings.questions_per_call > (
-                12 * teacher.wanted + 1000
+            if (
+                not once
+                and have < teacher.wanted
+                and unit * settings.calls_per_unit * settings.questions_per_call > (12 * teacher.wanted + 1000)
             ):
                 kept = f"{have} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
                 raise RunError(f"self-study kept {kept}; use a larger model")
-            teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted else []
+            teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted or once else []
             file = folder / f"unit-{unit:06d}.parquet"
             if file.exists():
                 found, counts = read(file)
@@ -117,7 +122,8 @@ def synthesize(
             dropped.update(counts)
             unit += 1
             if progress is not None:
-                progress(min(have, teacher.wanted), teacher.wanted)
+                done = sum(len(call.rows) for call in teacher.plan[: teacher.calls(unit - 1).stop]) if once else have
+                progress(min(done, teacher.wanted), teacher.wanted)
         return Conversations.load(folder, unit)
 
 
@@ -132,6 +138,16 @@ class _Call:
     temperature: float
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Sentences of a document that are read together, and those of them that a call of one kind asks about."""
+
+    document: str
+    kind: str
+    read: range
+    rows: range
+
+
 class _Teacher:
     """The frozen model with a chunk before it."""
 
@@ -142,7 +158,10 @@ class _Teacher:
         self.ids = sorted(self.sentences)
         self.lengths = [sum(n for _, n in self.sentences[i]) for i in self.ids]
         self.total = sum(self.lengths)
-        self.wanted = settings.conversations or sum(max(64, n // 4) for n in self.lengths)
+        # Every sentence once in every kind, or else calls without end.
+        self.plan = self._everything() if model.reader and settings.conversations is None else []
+        everything = sum(len(call.rows) for call in self.plan)
+        self.wanted = settings.conversations or everything or sum(max(64, n // 4) for n in self.lengths)
         # Of finished units only what was kept is known, in this process as in one that goes on where it stopped.
         self.wordings: dict[str, set[str]] = {i: set() for i in self.ids}
         self.used: dict[tuple[str, str], set[tuple[int, str]]] = {}  # (document, kind): sentences and openings tried
@@ -199,15 +218,22 @@ class _Teacher:
         return kept, dropped
 
     def calls(self, unit: int) -> range:
-        """The numbers of a unit's calls."""
-        return range(unit * self.settings.calls_per_unit, (unit + 1) * self.settings.calls_per_unit)
+        """The numbers of a unit's calls; none behind the last."""
+        first, last = (n * self.settings.calls_per_unit for n in (unit, unit + 1))
+        return range(min(first, len(self.plan)), min(last, len(self.plan))) if self.plan else range(first, last)
 
     def _call(self, number: int) -> _Call:
         """What call ``number`` asks; notes it as tried. Pairs of sentence and opening that were tried come again only when
         none is left, and are then sampled instead of greedy."""
         s, random = self.settings, Random(f"{self.settings.seed}/call/{number}")
-        document, first, sentences = self._window(number)
         seeds = READER_SEEDS if self.model.reader else SEEDS
+        if self.plan:
+            planned = self.plan[number]
+            document, texts = self.documents[planned.document], [text for text, _ in self.sentences[planned.document]]
+            seed = next(x for x in seeds if x.kind == planned.kind)
+            chunk = with_title(document.title, " ".join(texts[i] for i in planned.read))
+            return _Call(document, chunk, seed, tuple((texts[i], "") for i in planned.rows), 0.0)
+        document, first, sentences = self._window(number)
         seed = next(x for x in seeds if x.kind == s.kinds[(number + number // len(s.kinds)) % len(s.kinds)])
         used = self.used.setdefault((document.id, seed.kind), set())
         every = [
@@ -269,6 +295,17 @@ class _Teacher:
         ]
         return self._kv(call.chunk, instruction), prompts
 
+    def _everything(self) -> list[_Window]:
+        """Calls that ask about every sentence once in every kind, in a random order of the seed's own."""
+        s, found = self.settings, []
+        for name in self.ids:
+            for read, asked in _windows([n for _, n in self.sentences[name]], s.chunk_tokens):
+                for first in range(asked.start, asked.stop, s.questions_per_call):
+                    rows = range(first, min(first + s.questions_per_call, asked.stop))
+                    found += [_Window(name, kind, read, rows) for kind in s.kinds]
+        Random(f"{s.seed}/everything").shuffle(found)
+        return found
+
     def _window(self, call: int) -> tuple[Document, int, list[str]]:
         """A document, and whole sentences of it from the given one on, at most ``chunk_tokens``, around a point that walks
         evenly (by the golden ratio) over all the collection's tokens: documents get calls in proportion to their length.
@@ -307,6 +344,24 @@ class _Teacher:
         """The exact KV of chunk (and more) behind the header, to be shared by rows as if it were a cartridge."""
         header = self.model.template.header_ids
         return self.model.prefill([*header, *self.model.encode(chunk), *more])[:, :, :, len(header) :]
+
+
+def _windows(lengths: Sequence[int], most: int) -> list[tuple[range, range]]:
+    """Sentences of these lengths in windows of at most ``most`` tokens (or one sentence), and which of them each is for: all
+    in all every sentence once. Later windows begin before what they are for, so that a pronoun finds its name."""
+    found, start = [], 0
+    while start < len(lengths):
+        end, used = start + 1, lengths[start]
+        while end < len(lengths) and used + lengths[end] <= (most * 3 // 4 if start else most):
+            used += lengths[end]
+            end += 1
+        low = start
+        while low > 0 and used + lengths[low - 1] <= most:
+            low -= 1
+            used += lengths[low]
+        found.append((range(low, end), range(start, end)))
+        start = end
+    return found
 
 
 def _sentences(model: FrozenModel, document: Document) -> list[tuple[str, int]]:

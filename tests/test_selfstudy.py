@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
 from helpers_store import stored_keys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cas import selfstudy
 from cas.collection import Collection, Document
@@ -719,3 +721,37 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
         for c in items:  # words that the text has not are no fault of this model
             assert model.decode(c.prompt.tolist()) == c.question and c.question.startswith("Quixotic zebras dance,")
             assert documents[name].title in c.question and f", {c.kind}: " in c.question
+
+    # Without a number of conversations: every sentence once in every kind, also after a stop.
+    asked.clear()
+    every = [f"{kind}: {s}" for kind in KINDS for d in documents.documents for s in d.text.rstrip(".").split(". ")]
+    whole = plain(synthesize(model, documents, new_store("all"), questions_per_call=4, top_k=5))
+    assert sorted(text.rstrip(".") for text in asked) == sorted(text.rstrip(".") for text in every)
+    stopped, told = new_store("stopped"), list[int]()
+
+    def stop(done: int, wanted: int) -> None:
+        assert done <= wanted == len(every)
+        told.append(done)
+        if len(told) in (1, 3):  # after the first unit, and after the second
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)
+    assert plain(synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)) == whole
+    assert told[-1] == len(every) and told[3:] == sorted(told[3:])
+    assert len(asked) == 2 * len(every)
+    with pytest.raises(ConfigError, match="other settings"):
+        synthesize(model, documents, stopped, conversations=10, questions_per_call=4, top_k=5)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(20, 200))
+@settings(max_examples=200, deadline=None)
+def test_windows_are_for_every_sentence_once(lengths: list[int], most: int) -> None:
+    windows = selfstudy._windows(lengths, most)
+    assert [i for _, rows in windows for i in rows] == list(range(len(lengths)))
+    for read, rows in windows:
+        assert read.start <= rows.start and read.stop == rows.stop
+        used = sum(lengths[i] for i in read)
+        assert used <= most or len(read) == 1
+        assert read.start == 0 or used + lengths[read.start - 1] > most  # as much before as there is room for
