@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Database:
     def __init__(self, folder: Path, environment: Any) -> None:
         self.folder, self._env = folder, environment
         self._lock = threading.RLock()  # a map must not grow under another thread's transaction
+        self._meta: dict[str, Any] | None = None
+        self._buffer = bytearray()
 
     def close(self) -> None:
         """Release the file."""
@@ -89,6 +92,14 @@ class Database:
                 except lmdb.Error as error:
                     raise StoreError(f"{self.folder}: cannot be written ({error})") from error
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What was fixed at creation."""
+        if self._meta is None:
+            with self._read() as txn:
+                self._meta = self._parse(txn.get(b"meta"))
+        return self._meta
+
     def _broken(self, what: str) -> StoreError:
         return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")
 
@@ -121,6 +132,38 @@ class Database:
             return Row(**self._parse(value))
         except TypeError as error:
             raise self._broken("a record is damaged") from error
+
+    def _put(self, name: str, version: int, tensors: Mapping[str, Tensor], title: str) -> tuple[int, int, int | None]:
+        model = self.meta["model"]
+        about = {
+            "format": FORMAT,
+            "id": name,
+            "title": title,
+            "model": model["source"]["name"],
+            "fingerprint": model["fingerprint"],
+            "rope": model["rope"],
+            "header": len(model["header_ids"]),
+            "positions": self.meta["positions"],
+        }
+        kv_key, state_key = blob_keys(name, version)
+        state = {k: t for k, t in tensors.items() if k != "kv"}
+
+        def write(txn: Any) -> tuple[int, int | None]:
+            sums: list[int | None] = [None, None]
+            for i, (key, some) in enumerate(((kv_key, {"kv": tensors["kv"]}), (state_key, state))):
+                if some:
+                    metadata = {} if i else {"cartridge": to_json(about).decode()}
+                    blob = dump_tensors(some, metadata, self._buffer)
+                    sums[i] = checksum(blob)
+                    txn.put(key, blob)
+                    blob.release()  # the next one may need a larger buffer
+            assert sums[0] is not None
+            return sums[0], sums[1]
+
+        return version, *self._write(write)
+
+    def _get(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> dict[str, Tensor]:
+        return parse_tensors(self._blob(txn, kind, name, version, wanted))
 
 
 def open_environment(file: Path, write: bool) -> Any:

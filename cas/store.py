@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
 from cas.database import (
+    FORMAT,
     Database,
     Row,
     blob_keys,
-    checksum,
-    dump_tensors,
     open_environment,
-    parse_tensors,
     row_key,
     text_key,
     to_json,
     under,
-)  # fmt: skip
+)
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from cas.composed import Composed
     from cas.model import FrozenModel
 
-FORMAT = 2
 _FILE = "cartridges.lmdb"
 
 
@@ -52,8 +49,6 @@ class Store(Database):
     def __init__(self, folder: Path, environment: Any, model: FrozenModel | None) -> None:
         super().__init__(folder, environment)
         self.model = model
-        self._meta: dict[str, Any] | None = None
-        self._buffer = bytearray()
         self._unnamed: dict[str, tuple[int, int, int | None]] = {}  # written since the last commit: version, checksums
 
     # -- making and opening -----------------------------------------------------------------------------------------
@@ -163,14 +158,6 @@ class Store(Database):
             yield
 
     # -- what it is -------------------------------------------------------------------------------------------------
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What was fixed at creation."""
-        if self._meta is None:
-            with self._read() as txn:
-                self._meta = self._parse(txn.get(b"meta"))
-        return self._meta
 
     @property
     def layout(self) -> Layout:
@@ -359,38 +346,6 @@ class Store(Database):
         return broken
 
     # -- LMDB -------------------------------------------------------------------------------------------------------
-
-    def _put(self, name: str, version: int, tensors: Mapping[str, Tensor], title: str) -> tuple[int, int, int | None]:
-        model = self.meta["model"]
-        about = {
-            "format": FORMAT,
-            "id": name,
-            "title": title,
-            "model": model["source"]["name"],
-            "fingerprint": model["fingerprint"],
-            "rope": model["rope"],
-            "header": len(model["header_ids"]),
-            "positions": self.meta["positions"],
-        }
-        kv_key, state_key = blob_keys(name, version)
-        state = {k: t for k, t in tensors.items() if k != "kv"}
-
-        def write(txn: Any) -> tuple[int, int | None]:
-            sums: list[int | None] = [None, None]
-            for i, (key, some) in enumerate(((kv_key, {"kv": tensors["kv"]}), (state_key, state))):
-                if some:
-                    metadata = {} if i else {"cartridge": to_json(about).decode()}
-                    blob = dump_tensors(some, metadata, self._buffer)
-                    sums[i] = checksum(blob)
-                    txn.put(key, blob)
-                    blob.release()  # the next one may need a larger buffer
-            assert sums[0] is not None
-            return sums[0], sums[1]
-
-        return version, *self._write(write)
-
-    def _get(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> dict[str, Tensor]:
-        return parse_tensors(self._blob(txn, kind, name, version, wanted))
 
     def _collect(self) -> None:
         """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""
