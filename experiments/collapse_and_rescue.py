@@ -3,8 +3,9 @@
     python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
 
 For every seed, a world of its own and everything trained anew: one self-study; ``joint`` and ``isolated`` cartridges on equal
-tokens, each at the learning rate that serves it best on validation questions; ``paper``, isolated at ``offset`` positions; and
-``monolithic``, one cartridge of as many positions as four. Validation questions are about facts that no test question asks
+tokens, each at the learning rate that serves it best on validation questions; ``paper``, isolated at ``offset`` positions;
+``monolithic``, one cartridge of as many positions as four; and ``monolithic16``, one for sixteen documents that has as many
+positions as their sixteen. Validation questions are about facts that no test question asks
 about, in wordings of test questions. Every part resumes by the same command.
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 K = 4  # cartridges that are retrieved
 OTHERS = 10  # cartridges that are loaded together
+SIXTEEN = 16  # documents of the smaller monolithic cartridge
 # What is trained: positions, and whether conversations see others too.
 TRAININGS = {"joint": ("fixed", True), "isolated": ("fixed", False), "paper": ("offset", False)}
 # Arms of a training, and those of the text. The same questions are asked under all.
@@ -42,7 +44,7 @@ ASKED = {
 }
 TEXT = ("no_context", "full_document")
 # Ends of the names of arms that hold some questions alone.
-PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds")
+PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds", "_sixteen")
 # What must be shown, on the bound of the 95 % interval: the least of a figure, or the most.
 CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("full_document", "least", 85),
@@ -52,6 +54,7 @@ CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("joint_oracle_minus_joint_loaded10", "most", 3),
     ("full_document_minus_joint_oracle", "most", 4),
     ("joint_retrieved4_minus_monolithic", "least", 10),
+    ("joint_retrieved4_sixteen_minus_monolithic16", "least", 10),
     ("joint_retrieved4_minus_rag", "least", -2),
     ("joint_retrieved4_thirds_minus_rag_thirds", "least", -2),
     ("joint_absent10_minus_no_context", "most", 5),
@@ -206,25 +209,32 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
             model, trainer.store, collection, questions, ASKED[arm], seed=seed, prefix=f"{arm}_", progress=said
         )
         trainer.store.close()
-    whole = replace(collection.merged(), questions=collection.questions)
-    merged = Conversations(
-        [replace(c, document="collection") for some in conversations.by_document.values() for c in some], {}
-    )
     lr = chosen_rate(config, model, collection, conversations, "isolated", checked)
-    trainer = trainer_for(config, model, whole, merged, "monolithic", lr, config.epochs, seed)
-    found["monolithic"] = train(trainer, f"seed {seed}, monolithic") | {"lr": lr}
-    monolithic: Store = trainer.store
-    predictions += run_arms(model, monolithic, collection, questions, ["loaded"], seed=seed, prefix="monolithic_")
-    monolithic.close()
-    predictions = named(predictions, questions, seed)
+    for arm, about in (("monolithic", collection), ("monolithic16", collection.select(sixteen(collection)))):
+        told = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
+        merged = Conversations([replace(c, document="collection") for c in told], {})
+        trainer = trainer_for(config, model, about.merged(), merged, arm, lr, config.epochs, seed)
+        found[arm] = train(trainer, f"seed {seed}, {arm}") | {"lr": lr}
+        asked = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
+        one: Store = trainer.store
+        predictions += run_arms(model, one, collection, asked, ["loaded"], seed=seed, prefix=f"{arm}_", progress=said)
+        one.close()
+    predictions = named(predictions, questions, sixteen(collection), seed)
     write(record, found)
     write(answers, predictions)
     return found, predictions
 
 
-def named(predictions: Sequence[Prediction], questions: Sequence[Question], seed: int) -> list[Prediction]:
-    """The predictions under the names of the claims, once more by kind of question, and pooled over equal thirds of the kinds
-    that one document answers. Ids get the seed: every seed has documents of its own."""
+def sixteen(collection: Collection) -> list[str]:
+    """The documents of the smaller monolithic cartridge."""
+    return [d.id for d in collection.documents[:SIXTEEN]]
+
+
+def named(
+    predictions: Sequence[Prediction], questions: Sequence[Question], few: Sequence[str], seed: int
+) -> list[Prediction]:
+    """The predictions under the names of the claims, once more by kind of question, pooled over equal thirds of the kinds
+    that one document answers, and about the ``few`` documents. Ids get the seed: every seed has documents of its own."""
     kinds = {q.id: q.kind or "" for q in questions}
     single = [k for k in dict.fromkeys(kinds.values()) if k != "two documents"]
     least = min(sum(k == kind for k in kinds.values()) for kind in single)
@@ -233,17 +243,19 @@ def named(predictions: Sequence[Prediction], questions: Sequence[Question], seed
         for kind in single
         for i in Random(f"thirds/{seed}").sample(sorted(i for i, k in kinds.items() if k == kind), least)
     }
+    sixteenth = {q.id for q in questions if {*q.document_ids} <= {*few}}
     found: list[Prediction] = []
     for p in predictions:
-        arm = "monolithic" if p["arm"] == "monolithic_loaded" else "rag" if p["arm"].startswith("rag") else p["arm"]
+        arm = "rag" if p["arm"].startswith("rag") else p["arm"]
+        arm = arm.removesuffix("_loaded") if arm.startswith("monolithic") else arm
         one: Prediction = {
             **p,
             "question_id": f"{seed}/{p['question_id']}",
             "document_id": f"{seed}/{p['document_id']}",
         }
-        shares = [arm, f"{arm}_{kinds[p['question_id']].replace(' ', '_')}"]
-        for name in [*shares, f"{arm}_thirds"] if p["question_id"] in third else shares:
-            found.append({**one, "arm": name})
+        parts = ["", f"_{kinds[p['question_id']].replace(' ', '_')}"]
+        parts += ["_thirds"] * (p["question_id"] in third) + ["_sixteen"] * (p["question_id"] in sixteenth)
+        found += [{**one, "arm": f"{arm}{part}"} for part in parts]
     return found
 
 
@@ -277,7 +289,8 @@ def trainer_for(
 
     positions, joint = TRAININGS.get(arm, ("fixed", False))
     folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    tokens = K * span(model, config, seed) if arm == "monolithic" else None
+    many = {"monolithic": K, "monolithic16": SIXTEEN}.get(arm)
+    tokens = many * span(model, config, seed) if many else None
     store = open_store(folder, model, config, positions, seed, tokens)
     store.add_documents(collection)
     targets = min(4, len(collection))

@@ -204,10 +204,11 @@ def test_predictions_get_the_names_of_the_claims() -> None:
         for arm in arms
         for q in questions
     ]
-    found = named(given, questions, 7)
+    found = named(given, questions, ["d"], 7)
     counts = {arm: sum(p["arm"] == arm for p in found) for arm in {p["arm"] for p in found}}
     assert counts["rag"] == counts["monolithic"] == counts["joint_retrieved4"] == 9
-    assert [counts[f"rag{part}"] for part in PARTS] == [4, 2, 2, 1, 6]
+    assert [counts[f"rag{part}"] for part in PARTS] == [4, 2, 2, 1, 6, 9]
+    assert not any(p["arm"].endswith("_sixteen") for p in named(given, questions, ["e"], 7))
     assert {p["question_id"] for p in found if p["arm"] == "rag_thirds"} == {
         p["question_id"] for p in found if p["arm"] == "joint_retrieved4_thirds"
     }
