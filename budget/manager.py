@@ -73,7 +73,7 @@ class Manager:
         device_bytes: limit for trainees (with gradient and moments) and guests; None for no limit.
         host_bytes: limit for evicted cartridges kept in host memory; 0 sends each leaver straight to the store.
         ahead: read and write in a thread beside the steps. It takes host memory for those on the way, at most as much as two
-            pools; the values are the same.
+            pools and the guests; the values are the same.
     """
 
     store: BackingStore
@@ -92,7 +92,7 @@ class Manager:
         self._dirty: set[str] = set()  # trainees whose newest values are only on the device
         # One worker, so that a read comes after the writes before it.
         self._worker = ThreadPoolExecutor(1) if self.ahead else None
-        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+        self._coming: dict[tuple[str, bool], Future[dict[str, Tensor]]] = {}  # by name, and whether with its state
         self._leaving: dict[str, Future[None]] = {}
 
     def rotate(self, pool: Sequence[str], guests: Sequence[str]) -> None:
@@ -114,12 +114,14 @@ class Manager:
         self._coming.clear()
         give_back()
 
-    def prefetch(self, names: Sequence[str]) -> None:
+    def prefetch(self, pool: Sequence[str], guests: Sequence[str]) -> None:
         """Begin to read what the next rotation will admit from the store."""
         assert self._worker is not None
-        for name in names:
-            if name not in self.trainees and name not in self._host and name not in self._coming:
-                self._coming[name] = self._worker.submit(self._read, name)
+        wanted = [(name, True) for name in pool] + [(name, False) for name in guests if name not in self.guests]
+        for name, whole in wanted:
+            if name not in self.trainees and name not in self._host and (name, whole) not in self._coming:
+                parts = None if whole else ["kv"]
+                self._coming[name, whole] = self._worker.submit(self._read, name, parts)
 
     def close(self) -> None:
         """Wait for what is on the way, and end the thread. What was not flushed is lost."""
@@ -172,7 +174,7 @@ class Manager:
         self.counters.store_reads += 1
         if name in self._leaving:
             self._leaving.pop(name).result()
-        coming = self._coming.pop(name, None)
+        coming = self._coming.pop((name, parts is None), None)
         if coming is None:
             return self._read(name, parts)
         self.counters.read_ahead += 1

@@ -81,9 +81,9 @@ class Plan:
         ]
 
 
-def activation_bytes(s: Sizes, recompute: bool = False, on_cpu: bool = True) -> int:
+def activation_bytes(s: Sizes, recompute: bool = False, merged: bool = True) -> int:
     """An upper bound of what one forward and backward over a packed step keeps. ``recompute``: layers keep their input alone,
-    and one at a time is computed again. On a GPU no attention weights are kept, and residents are counted by
+    and one at a time is computed again. Without ``merged`` attention no attention weights are kept, and residents are counted by
     :func:`make_plan`.
 
     Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
@@ -93,9 +93,9 @@ def activation_bytes(s: Sizes, recompute: bool = False, on_cpu: bool = True) -> 
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
     padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
-    seen = 2 * kv_width * s.prefix if on_cpu else 0
+    seen = 2 * kv_width * s.prefix if merged else 0
     own = (2 * kv_width + 2 * q_width) * padded
-    weights = s.query_heads * s.longest * (s.prefix + padded) if on_cpu else 0
+    weights = s.query_heads * s.longest * (s.prefix + padded) if merged else 0
     logits = s.logit_rows * s.vocabulary * (s.element + 3 * 4)
     layer = s.step_tokens * per_token + weights
     kept = s.layers * seen + (layer + s.layers * s.step_tokens * s.hidden if recompute else s.layers * layer)
@@ -110,14 +110,23 @@ def decoding_bytes(s: Sizes) -> int:
 
 
 def make_plan(
-    s: Sizes, *, pool: int | None, guests: int, budget: int | None, host_budget: int | None, on_cpu: bool
+    s: Sizes,
+    *,
+    pool: int | None,
+    guests: int,
+    budget: int | None,
+    host_budget: int | None,
+    on_cpu: bool,
+    merged: bool | None = None,
 ) -> Plan:
     """What training will take. Without ``pool``, the largest that fits ``budget`` (at most 20, as in 2606.04557). Pool and
-    guests together are never more than the documents. Where it fits only so, layers are computed twice.
+    guests together are never more than the documents. Where it fits only so, layers are computed twice. ``merged``: attention
+    is that of a CPU (default: where it is one).
 
     Raises: DoesNotFit with the figures when the budget cannot hold it.
     """
     runtime = RUNTIME_BYTES if on_cpu else 0
+    merged = on_cpu if merged is None else merged
     # A GPU step has residents side by side in the compute dtype: cast, put together, and with a gradient of that.
     beside = 0 if on_cpu else 3 * s.element * s.largest
     each, guest = trainee_bytes(s.largest), guest_bytes(s.largest)
@@ -132,7 +141,7 @@ def make_plan(
     least = 1 if pool is None else most
     fitting: list[int] = []
     for recompute in (False, True):
-        activations = max(activation_bytes(s, recompute, on_cpu), decoding_bytes(s))
+        activations = max(activation_bytes(s, recompute, merged), decoding_bytes(s))
         fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
         if fitting:
             break
@@ -146,7 +155,8 @@ def make_plan(
     guests = copies(pool)
     everything = 12 * s.total
     host = everything if host_budget is None else min(host_budget, everything)
-    host += 0 if on_cpu else 2 * 12 * pool * s.largest  # those that a thread reads and writes beside the steps
+    if not on_cpu:  # those that a thread reads and writes beside the steps
+        host += (2 * 12 * pool + 4 * guests) * s.largest
     return Plan(
         documents=s.documents,
         tokens=s.tokens,

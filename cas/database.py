@@ -72,6 +72,15 @@ class Database:
         except lmdb.Error as error:
             raise StoreError(f"{self.folder}: cannot be read ({error})") from error
 
+    def _sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        import lmdb
+
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise StoreError(f"{self.folder}: cannot be written ({error})") from error
+
     def _write(self, action: Callable[[Any], _T]) -> _T:
         """One write transaction; a full map grows, a full disk is said in one line."""
         import lmdb

@@ -3,7 +3,7 @@
 Keys stand in columns: the header, every resident cartridge, then the packed conversations. A FlexAttention block mask says for
 every 128 x 128 block whether its rows see all of it, some, or nothing. Blocks that nobody sees are skipped, forward and
 backward, so cost follows what is visible, not what is resident. Tokens and columns are padded to a few sizes, so that
-kernels are compiled for the first steps and never again.
+kernels are compiled at the start and not again.
 """
 
 from __future__ import annotations
@@ -151,4 +151,4 @@ def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 def _kernel(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if device == "cpu" else torch.compile(flex_attention)
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)

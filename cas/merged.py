@@ -2,12 +2,13 @@
 
 What a token sees are *parts*: its own conversation up to it, the header, and some cartridges. Softmax attention over all of them
 is the sum of what each part's exponentials give, over their sum. So each part is one batched product over the rows that see
-it. No cartridge is copied or padded, or multiplied with rows that may not see it: the cost follows what is visible. The
+it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it: the cost follows what is visible. The
 backward pass uses the weights kept by the forward one, and computes gradients only of cartridges that learn.
 
 Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones, which
 meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too, which gives their
-sums. Softmax is the same for any reference; the row's highest score in the header, the attention sink, is at hand and keeps
+sums. Softmax is the same for any reference, but for rounding in bfloat16, which is the finer the nearer the reference is to the
+highest score; the row's highest score in the header, the attention sink, is at hand and keeps
 exponentials in range nearly always. Rows where it does not get their true maximum.
 """
 

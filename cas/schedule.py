@@ -101,16 +101,17 @@ class Schedule:
                 examples.append(Example(target, index, tuple(sorted(visible))))
         return Step(targets, tuple(examples))
 
-    def coming(self, step: int, pool: Sequence[str], drawn: Mapping[str, int]) -> list[str]:
-        """Who will enter at the first rotation after this step: what may be read meanwhile."""
+    def coming(
+        self, step: int, pool: Sequence[str], drawn: Mapping[str, int]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Pool and guests from the first rotation after this step on: what may be read meanwhile."""
         drawn = dict(drawn)
         while True:
             for target in self._targets(step, pool, drawn):
                 drawn[target] = drawn.get(target, 0) + self.per_target
             step += 1
             if self.rotates(step):
-                new, guests = self.rotate(step, pool, drawn)
-                return [name for name in (*new, *guests) if name not in pool]
+                return self.rotate(step, pool, drawn)
 
     def _targets(self, step: int, pool: Sequence[str], drawn: Mapping[str, int]) -> tuple[str, ...]:
         return tuple(sorted(self._by_need(pool, drawn, self._random(step, "targets"))[: self.targets]))

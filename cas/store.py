@@ -96,6 +96,7 @@ class Store(Database):
         partial.unlink(missing_ok=True)
         store = cls(folder, open_environment(partial, write=True), model)
         store._write(lambda txn: txn.put(b"meta", to_json(meta)))
+        store._sync()
         store.close()
         partial.replace(folder / _FILE)
         Path(f"{partial}-lock").unlink()
@@ -243,8 +244,8 @@ class Store(Database):
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """(BackingStore) Newest written tensors, committed or not."""
-        if name in self._unnamed:
-            version, kv_hash, state_hash = self._unnamed[name]
+        if unnamed := self._unnamed.get(name):  # once: another thread may commit
+            version, kv_hash, state_hash = unnamed
         else:
             row = self.row(name)
             version, kv_hash, state_hash = row.version, row.kv_hash, row.state_hash
@@ -284,7 +285,7 @@ class Store(Database):
                 txn.put(b"run", to_json(run_state))
 
         self._write(write)
-        self._env.sync(True)
+        self._sync()
         self._unnamed.clear()
 
     # -- sharing ----------------------------------------------------------------------------------------------------

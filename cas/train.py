@@ -216,6 +216,7 @@ def make_plan(
             budget=None if config.budget is None else memory(config.budget, "--budget"),
             host_budget=memory(config.host_memory, "--host-memory"),
             on_cpu=model.device.type == "cpu",
+            merged=model.device.type == "cpu" or config.positions == "sequential",
         )
     except DoesNotFit as error:
         raise BudgetError(str(error)) from error

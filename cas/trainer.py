@@ -111,8 +111,8 @@ class Trainer:
                     if self.schedule.rotates(step):
                         pool, guests = self.schedule.rotate(step, pool, self._drawn)
                         self.manager.rotate(pool, guests)
-                        if self.manager.ahead:
-                            self.manager.prefetch(self.schedule.coming(step, pool, self._drawn))
+                        if self.manager.ahead and step + self.training.rotate_every < end:
+                            self.manager.prefetch(*self.schedule.coming(step, pool, self._drawn))
                     work = self.schedule.step(step, pool, guests, self._drawn)
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
@@ -131,7 +131,8 @@ class Trainer:
     def train_step(self, step: int, work: Step) -> tuple[float, int, float]:
         """One step on the resident pool: forward, loss, backward, Adam on the targets. Returns loss, tokens, lr."""
         t = self.training
-        learners = set(self.manager.trainees) if t.distractor_gradients else set(work.targets)
+        seen = {name for example in work.examples for name in example.visible}
+        learners = set(self.manager.trainees) & seen if t.distractor_gradients else set(work.targets)
         leaves = {
             name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()
         }
@@ -141,8 +142,7 @@ class Trainer:
         value, lr = float(loss.detach()), 0.0
         for name in sorted(learners):
             slot, grad = self.manager.trainees[name], leaves[name].grad
-            if grad is None:  # nobody saw it
-                continue
+            assert grad is not None
             if not math.isfinite(value + float(grad.sum())):  # one pass; nothing that is no number adds up to one
                 raise RunError(
                     f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr"

@@ -107,6 +107,7 @@ def experiment(config: Config) -> int:
 
     if config.documents < 2 * OTHERS or config.documents % 2:
         raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
+    begun_with(config)
     model = FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
     trained: dict[str, Any] = {}
@@ -140,6 +141,20 @@ def experiment(config: Config) -> int:
         interval = f"{figure['mean']:.1f} [{figure['low']:.1f}, {figure['high']:.1f}]"
         print(f"{'shown    ' if met else 'NOT SHOWN'}  {name}: {interval}, at {side} {limit:g}")
     return 0
+
+
+def begun_with(config: Config) -> None:
+    """Raise ConfigError if the folder was begun with other settings; more seeds may come later."""
+    from experiments.joint_vs_isolated import write
+
+    file = Path(config.output) / "settings.json"
+    settings = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("output", "seeds")}
+    settings["first_seed"] = config.seeds[0]  # on which rates are chosen
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, settings)
+    elif changed := [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]:
+        raise ConfigError(f"{config.output} was begun with another {', '.join(changed)}; give another --output")
 
 
 def world_of(config: Config, seed: int) -> Collection:
@@ -197,7 +212,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     predictions: list[Prediction] = []
     questions = unseen(collection.questions, conversations)
     for arm in TRAININGS:
-        lr = chosen_rate(config, model, collection, conversations, arm, checked)
+        lr = chosen_rate(config, model, collection, collection, conversations, arm, checked, seed)
         trainer = trainer_for(config, model, collection, conversations, arm, lr, config.epochs, seed)
         found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
         if arm == "joint":
@@ -209,10 +224,10 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
             model, trainer.store, collection, questions, ASKED[arm], seed=seed, prefix=f"{arm}_", progress=said
         )
         trainer.store.close()
-    lr = chosen_rate(config, model, collection, conversations, "isolated", checked)
     for arm, about in (("monolithic", collection), ("monolithic16", collection.select(sixteen(collection)))):
         told = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
         merged = Conversations([replace(c, document="collection") for c in told], {})
+        lr = chosen_rate(config, model, collection, about.merged(), merged, arm, checked, seed)
         trainer = trainer_for(config, model, about.merged(), merged, arm, lr, config.epochs, seed)
         found[arm] = train(trainer, f"seed {seed}, {arm}") | {"lr": lr}
         asked = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
@@ -334,27 +349,32 @@ def chosen_rate(
     config: Config,
     model: FrozenModel,
     collection: Collection,
+    trained: Collection,
     conversations: Conversations,
     arm: str,
     questions: Sequence[Question],
+    seed: int,
 ) -> float:
-    """The learning rate that answers most validation questions of the first seed with ten loaded, by short trainings."""
+    """The learning rate that answers most validation questions of the first seed with ten loaded (or the one there is), by short
+    trainings of ``trained``."""
     from experiments.arms import run_arms
     from experiments.joint_vs_isolated import write
 
     record = Path(config.output) / f"rates-{arm}.json"
     found: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    asked = [q for q in questions if arm != "monolithic16" or q.document_ids[0] in sixteen(collection)]
     for lr in config.lrs if len(config.lrs) > 1 else ():
         if f"{lr:g}" not in found:
-            seed = config.seeds[0]
-            trainer = trainer_for(config, model, collection, conversations, arm, lr, config.search_epochs, seed)
+            assert seed == config.seeds[0]
+            trainer = trainer_for(config, model, trained, conversations, arm, lr, config.search_epochs, seed)
             train(trainer, f"trial of {arm}, lr {lr:g}")
-            answers = run_arms(model, trainer.store, collection, questions, ["loaded10"])
+            loaded = "loaded" if arm.startswith("monolithic") else "loaded10"
+            answers = run_arms(model, trainer.store, collection, asked, [loaded])
             trainer.store.close()
             found[f"{lr:g}"] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
             write(record, found)
             print(f"{arm}, lr {lr:g}: {found[f'{lr:g}']:.3f} of validation questions", flush=True)
-    return float(max(found, key=lambda lr: found[lr])) if found else config.lrs[0]
+    return max(config.lrs, key=lambda lr: found.get(f"{lr:g}", 0.0))
 
 
 def best_chunks(

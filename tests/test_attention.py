@@ -272,14 +272,17 @@ def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dt
     graphs = []
     for seed in range(6):
         batch, ids = conversations(seed)
-        batch = Batch((*batch.lengths[:-1], batch.lengths[-1] - seed), batch.visible)
-        ids = ids[:, : sum(batch.lengths)]
+        batch = Batch((*batch.lengths[:-1], 26 + 150 * seed), batch.visible)
+        ids = torch.randint(3, 384, (1, sum(batch.lengths)), generator=torch.Generator().manual_seed(seed))
+        if seed % 2:
+            values["unseen"] = values["unseen"].repeat_interleave(10, dim=3)[:, :, :, : 16 * (seed + 1)]
+        sizes = {name: kv.shape[3] for name, kv in values.items()}
         found = {}
         for path in (Reference, Flex):
             leaves = {name: kv.clone().requires_grad_() for name, kv in values.items()}
             last: Any = model.rope if path is Reference else model.dtype
             context = path(batch, model.header_kv, leaves, layout, last)
-            positions = packed_positions(batch, SIZES, layout)
+            positions = packed_positions(batch, sizes, layout)
             logits = model.forward(ids, positions, context)[0].float()
             logits.log_softmax(-1)[:, 7].mean().backward()
             found[path] = logits.detach(), leaves["b"].grad

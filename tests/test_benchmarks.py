@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cas.attention import Batch
+from cas.cartridge import Layout
+from cas.flex import Flex
 from cas.model import FrozenModel
 from cas.schedule import Step
 from experiments.benchmarks import serving, training
@@ -23,6 +25,7 @@ def work() -> Work:
     return Work.load("reader", 16)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_the_frozen_rival_is_the_model_itself(tiny: Callable[..., FrozenModel]) -> None:
     """Packed, grouped and without a prefix: the logits of every conversation are those of Hugging Face's own forward."""
     for kind in ("llama", "qwen3"):
@@ -30,11 +33,14 @@ def test_the_frozen_rival_is_the_model_itself(tiny: Callable[..., FrozenModel]) 
         batch = Batch((9, 4, 31, 1, 17), ((),) * 5)
         ids = torch.randint(3, 384, (1, sum(batch.lengths)), generator=torch.Generator().manual_seed(0))
         positions = torch.cat([torch.arange(n) for n in batch.lengths])[None]
-        logits = model.forward(ids, positions, Alone(batch))[0]  # type: ignore[arg-type]
-        for start, n in zip(batch.starts(), batch.lengths, strict=True):
+        empty = model.header_kv[:, :, :, :0]
+        for rival in (Alone(batch), Flex(batch, empty, {}, Layout("offset", 0, 0), model.dtype)):  # on a CPU, on a GPU
             with torch.no_grad():
-                own = model.hf(ids[:, start : start + n]).logits[0]
-            torch.testing.assert_close(logits[start : start + n], own, atol=1e-4, rtol=1e-4)
+                logits = model.forward(ids, positions, rival)[0]
+            for start, n in zip(batch.starts(), batch.lengths, strict=True):
+                with torch.no_grad():
+                    own = model.hf(ids[:, start : start + n]).logits[0]
+                torch.testing.assert_close(logits[start : start + n], own, atol=1e-4, rtol=1e-4)
 
 
 def test_rivals_see_the_conversations_of_their_step(work: Work) -> None:

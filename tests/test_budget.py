@@ -260,7 +260,8 @@ def test_any_memory_keeps_every_value(entries: int | None, ahead: bool) -> None:
     for _ in range(60):
         chosen = chance.sample(names, 5)
         if ahead:
-            m.prefetch(chance.sample(names, 3))
+            some = chance.sample(names, 4)
+            m.prefetch(some[:2], some[2:])
         pool, guests = chosen[:3], chosen[3:]
         m.rotate(pool, guests)
         assert set(m.trainees) == set(pool) and set(m.guests) == set(guests)
@@ -315,8 +316,10 @@ def test_plan_adds_up() -> None:
     assert (p.host, p.pool, p.guests, p.documents, p.tokens) == (12 * 60 * MIB, 7, 3, 80, 100_000)
     assert 2 * 12 * 60 * MIB <= p.disk <= 2.2 * 12 * 60 * MIB  # measured on the demo: the file grows to 2.06 times
     gpu = plan(pool=7, guests=3, on_cpu=False)
-    assert gpu.runtime == 0 and gpu.host == 2 * 12 * 7 * MIB  # those on the way
-    assert gpu.activations == activation_bytes(SIZES, on_cpu=False) + 10 * 3 * 2 * MIB < p.activations
+    assert gpu.runtime == 0 and gpu.host == (2 * 12 * 7 + 3 * 4) * MIB  # those on the way
+    assert gpu.activations == activation_bytes(SIZES, merged=False) + 10 * 3 * 2 * MIB < p.activations
+    sequential = plan(pool=7, guests=3, on_cpu=False, merged=True)
+    assert sequential.activations == p.activations + 10 * 3 * 2 * MIB
     assert gpu.device == gpu.weights + gpu.activations + gpu.trainees + gpu.guest_copies
     assert plan(host_budget=5).host == 5 and plan(host_budget=0).host == 0
 

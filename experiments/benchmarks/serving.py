@@ -105,7 +105,7 @@ def decode_many(
     kv = torch.randn(model.geometry.layers, 2, model.geometry.kv_heads, full, model.geometry.head_dim) * 0.1
 
     def decode(count: int, size: int) -> float:
-        cartridges = {f"{i}": kv[:, :, :, :size].to(model.dtype) for i in range(count)}
+        cartridges = {f"{i}": kv[:, :, :, :size].to(model.device, model.dtype) for i in range(count)}
         prompts = [Prompt(question, (f"{i}",)) for i in range(count)]
         layout, positions = Layout("offset", header, 0), count * (size + room)
         started = time.perf_counter()

@@ -14,7 +14,7 @@ from budget.manager import give_back
 from cas.config import TrainConfig
 from cas.errors import BudgetError
 from cas.train import make_plan
-from cas.trainer import Trainer
+from cas.trainer import Report, Trainer
 from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 
 Sample = tuple[str, str, float]  # metric, what (ratio, or a figure with its unit), value
@@ -33,6 +33,8 @@ def steps(work: Work, count: int) -> Iterator[Sample]:
             yield "step_vs_frozen", "tflops", one.products / one.step / 1e12
             yield "step_vs_peft", "peft_seconds", one.rivals["peft"]
     yield "step_vs_frozen", "tflops_ceiling", ceiling(model.device, model.dtype, 8192 if work.on_gpu else 2048) / 1e12
+    if work.on_gpu:  # where the CPU's clock tells nothing about kernels
+        return
     with work.store(24) as store:
         for who, taken in profiled(work, store, rivals["frozen"], isolation=1.0, pool=20).items():
             for what, value in taken.items():
@@ -59,12 +61,25 @@ def residents(work: Work, count: int, pools: tuple[int, ...] = (8, 32, 128)) -> 
 def rotation(work: Work, turns: int, every: int = 10) -> Iterator[Sample]:
     """Ten steps with half of the pool of 20 exchanged before them, through the store, against ten steps without."""
     with work.store(40) as rotating, work.store(20) as resting:
-        trainers = {
-            name: work.trainer(store, 32, every * (turns + 1), isolation=1.0, pool=20, rotate_every=often)
-            for name, store, often in (("rotating", rotating, every), ("resting", resting, 10**6))
-        }
-        for taken in in_turn(trainers, every, turns):
-            yield "rotation_overhead", "ratio", taken["rotating"] / taken["resting"]
+        moving = work.trainer(rotating, 32, every * (turns + 1), isolation=1.0, pool=20, rotate_every=every)
+        still = work.trainer(resting, 32, every * (turns + 1), isolation=1.0, pool=20)
+        taken, ratios, rest = 0.0, list[float](), in_turn({"still": still}, every, turns)
+
+        def stepped(
+            report: Report,
+        ) -> None:  # the other trainer's steps come between: one run, whose leavers are written
+            nonlocal taken
+            taken += report.tokens / report.tokens_per_s
+            if (report.step + 1) % every == 0:
+                if report.step >= every:  # the first ten fill the pool
+                    ratios.append(taken / next(rest)["still"])
+                taken = 0.0
+
+        moving.on_step = stepped
+        moving.run()
+        assert moving.manager.counters.store_writes > 10 * turns
+    for ratio in ratios:
+        yield "rotation_overhead", "ratio", ratio
 
 
 def documents(work: Work, count: int, sizes: tuple[int, ...] = (256, 1024, 4096)) -> Iterator[Sample]:
@@ -91,10 +106,10 @@ def largest_pool(work: Work) -> Iterator[Sample]:
         return
     device = work.model.device
     config = TrainConfig(tokens=work.p, budget=str(torch.cuda.get_device_properties(device).total_memory))
-    planned, step = 0, 1 << 12
+    planned, step, recompute = 0, 1 << 12, False
     while step:
         try:
-            make_plan(config, work.model, fictional(planned + step), None, planned + step)
+            recompute = make_plan(config, work.model, fictional(planned + step), None, planned + step).recompute
             planned += step
         except BudgetError:
             step //= 2
@@ -103,7 +118,9 @@ def largest_pool(work: Work) -> Iterator[Sample]:
         pool = int(factor * planned)
         try:
             with work.store(pool) as store:
-                work.trainer(store, 8, 2, pool=pool).run()
+                trainer = work.trainer(store, 8, 2, pool=pool)
+                trainer.recompute = recompute
+                trainer.run()
         except torch.OutOfMemoryError:
             break
         finally:

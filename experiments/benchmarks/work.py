@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from cas.attention import Batch
+from cas.cartridge import Layout
 from cas.collection import Collection, Document
 from cas.config import DEFAULT_MODEL, READER
 from cas.conversations import Conversation, Conversations, write_unit
 from cas.distill import distillation_loss, distillation_mean
+from cas.flex import Flex
 from cas.loading import Source
 from cas.merged import _similar
 from cas.model import FrozenModel
@@ -261,18 +263,17 @@ def seconds(action: Callable[..., Any], *arguments: Any, **options: Any) -> floa
 class Alone:
     """Plain causal attention of packed conversations, in groups of similar length: what a model without cartridges pays."""
 
-    def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.groups = []
         starts = batch.starts()
         for members in _similar(batch.lengths):
             t = max(batch.lengths[i] for i in members)
             rows = torch.tensor([[starts[i] + min(n, batch.lengths[i] - 1) for n in range(t)] for i in members])
             real = torch.tensor([[n < batch.lengths[i] for n in range(t)] for i in members]).flatten()
-            bias = torch.full((t, t), -torch.inf, device=device).triu_(1)
-            self.groups.append((rows.to(device), real.nonzero()[:, 0].to(device), bias))
+            self.groups.append((rows, real.nonzero()[:, 0], torch.full((t, t), -torch.inf).triu_(1)))
         order = torch.cat([rows.flatten()[real] for rows, real, _ in self.groups])
         self.back = torch.empty_like(order)
-        self.back[order] = torch.arange(len(order), device=device)
+        self.back[order] = torch.arange(len(order))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         (heads, d), kv_heads = (query.shape[1], query.shape[3]), key.shape[1]
@@ -286,6 +287,13 @@ class Alone:
             out = torch.bmm(scores.to(query.dtype).softmax(-1), v).view(kv_heads, b, -1, t, d).transpose(1, 2)
             outputs.append(out.reshape(heads, b * t, d).index_select(1, real))
         return torch.cat(outputs, dim=1).index_select(1, self.back).transpose(0, 1)[None]
+
+
+def alone(batch: Batch, model: FrozenModel) -> Any:
+    """The fastest plain attention there is: on a GPU our kernel without a prefix."""
+    if model.device.type != "cuda":
+        return Alone(batch)
+    return Flex(batch, model.header_kv[:, :, :, :0], {}, Layout("offset", 0, 0), model.dtype)
 
 
 def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:
@@ -302,7 +310,7 @@ def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:
         embedded = model.hf.get_input_embeddings()(ids).detach().requires_grad_()
         before, model.config._attn_implementation = model.config._attn_implementation, "cas"
         states = model.hf.base_model(
-            inputs_embeds=embedded, position_ids=positions, use_cache=False, cas=Alone(batch, device)
+            inputs_embeds=embedded, position_ids=positions, use_cache=False, cas=alone(batch, model)
         ).last_hidden_state[0, rows.to(device)]
         model.config._attn_implementation = before
         assert model.head is not None
