@@ -56,7 +56,7 @@ beginning of one of `niah:300`:
 
 ## The reader
 
-`--model reader`, the default for `million_tokens`, is a Llama of 4.9 million parameters with its own tokenizer and chat template
+`--model reader`, the default for `million_tokens`, is a Llama of 4.7 million parameters with its own tokenizer and chat template
 (`cas/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, where it answered questions in all
 wordings, those of gold questions too; self-study has it write in the training wordings alone. It can read these worlds and
 nothing else. With it, a CPU trains cartridges of a few documents in minutes.
@@ -80,8 +80,7 @@ positions, `_offset` at offset ones, `_text` has them in one text; `_minus_` are
 |---|---|---|
 {chr(10).join(rows)}
 
-Its training (`python -m experiments.train_reader` as it was at commit 3ff021c, not in one go: see the
-[LOG](../experiments/LOG.md)): percent of whole answers that were exactly right, in scenes it had never seen, while it learned from
+Its training (`python -m experiments.train_reader`, in several goes: see the [LOG](../experiments/LOG.md)): percent of whole answers that were exactly right, in scenes it had never seen, while it learned from
 them. Scenes grow from level 0 (lists of names and values) to 7 (up to twelve whole documents).
 
 {_curve(run.with_name("curve.jsonl"))}

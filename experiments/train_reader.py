@@ -42,7 +42,7 @@ class Config:
 
     output: str = "runs/reader"
     """Folder of the checkpoint, the curve and the model so far."""
-    tokens: int = 30_000_000
+    tokens: int = 22_000_000
     """Tokens to train on."""
     step_tokens: int = 1500
     """Tokens of a step, about: scenes are added until their characters and exchanges promise as many."""

@@ -50,7 +50,7 @@ def right(model: FrozenModel, store: Store, questions: Sequence[Question], loade
 
 def test_cartridges_learn_their_documents(model: FrozenModel, small: Collection, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "s", model, tokens=32)
-    study = SelfStudy(conversations=320, kinds=("question", "structuring", "use case", "creative"))
+    study = SelfStudy(kinds=("question", "structuring", "use case", "creative"))
     conversations = synthesize(model, small, store, study)
     Trainer(model, store, conversations, Training(steps=150, pool=4)).run()
     ids = tuple(sorted(d.id for d in small.documents))
@@ -95,7 +95,7 @@ def test_bfloat16_learns_as_float32_does(model: FrozenModel, small: Collection, 
         computes = model if dtype == "float32" else FrozenModel.from_pretrained("reader", dtype=dtype, device="cpu")
         store = Store.create(tmp_path / dtype, computes, tokens=32)
         if dtype == "float32":
-            conversations = synthesize(computes, small, store, SelfStudy(conversations=320))
+            conversations = synthesize(computes, small, store, SelfStudy())
         store.add_documents(small)
         Trainer(computes, store, conversations, Training(steps=200, pool=4)).run()
         lines = (store.folder / "metrics.jsonl").read_text().splitlines()
