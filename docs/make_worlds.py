@@ -80,8 +80,9 @@ positions, `_offset` at offset ones, `_text` has them in one text; `_minus_` are
 |---|---|---|
 {chr(10).join(rows)}
 
-Its training (`python -m experiments.train_reader`, in several goes: see the [LOG](../experiments/LOG.md)): percent of whole answers that were exactly right, in scenes it had never seen, while it learned from
-them. Scenes grow from level 0 (lists of names and values) to 7 (up to twelve whole documents).
+Its training (`python -m experiments.train_reader`, in several goes: see the [LOG](../experiments/LOG.md)): percent of whole
+answers that were exactly right, in scenes it had never seen, while it learned from them. Scenes grow
+from level 0 (lists of names and values) to 7 (up to twelve whole documents).
 
 {_curve(run.with_name("curve.jsonl"))}
 """
