@@ -101,7 +101,7 @@ def synthesize(
             ):
                 kept = f"{have} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
                 raise RunError(f"self-study kept {kept}; use a larger model")
-            teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted or once else []
+            teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted else []
             file = folder / f"unit-{unit:06d}.parquet"
             if file.exists():
                 found, counts = read(file)

@@ -205,12 +205,12 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, self._now())
+            self.peak = max(self.peak, self.now())
             if self._done.wait(0.5):
                 return
 
     @staticmethod
-    def _now() -> int:
+    def now() -> int:
         try:
             with open("/proc/self/status") as status:
                 return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
@@ -221,4 +221,4 @@ class PeakMemory:
     def __exit__(self, *exc: Any) -> None:
         self._done.set()
         self._thread.join()
-        self.peak = max(self.peak, self._now())
+        self.peak = max(self.peak, self.now())

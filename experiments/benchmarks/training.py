@@ -4,7 +4,6 @@ documents."""
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -15,6 +14,7 @@ from cas.config import TrainConfig
 from cas.errors import BudgetError
 from cas.train import make_plan
 from cas.trainer import Report, Trainer
+from experiments.arms import PeakMemory
 from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 
 Sample = tuple[str, str, float]  # metric, what (ratio, or a figure with its unit), value
@@ -33,12 +33,11 @@ def steps(work: Work, count: int) -> Iterator[Sample]:
             yield "step_vs_frozen", "tflops", one.products / one.step / 1e12
             yield "step_vs_peft", "peft_seconds", one.rivals["peft"]
     yield "step_vs_frozen", "tflops_ceiling", ceiling(model.device, model.dtype, 8192 if work.on_gpu else 2048) / 1e12
-    if work.on_gpu:  # where the CPU's clock tells nothing about kernels
-        return
-    with work.store(24) as store:
-        for who, taken in profiled(work, store, rivals["frozen"], isolation=1.0, pool=20).items():
-            for what, value in taken.items():
-                yield "step_vs_frozen", f"profile_{who}_{what}", value
+    if not work.on_gpu:  # where the CPU's clock tells nothing about kernels
+        with work.store(24) as store:
+            for who, taken in profiled(work, store, rivals["frozen"], isolation=1.0, pool=20).items():
+                for what, value in taken.items():
+                    yield "step_vs_frozen", f"profile_{who}_{what}", value
     with work.store(24) as store:
         rivals.pop("peft")
         for one in timed_steps(work, store, 32, count, rivals, pool=20):
@@ -65,10 +64,8 @@ def rotation(work: Work, turns: int, every: int = 10) -> Iterator[Sample]:
         still = work.trainer(resting, 32, every * (turns + 1), isolation=1.0, pool=20)
         taken, ratios, rest = 0.0, list[float](), in_turn({"still": still}, every, turns)
 
-        def stepped(
-            report: Report,
-        ) -> None:  # the other trainer's steps come between: one run, whose leavers are written
-            nonlocal taken
+        def stepped(report: Report) -> None:
+            nonlocal taken  # the other trainer's steps come between: one run, whose leavers are written
             taken += report.tokens / report.tokens_per_s
             if (report.step + 1) % every == 0:
                 if report.step >= every:  # the first ten fill the pool
@@ -130,12 +127,8 @@ def largest_pool(work: Work) -> Iterator[Sample]:
     yield "largest_pool", "planned", planned
 
 
-def _anonymous() -> float:
-    """Bytes of anonymous memory of this process (Linux) once what is free is given back, else its peak."""
+def _anonymous() -> int:
+    """Bytes of memory of this process once what is free is given back."""
     gc.collect()
     give_back()
-    try:
-        with open("/proc/self/status") as status:
-            return 1024.0 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-    except OSError:
-        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return PeakMemory.now()
