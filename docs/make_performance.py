@@ -68,8 +68,9 @@ where the frozen pass has none. With conversations of some 15 tokens (the reader
 of 50 they are about an eighth of it, and `step_vs_frozen` cannot come below that.
 
 A rotation in `rotation_overhead` writes ten cartridges of 256 positions with their Adam state and reads ten others. That is 120 MiB each
-way beside ten steps of the reader, which take {ten['reader']:.1f} s, and on a CPU nothing else is free to move them meanwhile; SmolLM2 takes
-{ten['smollm2']:.0f} s for its ten. A GPU reads ahead in a thread. `store_read_vs_copy` is what opening and checking a record costs in Python.
+way beside ten steps of the reader, which take {ten["reader"]:.1f} s, and on a CPU nothing else is free to move them meanwhile; SmolLM2
+takes {ten["smollm2"]:.0f} s for its ten. A GPU reads ahead in a thread. `store_read_vs_copy` is what opening and checking a record
+costs in Python.
 
 ## In figures
 
