@@ -26,6 +26,7 @@ class Sizes:
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
         longest: own tokens of the longest conversation. rows: conversations of a step.
         decoded: positions that one batch of self-study may hold.
+        matched: tokens of the longest document that gets a matched start (0: none does); matched_on: of conversations.
     """
 
     weights: int
@@ -47,6 +48,8 @@ class Sizes:
     longest: int
     rows: int
     decoded: int = 0
+    matched: int = 0
+    matched_on: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,17 @@ def decoding_bytes(s: Sizes) -> int:
     return 2 * s.decoded * per_position + s.decoded // 64 * s.vocabulary * 4
 
 
+def matching_bytes(s: Sizes) -> int:
+    """An upper bound of what a matched start keeps: the document's KV, read and stacked; of one key head four float32 copies of
+    all scores, conversations padded to twice their tokens; and a layer's activations."""
+    if not s.matched:
+        return 0
+    kv = 2 * s.layers * s.kv_heads * s.head_dim * s.matched
+    rows = 2 * s.matched_on
+    scores = 4 * (s.query_heads // s.kv_heads) * rows * (s.matched + s.longest) * 4
+    return 2 * kv * s.element + scores + max(rows, s.matched) * (6 * s.hidden + 5 * s.intermediate) * s.element
+
+
 def make_plan(
     s: Sizes,
     *,
@@ -141,7 +155,7 @@ def make_plan(
     least = 1 if pool is None else most
     fitting: list[int] = []
     for recompute in (False, True):
-        activations = max(activation_bytes(s, recompute, merged), decoding_bytes(s))
+        activations = max(activation_bytes(s, recompute, merged), decoding_bytes(s), matching_bytes(s))
         fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
         if fitting:
             break

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cas.model import FrozenModel
 
 Positions = Literal["fixed", "offset", "sequential"]
-Initialisation = Literal["first", "sampled", "random"]
+Initialisation = Literal["first", "sampled", "random", "matched"]
 
 MULTIPLE = 16  # sizes are multiples of this: attention kernels and blocks like it
 SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialisation (2508.17032)
@@ -93,6 +93,7 @@ def initialise(model: FrozenModel, document_ids: Sequence[int], p: int, how: Ini
     ``first``: KV of the document's first p tokens behind the header (2506.06266, section 3.2).
     ``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
     (Sampled Chunk Initialisation, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
+    ``matched``: ``first``, until there are conversations (:mod:`cas.matching`).
 
     A document shorter than p is repeated until it is long enough.
     """

@@ -57,8 +57,9 @@ class Inputs:
     """Largest cartridge; with --ratio, longer documents are split. Default: what the longest document needs."""
     positions: Literal["fixed", "offset", "sequential"] = "fixed"
     """Where keys and tokens stand when several cartridges are loaded."""
-    initialisation: Literal["first", "sampled", "random"] = "first"
-    """KV of the first tokens, of sampled chunks (SCI), or noise."""
+    initialisation: Literal["first", "sampled", "random", "matched"] = "first"
+    """KV of the first tokens, of sampled chunks (SCI), noise, or keys picked from the document with values that are fitted to
+    self-study."""
 
 
 @dataclass(frozen=True)

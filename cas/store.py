@@ -17,9 +17,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from cas.cartridge import MULTIPLE, Layout, cartridge_size, initialise
+from cas.cartridge import MULTIPLE, Initialisation, Layout, Positions, cartridge_size, initialise
 from cas.database import (
     FORMAT,
     Database,
@@ -73,7 +73,7 @@ class Store(Database):
         cartridge_size(MULTIPLE, tokens, ratio, span)
         if span is not None and (span < MULTIPLE or span % MULTIPLE):
             raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
-        if positions not in ("fixed", "offset", "sequential") or initialisation not in ("first", "sampled", "random"):
+        if positions not in get_args(Positions) or initialisation not in get_args(Initialisation):
             raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
         folder = Path(folder)
         if (folder / _FILE).exists():
@@ -183,6 +183,11 @@ class Store(Database):
         rows = self.rows().values()
         with self._read() as txn:
             return [(row.id, row.title, self._text(txn, row)) for row in rows]
+
+    def text(self, document: str) -> str:
+        """One document's text. Raises CollectionError for an unknown id."""
+        with self._read() as txn:
+            return self._text(txn, self._row(txn.get(row_key(document)), document))
 
     def run_state(self) -> dict[str, Any] | None:
         """The trainer's state at the last checkpoint."""
@@ -358,3 +363,12 @@ class Store(Database):
             ]
         if stale:
             self._write(lambda txn: [txn.delete(k) for k in stale])
+
+
+def refuse_changes(store: Store, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a store's training was begun with other settings than these."""
+    begun = (store.run_state() or {}).get("settings", {})
+    if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
+        raise ConfigError(
+            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
+        )

@@ -43,7 +43,7 @@ def train(config: TrainConfig, again: str) -> int:
     from cas.answer import open_index
     from cas.collection import Collection, split_long
     from cas.model import FrozenModel
-    from cas.trainer import refuse_changes
+    from cas.store import refuse_changes
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
@@ -129,8 +129,13 @@ def _joint_training(
     interrupt: console.Interrupt,
 ) -> bool:
     """Train to the end (true) or until interrupted (false)."""
+    from cas.matching import fit_starts
     from cas.trainer import Trainer
 
+    if config.initialisation == "matched":  # the trainer would do it too, but silently
+        with store.training(), console.Display("starts") as display:
+            if not fit_starts(store, conversations, interrupt, display.show):
+                return False
     trainer = Trainer(
         model,
         store,
@@ -172,6 +177,7 @@ def make_plan(
     from cas.cartridge import cartridge_size
     from cas.decoding import BATCH_POSITIONS
     from cas.distill import rows_at_once
+    from cas.matching import LONGEST, TOKENS
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
@@ -207,6 +213,8 @@ def make_plan(
         longest=longest,
         rows=rows,
         decoded=BATCH_POSITIONS,
+        matched=min(max(tokens), LONGEST) if config.initialisation == "matched" else 0,
+        matched_on=TOKENS,
     )
     try:
         return make_plan(

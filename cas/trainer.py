@@ -29,11 +29,12 @@ from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, distillation_mean
 from cas.errors import ConfigError, RunError
 from cas.flex import Flex
+from cas.matching import fit_starts
 from cas.merged import Merged
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
 from cas.schedule import Schedule, Step
-from cas.store import Store
+from cas.store import Store, refuse_changes
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Trainer:
         Returns: whether the last step was reached. Raises: RunError when the loss is no longer a number.
         """
         with self.store.training():
+            if not fit_starts(self.store, self.conversations, stop):
+                return False
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
             with closing(self.manager), (self.store.folder / "metrics.jsonl").open("a") as log:
@@ -238,12 +241,3 @@ class Trainer:
                         break
                     end += len(line)
                 log.truncate(end)
-
-
-def refuse_changes(store: Store, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a store's training was begun with other settings than these."""
-    begun = (store.run_state() or {}).get("settings", {})
-    if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
-        raise ConfigError(
-            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
-        )

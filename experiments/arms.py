@@ -22,7 +22,7 @@ from cas.model import FrozenModel
 from cas.seeds import normal
 from cas.store import Store
 from experiments.results import Prediction
-from retrieval import ChunkIndex, Embedder, SentenceEmbedder, rank_documents, with_title
+from retrieval import ChunkIndex, Embedder, SentenceEmbedder, WordIndex, rank_chunks, rank_documents, with_title
 
 METRICS = ("contains", "f1", "exact_match", "log_perplexity")
 
@@ -41,7 +41,7 @@ def build_prompts(
     ``loaded<k>``: the gold ones and others, k in all, drawn at random or (``_nearest``) the next best by retrieval,
     ``_reversed`` in the reverse of the usual order; ``absent<k>``: k others alone; ``retrieved<k>``: the k best by retrieval;
     ``rag``: the best chunks that fit into as many tokens as four of the store's largest cartridges, titles counted;
-    ``rag<n>``: chunks of about n words in three times as many.
+    ``rag<n>``: chunks of about n words in three times as many. ``_hybrid`` behind the last three: by vectors and words.
     """
     asked = [q.question + prompting.brief(model) for q in questions]
     rows = store.rows()
@@ -61,8 +61,11 @@ def build_prompts(
             prompt = prompting.cartridges(model, a, some)
             prompts.append(Prompt(prompt.tokens, prompt.cartridges[:: -1 if arm.endswith("_reversed") else 1]))
         return prompts
-    index = open_index(store, embedder)
+    index, words = open_index(store, embedder), None
     plain = [q.question for q in questions]
+    if hybrid := arm.endswith("_hybrid"):
+        arm = arm.removesuffix("_hybrid")
+        words = WordIndex(index, store.texts())
     if arm.startswith("loaded"):
         count = int(arm.removesuffix("_nearest").removeprefix("loaded"))
         ranked = rank_documents(index, plain, count + 2)
@@ -75,16 +78,17 @@ def build_prompts(
             for a, q, best in zip(asked, questions, ranked, strict=True)
         ]
     if arm.startswith("retrieved"):
-        ranked = rank_documents(index, plain, int(arm.removeprefix("retrieved")))
+        ranked = rank_documents(index, plain, int(arm.removeprefix("retrieved")), words)
         return [
             prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)
         ]
     assert arm.startswith("rag"), arm
     room = 4 * store.layout.span
-    if words := arm.removeprefix("rag"):
+    if size := arm.removeprefix("rag"):
         room *= 3
-        index = ChunkIndex(store.texts(), embedder or SentenceEmbedder(), words=int(words))
-    _, best_rows = index.search(plain, min(len(index), room))  # a chunk has a token at least
+        index = ChunkIndex(store.texts(), embedder or SentenceEmbedder(), words=int(size))
+        words = WordIndex(index, store.texts()) if hybrid else None
+    best_rows = rank_chunks(index, plain, min(len(index), room), words)  # a chunk has a token at least
     prompts = []
     for a, best in zip(asked, best_rows, strict=True):
         texts: list[str] = []

@@ -2,19 +2,21 @@
 
     python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
 
-For every seed, a world of its own and everything trained anew: one self-study; ``joint`` and ``isolated`` cartridges on equal
-tokens, each at the learning rate that serves it best on validation questions; ``paper``, isolated at ``offset`` positions;
-``monolithic``, one cartridge of as many positions as four; and ``monolithic16``, one for sixteen documents that has as many
-positions as their sixteen. Validation questions are about facts that no test question asks
-about, in wordings of test questions. Every part resumes by the same command.
+For every seed, a world of its own and everything trained anew, each at the learning rate that serves it best on validation
+questions, from one self-study. ``joint_first`` and ``isolated_first``: cartridges that start as the document's first tokens, as in the
+paper, on equal tokens; ``paper``, the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: the same from matched starts
+(``cas/matching.py``) on fewer tokens, equal again; ``start``: these starts untrained. ``monolithic``, one cartridge of as
+many positions as four; and ``monolithic16``, one for sixteen documents that has as many positions as their sixteen. Validation
+questions are about facts that no test question asks about, in wordings of test questions. Every part resumes by the same command.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -34,12 +36,24 @@ if TYPE_CHECKING:
 K = 4  # cartridges that are retrieved
 OTHERS = 10  # cartridges that are loaded together
 SIXTEEN = 16  # documents of the smaller monolithic cartridge
-# What is trained: positions, and whether conversations see others too.
-TRAININGS = {"joint": ("fixed", True), "isolated": ("fixed", False), "paper": ("offset", False)}
+# What is trained: positions, whether conversations see others too, and the start.
+TRAININGS = {
+    "joint": ("fixed", True, "matched"),
+    "isolated": ("fixed", False, "matched"),
+    "joint_first": ("fixed", True, "first"),
+    "isolated_first": ("fixed", False, "first"),
+    "paper": ("offset", False, "first"),
+}
 # Arms of a training, and those of the text. The same questions are asked under all.
 ASKED = {
-    "joint": ("oracle", "loaded10", "loaded10_nearest", "loaded10_reversed", "absent10", "retrieved4"),
-    "isolated": ("oracle", "loaded10", "loaded10_nearest", "retrieved4"),
+    "start": ("oracle", "loaded10"),
+    "joint": (
+        *("oracle", "loaded10", "loaded10_nearest", "loaded10_reversed", "absent10"),
+        *("retrieved4_hybrid", "retrieved4"),
+    ),
+    "isolated": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
+    "joint_first": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
+    "isolated_first": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
     "paper": ("oracle", "loaded10"),
 }
 TEXT = ("no_context", "full_document")
@@ -49,6 +63,7 @@ PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds",
 CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("full_document", "least", 85),
     ("no_context", "most", 10),
+    ("joint_first_loaded10_minus_isolated_first_loaded10", "least", 20),
     ("joint_loaded10_minus_isolated_loaded10", "least", 20),
     ("joint_oracle_minus_isolated_oracle", "least", -3),
     ("joint_oracle_minus_joint_loaded10", "most", 3),
@@ -79,12 +94,14 @@ class Config:
     """Document tokens per cartridge position."""
     conversations: int | None = None
     """Self-study conversations of a world; default as in cas.train."""
-    epochs: float = 40.0
-    """Passes over all conversations, of every training."""
+    epochs: float = 8.0
+    """Passes over all conversations, from matched starts."""
+    first_epochs: float = 20.0
+    """Passes from the first tokens."""
     lrs: tuple[float, ...] = (0.02, 0.05)
     """Learning rates to choose from, on the first seed."""
-    search_epochs: float = 10.0
-    """Passes of a trial."""
+    search_share: float = 0.25
+    """Share of a training's passes that a trial has."""
     isolation: float = 0.5
     """Share of conversations that see their own cartridge alone in joint training."""
     pool: int = 16
@@ -213,31 +230,40 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     questions = unseen(collection.questions, conversations)
     for arm in TRAININGS:
         lr = chosen_rate(config, model, collection, collection, conversations, arm, checked, seed)
-        trainer = trainer_for(config, model, collection, conversations, arm, lr, config.epochs, seed)
-        found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
+        trainer = trainer_for(config, model, collection, conversations, arm, lr, seed)
+        store = trainer.store
+        ask = partial(run_arms, model, store, collection, questions, seed=seed, progress=said)
         if arm == "joint":
-            best, scores = best_chunks(model, trainer.store, collection, checked)
-            found["rag"] = {"chunk_words": best, "validation": scores}
-            texts = [*TEXT, f"rag{best}"]
-            predictions += run_arms(model, trainer.store, collection, questions, texts, seed=seed, progress=said)
-        predictions += run_arms(
-            model, trainer.store, collection, questions, ASKED[arm], seed=seed, prefix=f"{arm}_", progress=said
-        )
-        trainer.store.close()
+            best, scores = kept(folder / "rag.json", partial(best_chunks, model, store, collection, checked))
+            found["rag"] = {"best": best, "validation": scores}
+            predictions += kept(folder / "text.json", partial(ask, [*TEXT, best]))
+            predictions += kept(folder / "start.json", partial(ask, ASKED["start"], prefix="start_"))
+        found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
+        predictions += kept(folder / f"{arm}.json", partial(ask, ASKED[arm], prefix=f"{arm}_"))
+        store.close()
     for arm, about in (("monolithic", collection), ("monolithic16", collection.select(sixteen(collection)))):
         told = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
         merged = Conversations([replace(c, document="collection") for c in told], {})
         lr = chosen_rate(config, model, collection, about.merged(), merged, arm, checked, seed)
-        trainer = trainer_for(config, model, about.merged(), merged, arm, lr, config.epochs, seed)
+        trainer = trainer_for(config, model, about.merged(), merged, arm, lr, seed)
         found[arm] = train(trainer, f"seed {seed}, {arm}") | {"lr": lr}
-        asked = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
-        one: Store = trainer.store
-        predictions += run_arms(model, one, collection, asked, ["loaded"], seed=seed, prefix=f"{arm}_", progress=said)
-        one.close()
+        some = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
+        ask = partial(run_arms, model, trainer.store, collection, some, seed=seed, progress=said)
+        predictions += kept(folder / f"{arm}.json", partial(ask, ["loaded"], prefix=f"{arm}_"))
+        trainer.store.close()
     predictions = named(predictions, questions, sixteen(collection), seed)
     write(record, found)
     write(answers, predictions)
     return found, predictions
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What was made before and written to this file, else what ``make`` makes now."""
+    from experiments.joint_vs_isolated import write
+
+    if not file.exists():
+        write(file, make())
+    return json.loads(file.read_text())
 
 
 def sixteen(collection: Collection) -> list[str]:
@@ -262,6 +288,7 @@ def named(
     found: list[Prediction] = []
     for p in predictions:
         arm = "rag" if p["arm"].startswith("rag") else p["arm"]
+        arm = arm.removesuffix("_hybrid") if arm.endswith("_hybrid") else arm.replace("retrieved4", "retrieved4_dense")
         arm = arm.removesuffix("_loaded") if arm.startswith("monolithic") else arm
         one: Prediction = {
             **p,
@@ -278,7 +305,13 @@ def named(
 
 
 def open_store(
-    folder: Path, model: FrozenModel, config: Config, positions: str, seed: int, tokens: int | None = None
+    folder: Path,
+    model: FrozenModel,
+    config: Config,
+    positions: str,
+    seed: int,
+    tokens: int | None = None,
+    initialisation: str = "first",
 ) -> Store:
     """A store of this experiment, made if it is not there."""
     from cas.store import Store
@@ -286,7 +319,9 @@ def open_store(
     if (folder / "cartridges.lmdb").exists():
         return Store.open(folder, model, write=True)
     ratio = None if tokens else config.ratio
-    return Store.create(folder, model, ratio=ratio, tokens=tokens, positions=positions, seed=seed)
+    return Store.create(
+        folder, model, ratio=ratio, tokens=tokens, positions=positions, initialisation=initialisation, seed=seed
+    )
 
 
 def trainer_for(
@@ -296,18 +331,24 @@ def trainer_for(
     conversations: Conversations,
     arm: str,
     lr: float,
-    epochs: float,
     seed: int,
+    share: float = 1.0,
 ) -> Trainer:
-    """A trainer of one arm on a store of its own."""
+    """A trainer of one arm on a store of its own, whose cartridges have their start. ``share``: of the passes."""
+    from cas.matching import fit_starts
     from cas.trainer import Trainer, Training
 
-    positions, joint = TRAININGS.get(arm, ("fixed", False))
+    positions, joint, start = TRAININGS.get(arm, ("fixed", False, "first"))
+    epochs = share * (config.epochs if start == "matched" else config.first_epochs)
     folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
     many = {"monolithic": K, "monolithic16": SIXTEEN}.get(arm)
     tokens = many * span(model, config, seed) if many else None
-    store = open_store(folder, model, config, positions, seed, tokens)
+    store = open_store(folder, model, config, positions, seed, tokens, start)
     store.add_documents(collection)
+    with store.training():
+        fit_starts(
+            store, conversations, progress=lambda done, all_: print(f"\rstarts  {done}/{all_}", end="", file=sys.stderr)
+        )
     targets = min(4, len(collection))
     settings = Training(
         epochs=epochs,
@@ -366,7 +407,7 @@ def chosen_rate(
     for lr in config.lrs if len(config.lrs) > 1 else ():
         if f"{lr:g}" not in found:
             assert seed == config.seeds[0]
-            trainer = trainer_for(config, model, trained, conversations, arm, lr, config.search_epochs, seed)
+            trainer = trainer_for(config, model, trained, conversations, arm, lr, seed, config.search_share)
             train(trainer, f"trial of {arm}, lr {lr:g}")
             loaded = "loaded" if arm.startswith("monolithic") else "loaded10"
             answers = run_arms(model, trainer.store, collection, asked, [loaded])
@@ -379,15 +420,15 @@ def chosen_rate(
 
 def best_chunks(
     model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question]
-) -> tuple[int, dict[str, float]]:
-    """Words of a chunk with which RAG answers most validation questions, and the share for each size."""
+) -> tuple[str, dict[str, float]]:
+    """The RAG arm (words of a chunk, retrieval) that answers most validation questions, and the share of each."""
     from experiments.arms import run_arms
 
     scores = {}
-    for words in (20, 40, 80, 160):
-        answers = run_arms(model, store, collection, questions, [f"rag{words}"])
-        scores[f"{words}"] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
-    return int(max(scores, key=lambda words: scores[words])), scores
+    for arm in (f"rag{words}{how}" for words in (20, 40, 80, 160) for how in ("", "_hybrid")):
+        answers = run_arms(model, store, collection, questions, [arm])
+        scores[arm] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
+    return max(scores, key=lambda arm: scores[arm]), scores
 
 
 if __name__ == "__main__":

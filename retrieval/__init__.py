@@ -1,7 +1,7 @@
-"""Dense retrieval over a collection: chunk, embed, index, rank, and the retrieval metrics.
+"""Retrieval over a collection: chunk, embed, index, rank, and the retrieval metrics.
 
 Stands on its own: nothing here knows about cartridges. Importing the package costs numpy and the standard library
-only; faiss, torch and sentence-transformers are loaded by the calls that need them.
+only; faiss, bm25s, torch and sentence-transformers are loaded by the calls that need them.
 """
 
 from retrieval.chunk import Chunk, chunk_document, split_sentences, with_title
@@ -10,7 +10,8 @@ from retrieval.files import IndexBroken
 from retrieval.hub import EmbedderUnavailable
 from retrieval.index import ChunkIndex
 from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarise
-from retrieval.rank import Ranked, rank_documents
+from retrieval.rank import Ranked, rank_chunks, rank_documents
+from retrieval.words import WordIndex
 
 __all__ = [
     "Chunk",
@@ -21,8 +22,10 @@ __all__ = [
     "IndexBroken",
     "Ranked",
     "SentenceEmbedder",
+    "WordIndex",
     "chunk_document",
     "hit_at_k",
+    "rank_chunks",
     "rank_documents",
     "recall_at_k",
     "reciprocal_rank",

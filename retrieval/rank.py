@@ -8,21 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrieval.index import ChunkIndex
+from retrieval.words import WordIndex, fuse
 
 _BLOCK = 2**24  # scores held at once (64 MiB)
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A document, its score (cosine, -1 to 1) and the index row of the chunk that gave it."""
+    """A document, its score (cosine, -1 to 1; with words, their fusion) and the index row of the chunk that gave it."""
 
     document_id: str
     score: float
     chunk_row: int
 
 
-def rank_documents(index: ChunkIndex, questions: Sequence[str], k: int) -> list[list[Ranked]]:
-    """For each question the ``k`` best documents, best first; all of them if there are no more than ``k``.
+def rank_chunks(index: ChunkIndex, questions: Sequence[str], top: int, words: WordIndex | None = None) -> np.ndarray:
+    """For each question the ``top`` best rows, best first, int64 [questions, top]; by vectors, or with ``words`` by both."""
+    if words is None:
+        return index.search(questions, top)[1]
+    scores = fuse(index.score(index.embed(questions)), words.score(questions))
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top]
+
+
+def rank_documents(
+    index: ChunkIndex, questions: Sequence[str], k: int, words: WordIndex | None = None
+) -> list[list[Ranked]]:
+    """For each question the ``k`` best documents, best first; all of them if there are no more than ``k``. By vectors, or
+    with ``words`` by both.
 
     Exact: every chunk is scored. Equal documents come in the order of their ids, equal chunks in that of their rows.
     """
@@ -38,6 +50,8 @@ def rank_documents(index: ChunkIndex, questions: Sequence[str], k: int) -> list[
     ranking: list[list[Ranked]] = []
     for begin in range(0, len(queries), step):
         scores = index.score(queries[begin : begin + step])
+        if words is not None:
+            scores = fuse(scores, words.score(questions[begin : begin + step]))
         best = np.maximum.reduceat(scores, bounds[:-1], axis=1)  # [questions, documents]
         for row_scores, document_scores in zip(scores, best):
             order = np.lexsort((alphabetical, -document_scores))[:k]

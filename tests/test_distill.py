@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -182,6 +182,7 @@ def test_one_entry_without_doubt_is_the_next_token_loss() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, VOCABULARY), st.floats(0, 60), st.floats(0, 60), st.integers(1, 6))
+@example(7135, 1, 46.0, 15.0, 1)
 @settings(max_examples=150, deadline=None)
 def test_the_mean_in_chunks_equals_the_reference(seed: int, k: int, student: float, teacher: float, rows: int) -> None:
     """With an output layer that hands the logits through, value and gradient are the reference's."""
@@ -195,7 +196,9 @@ def test_the_mean_in_chunks_equals_the_reference(seed: int, k: int, student: flo
     torch.testing.assert_close(mean, reference, rtol=1e-5, atol=1e-6)
     (ours,) = torch.autograd.grad(3 * mean, logits)
     (theirs,) = torch.autograd.grad(3 * reference, logits)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    # Both subtract logits that float32 rounds by their size; that moves a probability, and so a gradient, by as much.
+    rounding = float(logits.detach().abs().max()) * 2**-24
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 + rounding)
 
 
 def test_the_mean_of_a_half_precision_model_is_near_the_reference() -> None:

@@ -198,7 +198,7 @@ def test_predictions_get_the_names_of_the_claims() -> None:
 
     kinds = ["lookup"] * 4 + ["indirect"] * 2 + ["whole document"] * 2 + ["two documents"]
     questions = [Question(f"q{n}", ("d",), "Who?", ("x",), None, kind) for n, kind in enumerate(kinds)]
-    arms = ("joint_retrieved4", "rag40", "monolithic_loaded")
+    arms = ("joint_retrieved4_hybrid", "joint_retrieved4", "rag40_hybrid", "monolithic_loaded")
     given: list[Any] = [
         {"arm": arm, "seed": 7, "question_id": q.id, "document_id": "d", "scores": {"exact_match": 1.0}, "answer": "x"}
         for arm in arms
@@ -206,7 +206,7 @@ def test_predictions_get_the_names_of_the_claims() -> None:
     ]
     found = named(given, questions, ["d"], 7)
     counts = {arm: sum(p["arm"] == arm for p in found) for arm in {p["arm"] for p in found}}
-    assert counts["rag"] == counts["monolithic"] == counts["joint_retrieved4"] == 9
+    assert counts["rag"] == counts["monolithic"] == counts["joint_retrieved4"] == counts["joint_retrieved4_dense"] == 9
     assert [counts[f"rag{part}"] for part in PARTS] == [4, 2, 2, 1, 6, 9]
     assert not any(p["arm"].endswith("_sixteen") for p in named(given, questions, ["e"], 7))
     assert {p["question_id"] for p in found if p["arm"] == "rag_thirds"} == {

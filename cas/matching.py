@@ -1,0 +1,153 @@
+"""A start that already answers: keys picked from the document, values fitted so that attention gives what the document gave.
+
+The frozen model runs over self-study conversations with the whole document before them. In every layer and key head, p of the
+document's tokens are picked: those to which some token of a conversation paid most attention. Their keys are turned to stand as far from
+the question as they did, and their values are solved for by ridge regression: with them, attention over [header ; cartridge ;
+own tokens] shall return what it returned over [header ; document ; own tokens]. No gradient, one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cas.attention import causal_mask
+from cas.cartridge import Layout
+from cas.conversations import Conversation, Conversations
+from cas.model import FrozenModel
+
+if TYPE_CHECKING:
+    from cas.store import Store
+
+TOKENS = 4096  # of conversations that a document is matched on
+LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
+RIDGE = 1e-3  # of the mean weight's square
+
+
+def fit_starts(
+    store: Store,
+    conversations: Conversations,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Give the cartridges of a ``matched`` store their start, once there are conversations about them. Resumable.
+
+    Nothing happens to those that were matched or trained, and in other stores. Call it inside ``store.training()``.
+    Returns: whether all are done; False after ``stop()``.
+    """
+    if store.meta["initialisation"] != "matched":
+        return True
+    model, rows, done = store.model, store.rows(), 0
+    assert model is not None
+    todo = [row for row in rows.values() if row.version == 0 and row.id in conversations.by_document]
+    for row in todo:
+        if stop():
+            break
+        ids = model.encode(store.text(row.id))
+        if row.p < len(ids) <= LONGEST:
+            seed = int(row.hash[:15], 16) ^ store.meta["seed"]
+            kv = matched(model, store.layout, ids, row.p, conversations.by_document[row.id], seed)
+            store.write_tensors(row.id, {"kv": kv.cpu()})
+        done += 1
+        progress(done, len(todo))
+        if done % 64 == 0:
+            store.commit(rows, None)
+            rows = store.rows()
+    store.commit(rows, None)
+    return done == len(todo)
+
+
+@torch.no_grad()
+def matched(
+    model: FrozenModel, layout: Layout, ids: Sequence[int], p: int, conversations: Sequence[Conversation], seed: int
+) -> Tensor:
+    """The matched start of a cartridge of p positions for a document of more tokens than that.
+
+    Args: ids: of the document; conversations: about it, of which at most ``TOKENS`` tokens are taken, drawn by ``seed``.
+    Returns: float32 [L, 2, H, p, D], keys after RoPE.
+    """
+    drawn, room = list[list[int]](), TOKENS
+    for n in Random(seed).sample(range(len(conversations)), len(conversations)):
+        tokens = conversations[n].tokens(model)
+        room -= len(tokens)
+        if room < 0 and drawn:
+            break
+        drawn.append(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in drawn], device=model.device)
+    padded = torch.zeros(len(drawn), int(lengths.max()), dtype=torch.long)
+    for row, tokens in zip(padded, drawn, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    prefix = model.prefill([*model.template.header_ids, *ids])
+    places = torch.arange(padded.shape[1], device=model.device)[None].expand(len(drawn), -1)
+    context = _Matching(model, prefix, p, places < lengths[:, None], layout.token_start([p]))
+    model.hidden(padded, places + prefix.shape[3], context, rows=slice(0))
+    return torch.stack(context.kv)
+
+
+class _Matching:
+    """The context of that forward pass: attention to the whole document, and on the way every layer's cartridge."""
+
+    def __init__(self, model: FrozenModel, prefix: Tensor, p: int, real: Tensor, start: int) -> None:
+        """``prefix``: KV of header and document; ``real`` [C, T]: what is not padding, of the C conversations; ``start``: where
+        their tokens will stand behind the cartridge."""
+        self.model, self.prefix, self.p, self.real = model, prefix, p, real
+        self.nearer = start - prefix.shape[3]  # by how much question and document's end move
+        self.kv: list[Tensor] = []  # of every layer, [2, H, p, D]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        heads, out, groups = [], torch.empty_like(query), query.shape[1] // key.shape[1]
+        for h in range(key.shape[1]):
+            mine = slice(h * groups, (h + 1) * groups)
+            kv, out[:, mine] = self._head(layer, h, query[:, mine], key[:, h], value[:, h], scale, window)
+            heads.append(kv)
+        self.kv.append(torch.stack(heads, dim=1))
+        return out.transpose(1, 2)
+
+    def _head(
+        self, layer: int, h: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """One key head: query [C, Q, T, D] of its query heads, key and value [C, T, D] -> its KV [2, p, D], output as query."""
+        header, turn = self.model.layout_header, self.model.rope.turn
+        query, key, value = query.float() * scale, key.float(), value.float()
+        keys, values = self.prefix[layer, :, h].float()
+        own = query @ key[:, None].mT  # the same wherever the conversation stands
+        own = own.masked_fill(~_seen(own.shape[2], 0, own.shape[2], window).to(own.device), -torch.inf)
+        weights = _weights(query, keys, own, window, len(keys))
+        out = _output(weights, values, value)
+        # What is padding pays no attention that counts.
+        paid = (weights[..., header : len(keys)] * self.real[:, None, :, None]).amax((0, 1, 2))
+        chosen = paid.topk(self.p).indices.sort().values + header
+        by = torch.full((self.p,), self.nearer)
+        keys = torch.cat([keys[:header], turn(keys[chosen], by, layer)])
+        values = torch.cat([values[:header], values[chosen]])
+        moved = turn(query, torch.full(query.shape[2:3], self.nearer), layer)
+        weights = _weights(moved, keys, own, window, len(self.prefix[0, 0, 0]) + self.nearer)
+        rows = self.real[:, None].expand(weights.shape[:3])
+        missing = (out - _output(weights, values, value))[rows]
+        x = weights[..., header : len(keys)][rows]  # [rows, p]
+        square = x.T @ x
+        square.diagonal().add_(RIDGE * square.diagonal().mean() + 1e-8)
+        values[header:] += torch.linalg.solve(square, x.T @ missing)
+        return torch.stack([keys[header:], values[header:]]), out.to(value.dtype)
+
+
+def _seen(tokens: int, first: int, columns: int, window: int | None) -> Tensor:
+    """Who may see whom, bool [tokens, columns], of tokens at ``first``.. and keys at 0..."""
+    return causal_mask(torch.arange(tokens) + first, torch.arange(columns), window)
+
+
+def _weights(query: Tensor, keys: Tensor, own: Tensor, window: int | None, first: int) -> Tensor:
+    """Softmax over prefix keys [S, D] and own tokens [C, Q, T, T] of tokens that stand at ``first``..: [C, Q, T, S + T]."""
+    scores = query @ keys.T
+    if window is not None:
+        scores = scores.masked_fill(~_seen(query.shape[2], first, len(keys), window).to(scores.device), -torch.inf)
+    return torch.cat([scores, own], dim=-1).softmax(-1)
+
+
+def _output(weights: Tensor, values: Tensor, own: Tensor) -> Tensor:
+    """[C, Q, T, D] of weights over prefix values [S, D] and own ones [C, T, D]."""
+    return weights[..., : len(values)] @ values + weights[..., len(values) :] @ own[:, None]

@@ -1,0 +1,55 @@
+"""BM25 beside the vectors, against the formula written out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from test_retrieval import QUESTIONS, documents
+
+from retrieval import ChunkIndex, HashEmbedder, WordIndex, rank_chunks, rank_documents, with_title
+
+DOCUMENTS = documents()
+
+
+@pytest.fixture
+def index() -> ChunkIndex:
+    return ChunkIndex(DOCUMENTS, HashEmbedder(64), words=30)
+
+
+def test_words_agree_with_bm25_by_hand(index: ChunkIndex) -> None:
+    """Lucene's BM25 written out: idf ln(1 + (n - df + 0.5) / (df + 0.5)), k1 1.5, b 0.75."""
+    words = WordIndex(index, DOCUMENTS)
+    by_id = {i: (title, text) for i, title, text in DOCUMENTS}
+    rows = []
+    for row in range(len(index)):
+        name, start, length = index.span(row)
+        rows.append(re.findall(r"\w+", with_title(by_id[name][0], by_id[name][1][start : start + length]).lower()))
+    mean, expected = np.mean([len(row) for row in rows]), np.zeros((len(QUESTIONS), len(rows)))
+    for q, question in enumerate(QUESTIONS):
+        for term in re.findall(r"\w+", question.lower()):
+            df = sum(term in row for row in rows)
+            for r, row in enumerate(rows):
+                tf = row.count(term)
+                idf = np.log(1 + (len(rows) - df + 0.5) / (df + 0.5))
+                expected[q, r] += idf * tf / (tf + 1.5 * (0.25 + 0.75 * len(row) / mean))
+    np.testing.assert_allclose(words.score(QUESTIONS), expected, atol=1e-4)
+
+
+def test_a_name_that_no_embedder_knows_is_found_by_words() -> None:
+    class Blind(HashEmbedder):
+        def embed(self, texts: Sequence[str]) -> np.ndarray:
+            return super().embed(["the same"] * len(texts))
+
+    documents = [("a", "Ferries", "Ulnos Yaridrake won."), ("b", "Barges", "Loveth Caldegrove won.")]
+    index = ChunkIndex(documents, Blind())
+    words = WordIndex(index, documents)
+    asked = ["Who is Loveth Caldegrove?", "Who is Ulnos Yaridrake?", "?"]
+    ranked = rank_documents(index, asked, 1, words)
+    assert [best[0].document_id for best in ranked] == ["b", "a", "a"] and ranked[0][0].score == pytest.approx(1)
+    assert rank_chunks(index, asked, 1, words)[:, 0].tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="documents"):
+        WordIndex(index, documents[:1])
+    assert WordIndex(ChunkIndex([], Blind()), []).score(asked).shape == (3, 0)
