@@ -83,6 +83,8 @@ def cartridge_size(document_tokens: int, tokens: int | None, ratio: float | None
     if ratio is not None and not (math.isfinite(ratio) and ratio >= 1):
         raise ConfigError(f"--ratio {ratio}: the compression ratio is at least 1")
     wanted = tokens if tokens is not None else document_tokens / (ratio or 1)
+    if span is not None and (span < MULTIPLE or span % MULTIPLE):
+        raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
     p = max(MULTIPLE, math.ceil(wanted / MULTIPLE) * MULTIPLE)
     return min(p, span) if span is not None else p
 

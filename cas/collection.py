@@ -267,6 +267,8 @@ def _read(path: Path) -> Collection:
         packed, questions = path, _either(path.parent, f"{name}.questions") or _either(path.parent, "questions")
     else:
         known = f"known are {', '.join(known_names())} (examples: in a source checkout only); a path works too"
+        if near := difflib.get_close_matches(str(path), known_names(), n=1):
+            known = f"did you mean {near[0]}? {known}"
         raise CollectionError(f"{_one_line(str(path))}: no folder, .jsonl[.gz] or known name; {known}")
     skipped: list[str] = []
     found = _read_rows(packed, _document) if packed else _read_texts(path, skipped)

