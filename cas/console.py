@@ -47,7 +47,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+        print("\nstopping at the next safe place; again to stop at once", file=sys.stderr)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interrupt]:

@@ -37,6 +37,8 @@ def train(config: TrainConfig, again: str) -> int:
     """
     if config.collection is None:
         raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+    if config.collection_seed and not any(name in config.collection for name in ("million_tokens", "niah")):
+        raise ConfigError("--collection-seed is for a collection that is made from it: million_tokens or niah")
     training, study = config.part(Training), config.part(SelfStudy)  # nonsense is refused before anything is loaded
     if config.tokens is not None and config.ratio is not None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
@@ -158,7 +160,7 @@ def _joint_training(
             if done == 10:
                 each = (time.monotonic() - started) / done
                 minutes = (report.steps - report.step - 1) * each / 60
-                to_go = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+                to_go = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} minutes"
                 display.say(f"time        about {to_go} to go ({each:.2f} s a step)")
 
         trainer.on_step = stepped

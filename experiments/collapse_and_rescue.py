@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,9 @@ class Config:
     model: str = READER
     """The frozen model."""
     ratio: float = 16.0
-    """Document tokens per cartridge position."""
+    """Document tokens per cartridge position (rounded up to a multiple of 16)."""
+    tokens: int | None = None
+    """Positions of every cartridge; instead of --ratio."""
     conversations: int | None = None
     """Self-study conversations of a world; default as in cas.train."""
     epochs: float = 8.0
@@ -206,6 +209,7 @@ def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
 def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, Any], list[Prediction]]:
     """What was trained for a seed, and the answers under every arm."""
     from cas.conversations import Conversations
+    from cas.matching import fit_starts
     from cas.selfstudy import SelfStudy, synthesize
     from experiments.arms import run_arms, unseen
     from experiments.joint_vs_isolated import said, write
@@ -216,15 +220,11 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     if answers.exists():
         return json.loads(record.read_text()), json.loads(answers.read_text())
     collection, checked = world_of(config, seed), validation(config, seed)
-    base = open_store(folder / "base", model, config, "fixed", seed)
-    conversations = synthesize(
-        model,
-        collection,
-        base,
-        SelfStudy(conversations=config.conversations, seed=seed),
-        progress=lambda kept, wanted: print(f"\rself-study  {kept}/{wanted}", end="", file=sys.stderr, flush=True),
-    )
-    base.close()
+    study = SelfStudy(conversations=config.conversations, seed=seed)
+    with base_store(config, model, seed) as base:
+        conversations = synthesize(model, collection, base, study, progress=shown("self-study"))
+        with base.training():
+            fit_starts(base, conversations, progress=shown("starts"))
     found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
     predictions: list[Prediction] = []
     questions = unseen(collection.questions, conversations)
@@ -318,6 +318,7 @@ def open_store(
 
     if (folder / "cartridges.lmdb").exists():
         return Store.open(folder, model, write=True)
+    tokens = tokens or config.tokens
     ratio = None if tokens else config.ratio
     return Store.create(
         folder, model, ratio=ratio, tokens=tokens, positions=positions, initialisation=initialisation, seed=seed
@@ -335,7 +336,6 @@ def trainer_for(
     share: float = 1.0,
 ) -> Trainer:
     """A trainer of one arm on a store of its own, whose cartridges have their start. ``share``: of the passes."""
-    from cas.matching import fit_starts
     from cas.trainer import Trainer, Training
 
     positions, joint, start = TRAININGS.get(arm, ("fixed", False, "first"))
@@ -345,10 +345,12 @@ def trainer_for(
     tokens = many * span(model, config, seed) if many else None
     store = open_store(folder, model, config, positions, seed, tokens, start)
     store.add_documents(collection)
-    with store.training():
-        fit_starts(
-            store, conversations, progress=lambda done, all_: print(f"\rstarts  {done}/{all_}", end="", file=sys.stderr)
-        )
+    if start == "matched":
+        with base_store(config, model, seed) as base, store.training():
+            rows = store.rows()
+            for i in (i for i, row in rows.items() if row.version == 0):
+                store.write_tensors(i, {"kv": base.cartridge(i)})
+            store.commit(rows, None)
     targets = min(4, len(collection))
     settings = Training(
         epochs=epochs,
@@ -365,10 +367,19 @@ def trainer_for(
 
 def span(model: FrozenModel, config: Config, seed: int) -> int:
     """Positions of the largest cartridge of a seed's collection."""
-    base = open_store(Path(config.output) / f"seed-{seed}" / "base", model, config, "fixed", seed)
-    found = base.layout.span
-    base.close()
-    return found
+    with base_store(config, model, seed) as base:
+        return base.layout.span
+
+
+def shown(what: str) -> Callable[[int, int], None]:
+    """A counter on stderr."""
+    return lambda done, wanted: print(f"\r{what}  {done}/{wanted} ", end="", file=sys.stderr, flush=True)
+
+
+def base_store(config: Config, model: FrozenModel, seed: int) -> closing[Store]:
+    """The store with a seed's self-study and, once there is one, the matched starts."""
+    folder = Path(config.output) / f"seed-{seed}" / "base"
+    return closing(open_store(folder, model, config, "fixed", seed, initialisation="matched"))
 
 
 def train(trainer: Trainer, title: str) -> dict[str, Any]:

@@ -178,6 +178,8 @@ def test_matched_starts_from_the_command_line(manuals: FrozenModel) -> None:
 def test_a_slip_of_the_pen_is_pointed_out(manuals: FrozenModel) -> None:
     status, _, err = call(train.main, "--collection", "milion_tokens")
     assert status == 2 and "did you mean million_tokens?" in err
+    status, _, err = call(train.main, "--collection", "manuals", "--collection-seed", "3")
+    assert status == 2 and "--collection-seed is for" in err
 
 
 def test_mistakes_leave_no_half_made_store(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
