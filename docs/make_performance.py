@@ -73,6 +73,12 @@ way beside ten steps of the reader, which take {ten["reader"]:.1f} s, and on a C
 takes {ten["smollm2"]:.0f} s for its ten. A GPU reads ahead in a thread. `store_read_vs_copy` is what opening and checking a record
 costs in Python.
 
+## On a GPU
+
+Nothing is recorded yet: no GPU was at hand. `python -m experiments.benchmarks --models smollm2 qwen3-8b` times the same there (the latter
+in its shape, with random weights), prints the TFLOP/s of a step beside those of a plain product, and `largest_pool` fills the device and
+compares with the plan. `resident_flatness` (FlexAttention skips what is invisible) can only be seen there.
+
 ## In figures
 
 {_figures(figures)}
