@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cas import prompting
@@ -187,6 +188,20 @@ def run_arms(
         if progress is not None:
             progress(prefix + arm)
     return predictions
+
+
+class Remembering:
+    """An embedder that embeds a text once: the arms of an experiment share chunks and questions."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.name, self.dimension = embedder.name, embedder.dimension
+        self._embedder, self._known = embedder, dict[str, np.ndarray]()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts, dimension], as of the embedder."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known |= dict(zip(new, self._embedder.embed(new), strict=True))
+        return np.stack([self._known[text] for text in texts]) if texts else np.zeros((0, self.dimension), np.float32)
 
 
 def unseen(questions: Sequence[Question], conversations: Conversations) -> list[Question]:

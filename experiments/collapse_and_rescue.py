@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cas.store import Store
     from cas.trainer import Trainer
     from experiments.results import Prediction
+    from retrieval import Embedder
 
 K = 4  # cartridges that are retrieved
 OTHERS = 10  # cartridges that are loaded together
@@ -211,8 +212,9 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     from cas.conversations import Conversations
     from cas.matching import fit_starts
     from cas.selfstudy import SelfStudy, synthesize
-    from experiments.arms import run_arms, unseen
+    from experiments.arms import Remembering, run_arms, unseen
     from experiments.joint_vs_isolated import said, write
+    from retrieval import SentenceEmbedder
 
     folder = Path(config.output) / f"seed-{seed}"
     answers = folder / "predictions.json"
@@ -227,14 +229,14 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
             fit_starts(base, conversations, progress=shown("starts"))
     found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
     predictions: list[Prediction] = []
-    questions = unseen(collection.questions, conversations)
+    questions, embedder = unseen(collection.questions, conversations), Remembering(SentenceEmbedder())
     for arm in TRAININGS:
         lr = chosen_rate(config, model, collection, collection, conversations, arm, checked, seed)
         trainer = trainer_for(config, model, collection, conversations, arm, lr, seed)
         store = trainer.store
-        ask = partial(run_arms, model, store, collection, questions, seed=seed, progress=said)
+        ask = partial(run_arms, model, store, collection, questions, embedder=embedder, seed=seed, progress=said)
         if arm == "joint":
-            best, scores = kept(folder / "rag.json", partial(best_chunks, model, store, collection, checked))
+            best, scores = kept(folder / "rag.json", partial(best_chunks, model, store, collection, checked, embedder))
             found["rag"] = {"best": best, "validation": scores}
             predictions += kept(folder / "text.json", partial(ask, [*TEXT, best]))
             predictions += kept(folder / "start.json", partial(ask, ASKED["start"], prefix="start_"))
@@ -430,14 +432,14 @@ def chosen_rate(
 
 
 def best_chunks(
-    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question]
+    model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], embedder: Embedder
 ) -> tuple[str, dict[str, float]]:
     """The RAG arm (words of a chunk, retrieval) that answers most validation questions, and the share of each."""
     from experiments.arms import run_arms
 
     scores = {}
     for arm in (f"rag{words}{how}" for words in (20, 40, 80, 160) for how in ("", "_hybrid")):
-        answers = run_arms(model, store, collection, questions, [arm])
+        answers = run_arms(model, store, collection, questions, [arm], embedder=embedder)
         scores[arm] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
     return max(scores, key=lambda arm: scores[arm]), scores
 

@@ -53,3 +53,19 @@ def test_a_name_that_no_embedder_knows_is_found_by_words() -> None:
     with pytest.raises(ValueError, match="documents"):
         WordIndex(index, documents[:1])
     assert WordIndex(ChunkIndex([], Blind()), []).score(asked).shape == (3, 0)
+
+
+def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
+    from experiments.arms import Remembering
+
+    plain, asked = HashEmbedder(32), list[str]()
+
+    class Counting(HashEmbedder):
+        def embed(self, texts: Sequence[str]) -> np.ndarray:
+            asked.extend(texts)
+            return super().embed(texts)
+
+    embedder = Remembering(Counting(32))
+    for texts in (["a", "b", "a"], [], ["c", "b"]):
+        np.testing.assert_array_equal(embedder.embed(texts), plain.embed(texts))
+    assert asked == ["a", "b", "c"] and embedder.name == plain.name
