@@ -48,7 +48,8 @@ def fit_starts(
         if stop():
             break
         ids = model.encode(store.text(row.id))
-        if row.p < len(ids) <= LONGEST:
+        room = model.geometry.max_positions - model.layout_header - 512  # conversations stand behind the document
+        if row.p < len(ids) <= min(LONGEST, room):
             seed = int(row.hash[:15], 16) ^ store.meta["seed"]
             kv = matched(model, store.layout, ids, row.p, conversations.by_document[row.id], seed)
             store.write_tensors(row.id, {"kv": kv.cpu()})

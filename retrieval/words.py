@@ -40,8 +40,9 @@ class WordIndex:
 
 
 def fuse(dense: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The mean of both scores [questions, rows], each as a share of the question's best: at most 1."""
-    shares = [x / np.maximum(x.max(axis=1, keepdims=True, initial=0), 1e-9) for x in (dense, words)]
+    """The mean of both scores [questions, rows], each as a share of the question's best: 0 to 1."""
+    positive = (np.maximum(x, 0) for x in (dense, words))
+    shares = [x / np.maximum(x.max(axis=1, keepdims=True, initial=0), 1e-9) for x in positive]
     return (shares[0] + shares[1]) / 2
 
 

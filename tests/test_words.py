@@ -10,6 +10,7 @@ import pytest
 from test_retrieval import QUESTIONS, documents
 
 from retrieval import ChunkIndex, HashEmbedder, WordIndex, rank_chunks, rank_documents, with_title
+from retrieval.words import fuse
 
 DOCUMENTS = documents()
 
@@ -53,6 +54,11 @@ def test_a_name_that_no_embedder_knows_is_found_by_words() -> None:
     with pytest.raises(ValueError, match="documents"):
         WordIndex(index, documents[:1])
     assert WordIndex(ChunkIndex([], Blind()), []).score(asked).shape == (3, 0)
+
+
+def test_fusion_is_a_mean_of_shares() -> None:
+    dense, words = np.array([[-0.2, -0.1], [0.5, 0.25]], np.float32), np.array([[0, 3], [0, 0]], np.float32)
+    np.testing.assert_allclose(fuse(dense, words), [[0, 0.5], [0.5, 0.25]])
 
 
 def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
