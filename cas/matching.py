@@ -57,7 +57,6 @@ def fit_starts(
         progress(done, len(todo))
         if done % 64 == 0:
             store.commit(rows, None)
-            rows = store.rows()
     store.commit(rows, None)
     return done == len(todo)
 

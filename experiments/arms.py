@@ -62,11 +62,14 @@ def build_prompts(
             prompt = prompting.cartridges(model, a, some)
             prompts.append(Prompt(prompt.tokens, prompt.cartridges[:: -1 if arm.endswith("_reversed") else 1]))
         return prompts
-    index, words = open_index(store, embedder), None
     plain = [q.question for q in questions]
-    if hybrid := arm.endswith("_hybrid"):
-        arm = arm.removesuffix("_hybrid")
-        words = WordIndex(index, store.texts())
+    arm, hybrid = arm.removesuffix("_hybrid"), arm.endswith("_hybrid")
+    size = arm.removeprefix("rag") if arm.startswith("rag") else ""
+    if size:
+        index = ChunkIndex(store.texts(), embedder or SentenceEmbedder(), words=int(size))
+    else:
+        index = open_index(store, embedder)
+    words = WordIndex(index, store.texts()) if hybrid else None
     if arm.startswith("loaded"):
         count = int(arm.removesuffix("_nearest").removeprefix("loaded"))
         ranked = rank_documents(index, plain, count + 2)
@@ -84,11 +87,7 @@ def build_prompts(
             prompting.cartridges(model, a, [r.document_id for r in best]) for a, best in zip(asked, ranked, strict=True)
         ]
     assert arm.startswith("rag"), arm
-    room = 4 * store.layout.span
-    if size := arm.removeprefix("rag"):
-        room *= 3
-        index = ChunkIndex(store.texts(), embedder or SentenceEmbedder(), words=int(size))
-        words = WordIndex(index, store.texts()) if hybrid else None
+    room = (12 if size else 4) * store.layout.span
     best_rows = rank_chunks(index, plain, min(len(index), room), words)  # a chunk has a token at least
     prompts = []
     for a, best in zip(asked, best_rows, strict=True):
