@@ -16,7 +16,7 @@ from cas.errors import UserError
 from cas.model import FrozenModel
 from cas.prompting import cartridges as cartridge_prompt
 from cas.store import Store
-from retrieval import ChunkIndex, IndexBroken, rank_documents
+from retrieval import ChunkIndex, IndexBroken, Ranked, WordIndex, rank_documents
 
 if TYPE_CHECKING:
     from retrieval import Embedder
@@ -79,6 +79,7 @@ class Answerer:
     def __init__(self, model: FrozenModel, store: Store, embedder: Embedder | None = None, keep: int = 16) -> None:
         self.model, self.store, self._embedder = model, store, embedder
         self._index: ChunkIndex | None = None
+        self._words: WordIndex | None = None
         self._keep = keep
         self._hot: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
 
@@ -88,6 +89,13 @@ class Answerer:
         if self._index is None:
             self._index = open_index(self.store, self._embedder)
         return self._index
+
+    def retrieve(self, questions: Sequence[str], k: int) -> list[list[Ranked]]:
+        """Of each question the k best documents, by vectors and words: names that the embedder never met are found by
+        their letters."""
+        if self._words is None:
+            self._words = WordIndex(self.index, self.store.texts())
+        return rank_documents(self.index, questions, k, self._words)
 
     def load(self, document: str) -> Tensor:
         """A cartridge in the model's dtype on its device."""
@@ -119,7 +127,7 @@ class Answerer:
         if documents is not None:
             scores = dict.fromkeys(documents)
         else:
-            scores = {r.document_id: r.score for r in rank_documents(self.index, [question], k)[0]}
+            scores = {r.document_id: r.score for r in self.retrieve([question], k)[0]}
         retrieve_s = clock.lap()
         loaded = {name: self.load(name) for name in scores}
         prompt: Prompt = cartridge_prompt(self.model, question, list(loaded))
@@ -165,7 +173,7 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(questions), self._keep):
             some, clock = questions[start : start + self._keep], _Clock()
-            ranked = rank_documents(self.index, some, k)
+            ranked = self.retrieve(some, k)
             scores: list[dict[str, float | None]] = [{r.document_id: r.score for r in found} for found in ranked]
             timings = {"retrieve_s": clock.lap()}
             loaded = {name: self.load(name) for found in scores for name in found}
