@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Positions = Literal["fixed", "offset", "sequential"]
 Initialisation = Literal["first", "sampled", "random", "matched"]
 
-MULTIPLE = 16  # sizes are multiples of this: attention kernels and blocks like it
+MULTIPLE = 4  # sizes are multiples of this: rows of keys and values stay aligned in memory
 SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialisation (2508.17032)
 
 
@@ -74,8 +74,8 @@ class Rope:
 
 
 def cartridge_size(document_tokens: int, tokens: int | None, ratio: float | None, span: int | None) -> int:
-    """Positions p of a document's cartridge: ``tokens``, or document_tokens / ``ratio``; a multiple of 16 (rounded up),
-    at least 16, at most ``span``. Exactly one of tokens and ratio is given."""
+    """Positions p of a document's cartridge: ``tokens``, or document_tokens / ``ratio``, rounded down to a multiple of 4 but at
+    least 4, at most ``span``. Exactly one of tokens and ratio is given."""
     if (tokens is None) == (ratio is None):
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
     if tokens is not None and (tokens < MULTIPLE or tokens % MULTIPLE):
@@ -85,7 +85,7 @@ def cartridge_size(document_tokens: int, tokens: int | None, ratio: float | None
     wanted = tokens if tokens is not None else document_tokens / (ratio or 1)
     if span is not None and (span < MULTIPLE or span % MULTIPLE):
         raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
-    p = max(MULTIPLE, math.ceil(wanted / MULTIPLE) * MULTIPLE)
+    p = max(MULTIPLE, int(wanted / MULTIPLE) * MULTIPLE)
     return min(p, span) if span is not None else p
 
 

@@ -50,16 +50,16 @@ class Inputs:
     """Merge the collection into one document: a monolithic cartridge."""
 
     tokens: int | None = None
-    """Positions of every cartridge (a multiple of 16); instead of --ratio."""
+    """Positions of every cartridge (a multiple of 4); instead of --ratio."""
     ratio: float | None = None
     """Document tokens per position; 16 if neither this nor --tokens is given."""
     span: int | None = None
     """Largest cartridge; with --ratio, longer documents are split. Default: what the longest document needs."""
     positions: Literal["fixed", "offset", "sequential"] = "fixed"
     """Where keys and tokens stand when several cartridges are loaded."""
-    initialisation: Literal["first", "sampled", "random", "matched"] = "first"
-    """KV of the first tokens, of sampled chunks (SCI), noise, or keys picked from the document with values that are fitted to
-    self-study."""
+    initialisation: Literal["first", "sampled", "random", "matched"] = "matched"
+    """Keys picked from the document with values fitted to self-study (documents that are too long for one pass start as
+    first), KV of the first tokens, of sampled chunks (SCI), or noise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class SelfStudy:
 
     conversations: int | None = None
     """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document; for
-    the embedded reader one of every kind about every sentence."""
+    the embedded reader --wordings of every kind about every sentence, as far as they differ."""
+    wordings: int = 4
+    """Questions of a kind that the embedded reader writes about a sentence; those after the first are sampled."""
     chunk_tokens: int = 512
     """Tokens of text, in whole sentences, that the teacher sees at a time."""
     questions_per_call: int = 32

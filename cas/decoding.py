@@ -286,10 +286,15 @@ def log_likelihood(
 def _batches(
     prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
 ) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, neighbours with the same cartridges side by side; at least one a batch."""
+    """Indices of prompts of similar length, neighbours with the same cartridges side by side; at least one a batch. One prefix
+    for the whole batch counts once, as it is held once."""
 
-    def width(i: int) -> int:
-        return sum(sizes[n] for n in prompts[i].cartridges) + len(prompts[i].tokens) + room
+    def held(members: Sequence[int]) -> int:
+        prefixes = [sum(sizes[n] for n in prompts[i].cartridges) for i in members]
+        own = [len(prompts[i].tokens) + room for i in members]
+        if len({prompts[i].cartridges for i in members}) == 1:
+            return prefixes[0] + max(own) * len(members)
+        return max(map(sum, zip(prefixes, own, strict=True))) * len(members)
 
     order = sorted(
         range(len(prompts)),
@@ -297,10 +302,9 @@ def _batches(
     )
     batch: list[int] = []
     for i in order:
-        widest = max([width(i), *map(width, batch)])
         # One prefix for the whole batch is read in place, so a fair number of rows with the same one goes by itself.
         other = len(batch) >= 16 and prompts[i].cartridges != prompts[batch[0]].cartridges
-        if batch and (other or len(batch) == rows or widest * (len(batch) + 1) > positions):
+        if batch and (other or len(batch) == rows or held([*batch, i]) > positions):
             yield batch
             batch = []
         batch.append(i)

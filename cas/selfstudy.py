@@ -4,8 +4,9 @@ probabilities it answered with (2506.06266, section 4).
 One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows that
 share the chunk's KV, each pointed at one sentence and opened with one of the kind's openings. Small models need the hand
 on the sentence, large ones do not mind it, and it covers the whole document. The embedded reader, which has one way to ask a
-kind of question about a sentence, is by default asked about every sentence once in every kind. Answers are decoded greedily with the chunk
-in context, so the probabilities met on the way are the teacher's: no second pass.
+kind of question about a sentence, is by default asked about every sentence in every kind, once greedily and then by sampling: facts about
+which its likeliest question goes astray get others. Answers are decoded greedily with the chunk in context, so the probabilities
+met on the way are the teacher's: no second pass.
 
 A *unit* of work is a fixed number of calls and one Parquet file, renamed when whole. Everything in it is keyed by
 (seed, call), so an interrupted synthesis goes on to the same conversations.
@@ -40,6 +41,7 @@ from cas.store import Store
 from retrieval.chunk import split_sentences, with_title
 
 CALLS_ABOUT_A_SILENT_ONE = 5
+ROWS = 128  # questions or answers about a chunk that are decoded side by side
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -137,7 +139,7 @@ class _Call:
     chunk: str
     seed: Seed
     pairs: tuple[tuple[str, str], ...]
-    temperature: float
+    temperatures: tuple[float, ...]  # every row is written once at each
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ class _Teacher:
             for (call, _), user in zip(asked, users, strict=True)
         ]
         top_k = min(s.top_k, self.model.geometry.vocabulary)
-        answers = generate(self.model, prompts, kv, self.layout, max_new_tokens=s.answer_tokens, keep_top=top_k)
+        answers = generate(
+            self.model, prompts, kv, self.layout, max_new_tokens=s.answer_tokens, keep_top=top_k, batch_rows=ROWS
+        )
         kept: list[Conversation] = []
         for (call, question), user, answer in zip(asked, users, answers, strict=True):
             reason = "answer too long" if not answer.finished else "loop" if loops(answer.ids) else None
@@ -234,7 +238,8 @@ class _Teacher:
             document, texts = self.documents[planned.document], [text for text, _ in self.sentences[planned.document]]
             seed = next(x for x in seeds if x.kind == planned.kind)
             chunk = with_title(document.title, " ".join(texts[i] for i in planned.read))
-            return _Call(document, chunk, seed, tuple((texts[i], "") for i in planned.rows), 0.0)
+            pairs = tuple((texts[i], "") for i in planned.rows)
+            return _Call(document, chunk, seed, pairs, (0.0, *[1.0] * (s.wordings - 1)))
         document, first, sentences = self._window(number)
         seed = next(x for x in seeds if x.kind == s.kinds[(number + number // len(s.kinds)) % len(s.kinds)])
         used = self.used.setdefault((document.id, seed.kind), set())
@@ -247,7 +252,7 @@ class _Teacher:
         chosen = chosen[: s.questions_per_call]
         used.update(chosen)
         pairs = tuple((sentences[i - first], opening) for i, opening in chosen)
-        return _Call(document, with_title(document.title, " ".join(sentences)), seed, pairs, 0.0 if fresh else 0.7)
+        return _Call(document, with_title(document.title, " ".join(sentences)), seed, pairs, (0.0 if fresh else 0.7,))
 
     def _questions(
         self, number: int, call: _Call, seen: set[str], dropped: Counter[str], kv: dict[str, torch.Tensor]
@@ -257,18 +262,23 @@ class _Teacher:
         title, seen = call.document.title, seen | self.wordings[call.document.id]
         prefix, prompts = self._requests(call)
         kv[call.chunk] = prefix[:, :, :, : len(self.model.encode(call.chunk))]
-        written = generate(
-            self.model,
-            prompts,
-            {"call": prefix},
-            self.layout,
-            max_new_tokens=self.settings.question_tokens,
-            also_stop=self.newline,
-            temperature=call.temperature,
-            seed=Random(f"{self.settings.seed}/write/{number}").getrandbits(32),
-        )
+        written = [
+            row
+            for temperature, times in Counter(call.temperatures).items()
+            for row in generate(
+                self.model,
+                prompts * times,
+                {"call": prefix},
+                self.layout,
+                batch_rows=ROWS,
+                max_new_tokens=self.settings.question_tokens,
+                also_stop=self.newline,
+                temperature=temperature,
+                seed=Random(f"{self.settings.seed}/write/{number}").getrandbits(32),
+            )
+        ]
         questions = []
-        for (_, opening), row in zip(call.pairs, written, strict=True):
+        for (_, opening), row in zip(call.pairs * len(call.temperatures), written, strict=True):
             question = (opening + self.model.tokenizer.decode(row.ids, skip_special_tokens=True)).strip()
             reason = (
                 bad_question(question, title, call.chunk, not self.model.reader)
@@ -298,7 +308,7 @@ class _Teacher:
         return self._kv(call.chunk, instruction), prompts
 
     def _everything(self) -> list[_Window]:
-        """Calls that ask about every sentence once in every kind, in a random order of the seed's own."""
+        """Calls that ask about every sentence in every kind, in a random order of the seed's own."""
         s, found = self.settings, []
         for name in self.ids:
             for read, asked in _windows([n for _, n in self.sentences[name]], s.chunk_tokens):

@@ -63,7 +63,7 @@ class Store(Database):
         ratio: float | None = None,
         span: int | None = None,
         positions: str = "fixed",
-        initialisation: str = "first",
+        initialisation: str = "matched",
         seed: int = 0,
     ) -> Store:
         """A new, empty store for this model. ``span`` (the largest p) is fixed now, or by the first documents added.

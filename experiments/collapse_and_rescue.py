@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 K = 4  # cartridges that are retrieved
 OTHERS = 10  # cartridges that are loaded together
 SIXTEEN = 16  # documents of the smaller monolithic cartridge
+MONOLITHIC = {"monolithic": K, "monolithic16": SIXTEEN}  # and as many positions as so many cartridges
 # What is trained: positions, whether conversations see others too, and the start.
 TRAININGS = {
     "joint": ("fixed", True, "matched"),
@@ -93,7 +94,7 @@ class Config:
     model: str = READER
     """The frozen model."""
     ratio: float = 16.0
-    """Document tokens per cartridge position (rounded up to a multiple of 16)."""
+    """Document tokens per cartridge position (rounded down to a multiple of 4)."""
     tokens: int | None = None
     """Positions of every cartridge; instead of --ratio."""
     conversations: int | None = None
@@ -114,6 +115,8 @@ class Config:
     """Read-only cartridges among the distractors."""
     questions: int | None = None
     """Ask so many test questions a seed; default all."""
+    only: tuple[str, ...] = ()
+    """Do these trainings of the seeds alone and stop, so that several processes can share the work."""
 
 
 def main() -> int:
@@ -128,6 +131,8 @@ def experiment(config: Config) -> int:
 
     if config.documents < 2 * OTHERS or config.documents % 2:
         raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
+    if unknown := sorted({*config.only} - {*TRAININGS, *MONOLITHIC}):
+        raise ConfigError(f"--only {' '.join(unknown)}: choose from {', '.join([*TRAININGS, *MONOLITHIC])}")
     begun_with(config)
     model = FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
@@ -135,6 +140,8 @@ def experiment(config: Config) -> int:
     for seed in config.seeds:
         trained[str(seed)], found = one_seed(config, model, seed)
         predictions += found
+    if config.only:
+        return 0
     arms = list(dict.fromkeys(p["arm"] for p in predictions))
     plain = [arm for arm in arms if not arm.endswith(PARTS)]
     pairs = [(a, b) for a, minus, b in (name.partition("_minus_") for name, _, _ in CLAIMS) if minus]
@@ -147,7 +154,7 @@ def experiment(config: Config) -> int:
         seeds=list(config.seeds),
         model="embedded reader" if config.model == READER else model.source.name,
         collection={"name": "million_tokens", "sha256": world_of(config, config.seeds[0]).hash},
-        settings={k: v for k, v in asdict(config).items() if k != "output"} | {"trained": trained},
+        settings={k: v for k, v in asdict(config).items() if k not in ("output", "only")} | {"trained": trained},
         predictions=predictions,
         metric_names=["exact_match"],
         compare=list(dict.fromkeys(pairs)),
@@ -169,7 +176,7 @@ def begun_with(config: Config) -> None:
     from experiments.joint_vs_isolated import write
 
     file = Path(config.output) / "settings.json"
-    settings = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("output", "seeds")}
+    settings = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("output", "seeds", "only")}
     settings["first_seed"] = config.seeds[0]  # on which rates are chosen
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +237,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
     predictions: list[Prediction] = []
     questions, embedder = unseen(collection.questions, conversations), Remembering(SentenceEmbedder())
-    for arm in TRAININGS:
+    for arm in (arm for arm in TRAININGS if not config.only or arm in config.only):
         lr = chosen_rate(config, model, collection, collection, conversations, arm, checked, seed)
         trainer = trainer_for(config, model, collection, conversations, arm, lr, seed)
         store = trainer.store
@@ -243,7 +250,8 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
         found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
         predictions += kept(folder / f"{arm}.json", partial(ask, ASKED[arm], prefix=f"{arm}_"))
         store.close()
-    for arm, about in (("monolithic", collection), ("monolithic16", collection.select(sixteen(collection)))):
+    for arm in (arm for arm in MONOLITHIC if not config.only or arm in config.only):
+        about = collection if arm == "monolithic" else collection.select(sixteen(collection))
         told = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
         merged = Conversations([replace(c, document="collection") for c in told], {})
         lr = chosen_rate(config, model, collection, about.merged(), merged, arm, checked, seed)
@@ -253,6 +261,8 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
         ask = partial(run_arms, model, trainer.store, collection, some, seed=seed, progress=said)
         predictions += kept(folder / f"{arm}.json", partial(ask, ["loaded"], prefix=f"{arm}_"))
         trainer.store.close()
+    if config.only:
+        return found, []
     predictions = named(predictions, questions, sixteen(collection), seed)
     write(record, found)
     write(answers, predictions)
@@ -343,7 +353,7 @@ def trainer_for(
     positions, joint, start = TRAININGS.get(arm, ("fixed", False, "first"))
     epochs = share * (config.epochs if start == "matched" else config.first_epochs)
     folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    many = {"monolithic": K, "monolithic16": SIXTEEN}.get(arm)
+    many = MONOLITHIC.get(arm)
     tokens = many * span(model, config, seed) if many else None
     store = open_store(folder, model, config, positions, seed, tokens, start)
     store.add_documents(collection)

@@ -86,7 +86,7 @@ def converse(
 
 def make_store(folder: Path, model: FrozenModel, documents: Collection, **settings: Any) -> Store:
     """A store with the documents' initial cartridges, 16 positions each unless told otherwise."""
-    store = Store.create(folder, model, **({"tokens": 16} | settings))
+    store = Store.create(folder, model, **({"tokens": 16, "initialisation": "first"} | settings))
     store.add_documents(documents)
     return store
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cas.attention import Batch, Reference, packed_positions
 from cas.cartridge import Layout, Positions
 from cas.composed import Composed
-from cas.decoding import Decoding, Prompt, generate, log_likelihood
+from cas.decoding import Decoding, Prompt, _batches, generate, log_likelihood
 from cas.errors import ModelError
 from cas.model import FrozenModel, Source
 
@@ -124,6 +124,14 @@ def test_batches_equal_one_by_one(kind: str, tiny: Callable[..., FrozenModel]) -
         dealt = generate(model, items, cartridges, layout, max_new_tokens=12, **limits)
         assert [result.ids for result in dealt] == together
     assert generate(model, [], cartridges, layout, max_new_tokens=12) == []
+
+
+def test_a_prefix_that_a_batch_shares_is_counted_once() -> None:
+    sizes, shared = {"a": 1000, "b": 1000}, [Prompt((1,) * 10, ("a",))] * 50
+    assert [len(b) for b in _batches(shared, sizes, 10, positions=1400, rows=64)] == [20, 20, 10]
+    mixed = [Prompt((1,) * 10, (name,)) for name in "ab"]
+    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2039, rows=64)] == [1, 1]
+    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2040, rows=64)] == [2]
 
 
 def test_rows_stop_early_and_leave_the_batch(tiny: Callable[..., FrozenModel]) -> None:

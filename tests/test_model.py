@@ -190,12 +190,12 @@ def test_layout_places_keys_and_tokens() -> None:
         (1000, 64, None, None, 64),
         (10, 64, None, None, 64),
         (1000, 64, None, 32, 32),
-        (1000, None, 10.0, None, 112),  # 100, rounded up to a multiple of 16
+        (1000, None, 10.0, None, 100),
         (960, None, 10.0, None, 96),
-        (961, None, 10.0, None, 112),
-        (3, None, 16.0, None, 16),
-        (0, None, 16.0, None, 16),
-        (100, None, 1.0, None, 112),
+        (961, None, 10.0, None, 96),  # rounded down to a multiple of 4
+        (3, None, 16.0, None, 4),
+        (0, None, 16.0, None, 4),
+        (100, None, 1.0, None, 100),
         (10_000, None, 2.0, 1024, 1024),
     ],
 )
@@ -210,7 +210,7 @@ def test_cartridge_size(document_tokens: int, tokens: Any, ratio: Any, span: Any
         (64, 8.0, "either as --tokens or as --ratio"),
         (0, None, "--tokens 0"),
         (-16, None, "--tokens -16"),
-        (40, None, "--tokens 40"),
+        (42, None, "--tokens 42"),
         (None, 0.5, "--ratio 0.5"),
         (None, float("nan"), "--ratio nan"),
         (None, float("inf"), "--ratio inf"),

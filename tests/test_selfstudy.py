@@ -611,12 +611,12 @@ def test_no_sentence_is_asked_the_same_way_twice_before_all_were(model: FrozenMo
     teacher, tried, number = _Teacher(model, documents, settings), list[tuple[str, str]](), 0
     while len(tried) < len(everything):
         call = teacher._call(number)
-        assert call.temperature == 0 and len(call.pairs) == min(5, len(everything) - len(tried))
+        assert call.temperatures == (0,) and len(call.pairs) == min(5, len(everything) - len(tried))
         tried += call.pairs
         number += 1
     assert len(tried) == len(set(tried)) and set(tried) == everything
     again = teacher._call(number)
-    assert again.temperature == 0.7 and len(again.pairs) == 5 and set(again.pairs) <= everything
+    assert again.temperatures == (0.7,) and len(again.pairs) == 5 and set(again.pairs) <= everything
     other = _Teacher(model, documents, settings)
     for unit in range(number // 2):
         other.replay(unit, [])
@@ -707,7 +707,10 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
                 continue
             asked.append(text)
             kind, _, sentence = text.partition(": ")
-            out.append(Generation(model.encode(f"Quixotic zebras dance, {kind}: {sentence.rstrip('.')}?"), True))
+            told = sentence.rstrip(".")
+            if options["temperature"] and len(out) % 2:  # every other sampled question is a new one
+                told += f", of all {len(out)}"
+            out.append(Generation(model.encode(f"Quixotic zebras dance, {kind}: {told}?"), True))
         return out
 
     monkeypatch.setattr(selfstudy, "generate", reads)
@@ -722,11 +725,15 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
             assert model.decode(c.prompt.tolist()) == c.question and c.question.startswith("Quixotic zebras dance,")
             assert documents[name].title in c.question and f", {c.kind}: " in c.question
 
-    # Without a number of conversations: every sentence once in every kind, also after a stop.
+    # Without a number of conversations: every sentence in every kind, once greedily and then sampled, also after a stop.
     asked.clear()
     every = [f"{kind}: {s}" for kind in KINDS for d in documents.documents for s in d.text.rstrip(".").split(". ")]
-    whole = plain(synthesize(model, documents, new_store("all"), questions_per_call=4, top_k=5))
+    once = plain(synthesize(model, documents, new_store("once"), questions_per_call=4, top_k=5, wordings=1))
     assert sorted(text.rstrip(".") for text in asked) == sorted(text.rstrip(".") for text in every)
+    asked.clear()
+    whole = plain(synthesize(model, documents, new_store("all"), questions_per_call=4, top_k=5))
+    assert sorted(text.rstrip(".") for text in asked) == sorted(text.rstrip(".") for text in every * 4)
+    assert len(once) == len(every) < len(whole) < 4 * len(every)  # new wordings are kept, old ones are not
     stopped, told = new_store("stopped"), list[int]()
 
     def stop(done: int, wanted: int) -> None:
@@ -740,7 +747,7 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
             synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)
     assert plain(synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)) == whole
     assert told[-1] == len(every) and told[3:] == sorted(told[3:])
-    assert len(asked) == 2 * len(every)
+    assert len(asked) == 2 * 4 * len(every)
     with pytest.raises(ConfigError, match="other settings"):
         synthesize(model, documents, stopped, conversations=10, questions_per_call=4, top_k=5)
 

@@ -150,7 +150,7 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
         (["--steps", "-3"], "--steps -3: at least 0"),
         (["--ratio", "8"], "either as --tokens or as --ratio"),
         (["--documents", "2"], "holds 2 documents that the collection lacks"),
-        (["--dry-run", "--span", "20"], "--span 20: a multiple of 16"),
+        (["--dry-run", "--span", "18"], "--span 18: a multiple of 4"),
     ):
         status, _, err = call(train.main, *TRAIN, *words)
         assert (status, err.count("cas: ")) == (2, 1) and told in err, (words, err)
