@@ -99,13 +99,13 @@ class Config:
     """Positions of every cartridge; instead of --ratio."""
     conversations: int | None = None
     """Self-study conversations of a world; default as in cas.train."""
-    epochs: float = 8.0
+    epochs: float = 5.0
     """Passes over all conversations, from matched starts."""
-    first_epochs: float = 20.0
+    first_epochs: float = 12.0
     """Passes from the first tokens."""
-    lrs: tuple[float, ...] = (0.02, 0.05)
+    lrs: tuple[float, ...] = (0.05, 0.1)
     """Learning rates to choose from, on the first seed."""
-    search_share: float = 0.25
+    search_share: float = 0.125
     """Share of a training's passes that a trial has."""
     isolation: float = 0.5
     """Share of conversations that see their own cartridge alone in joint training."""
