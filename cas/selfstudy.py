@@ -162,7 +162,7 @@ class _Teacher:
         self.ids = sorted(self.sentences)
         self.lengths = [sum(n for _, n in self.sentences[i]) for i in self.ids]
         self.total = sum(self.lengths)
-        # Every sentence once in every kind, or else calls without end.
+        # Every sentence in every kind, or else calls without end.
         self.plan = self._everything() if model.reader and settings.conversations is None else []
         everything = sum(len(call.rows) for call in self.plan)
         self.wanted = settings.conversations or everything or sum(max(64, n // 4) for n in self.lengths)
