@@ -7,7 +7,7 @@ questions, from one self-study. ``joint_first`` and ``isolated_first``: cartridg
 paper, on equal tokens; ``paper``, the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: the same from matched starts
 (``cas/matching.py``) on fewer tokens, equal again; ``start``: these starts untrained. ``monolithic``, one cartridge of as
 many positions as four; and ``monolithic16``, one for sixteen documents that has as many positions as their sixteen. Validation
-questions are about facts that no test question asks about, in wordings of test questions. Every part resumes by the same command.
+questions are such as no test question asks, of all kinds. Every part resumes by the same command.
 """
 
 from __future__ import annotations
@@ -197,21 +197,28 @@ def world_of(config: Config, seed: int) -> Collection:
 
 
 def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
-    """Questions about facts that no test question of this world asks about, in wordings of test questions."""
+    """Questions that no test question of this world asks, whatever the words, in wordings of test questions; of every kind as
+    large a share as in the tests."""
     from cas.collection import Question
-    from cas.worlds import Shape, make_records, single, world
+    from cas.worlds import INDIRECT, LOOKUP, TWO, WHOLE, Shape, make_records, single, two, whole
 
     number = config.collection_seed + seed
-    tested = {(i, q.question) for q in world(number, config.documents).questions for i in q.document_ids}
-    found = []
+    tested = {
+        (i, q.question) for q in world_of(replace(config, questions=None), seed).questions for i in q.document_ids
+    }
+    random, found = Random(f"validation/{seed}"), dict[str, list[Question]]()
     for group in range(config.documents // 2):
-        for record in make_records(f"world/{number}", group, Shape()):
+        records = list(make_records(f"world/{number}", group, Shape()))
+        for record, other in zip(records, reversed(records), strict=True):
             i = record.document.id
-            for n, asked in enumerate(single(record)):
+            for n, asked in enumerate([*single(record), *whole(record, random), *two(record, other)]):
                 if not any((i, wording) in tested for wording in asked.tests):
+                    ids = (i, other.document.id) if asked.kind == TWO else (i,)
                     wording = asked.tests[n % len(asked.tests)]
-                    found.append(Question(f"{i}/v{n:02d}", (i,), wording, (asked.answer,), None, asked.kind))
-    return Random(f"validation/{seed}").sample(found, min(most, len(found)))
+                    question = Question(f"{i}/v{n:02d}", ids, wording, (asked.answer,), None, asked.kind)
+                    found.setdefault(asked.kind, []).append(question)
+    shares = {LOOKUP: most // 2, INDIRECT: most // 4, WHOLE: most // 8, TWO: most // 8}
+    return [q for kind, share in shares.items() for q in random.sample(found[kind], min(share, len(found[kind])))]
 
 
 def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, Any], list[Prediction]]:
@@ -426,7 +433,7 @@ def chosen_rate(
 
     record = Path(config.output) / f"rates-{arm}.json"
     found: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
-    asked = [q for q in questions if arm != "monolithic16" or q.document_ids[0] in sixteen(collection)]
+    asked = [q for q in questions if arm != "monolithic16" or {*q.document_ids} <= {*sixteen(collection)}]
     for lr in config.lrs if len(config.lrs) > 1 else ():
         if f"{lr:g}" not in found:
             assert seed == config.seeds[0]

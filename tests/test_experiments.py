@@ -178,19 +178,23 @@ def test_questions_of_the_self_study_are_not_asked(tiny: Callable[..., FrozenMod
 # -- collapse and rescue ------------------------------------------------------------------------------------------------
 
 
-def test_validation_questions_are_about_other_facts_than_test_questions() -> None:
+def test_validation_questions_are_others_than_test_questions_and_of_the_same_kinds() -> None:
     from cas.worlds import world
     from experiments.collapse_and_rescue import Config, validation
 
     config = Config(documents=20, collection_seed=3)
     tested = world(5, 20).questions
     checked = validation(config, 2)
-    assert len(checked) > 100 and checked == validation(config, 2) != validation(config, 1)
+    assert checked == validation(config, 2) != validation(config, 1)
+    shares = {kind: sum(q.kind == kind for q in checked) for kind in {q.kind for q in tested}}
+    assert shares == {"lookup": 128, "indirect": 64, "whole document": 32, "two documents": 32}
     # Of one document two questions with the same words ask for the same.
     wordings = {(i, q.question) for q in tested for i in q.document_ids}
     assert not wordings & {(q.document_ids[0], q.question) for q in checked}
     texts = {d.id: d.text for d in world(5, 20).documents}
-    assert sum(q.answers[0] in texts[q.document_ids[0]] for q in checked) > 0.9 * len(checked)
+    facts = [q for q in checked if q.kind in ("lookup", "indirect")]
+    assert sum(q.answers[0] in texts[q.document_ids[0]] for q in facts) > 0.9 * len(facts)
+    assert all(len(q.document_ids) == (2 if q.kind == "two documents" else 1) for q in checked)
 
 
 def test_predictions_get_the_names_of_the_claims() -> None:
