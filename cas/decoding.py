@@ -17,7 +17,14 @@ from cas.attention import _Pool, _visible_columns, causal_mask
 from cas.cartridge import Layout
 from cas.model import FrozenModel
 
-BATCH_POSITIONS = 16384  # prefix, prompt and answer positions that one batch of the engine may hold
+BATCH_POSITIONS = 16384  # prefix, prompt and answer positions that one batch of the engine may hold on a CPU, at least
+BATCH_BYTES = 2 << 30  # KV cache that it may hold on a GPU, where many rows cost as much as few
+
+
+def most_positions(model: FrozenModel) -> int:
+    """Prefix, prompt and answer positions that one batch holds unless it is told."""
+    each = model.geometry.elements(1) * model.dtype.itemsize
+    return max(BATCH_POSITIONS, BATCH_BYTES // each) if model.device.type == "cuda" else BATCH_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,8 @@ def generate(
     keep_top: int = 0,
     also_stop: frozenset[int] = frozenset(),
     on_token: Callable[[int, int], None] | None = None,
-    batch_positions: int = BATCH_POSITIONS,
-    batch_rows: int = 64,
+    batch_positions: int | None = None,
+    batch_rows: int | None = None,
 ) -> list[Generation]:
     """Decode answers to prompts of any mixture of prefixes.
 
@@ -198,13 +205,23 @@ def generate(
         watch: measure each cartridge's share of the attention. keep_top: keep this many most likely tokens of every step.
         also_stop: further tokens that end an answer.
         on_token: called with (prompt index, token id) as soon as a token is known.
-        batch_positions, batch_rows: prefix, prompt and answer positions, and rows, that one batch may hold.
+        batch_positions, batch_rows: prefix, prompt and answer positions, and rows, that one batch may hold; by default as
+            suits the device.
     Returns: one Generation per prompt, in the order of the prompts; stop tokens are left out.
     """
     results = [Generation() for _ in prompts]
     sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
     longest, stop = model.geometry.max_positions, model.template.stop_ids | also_stop
-    for number, members in enumerate(_batches(prompts, sizes, max_new_tokens, batch_positions, batch_rows)):
+    on_gpu = model.device.type == "cuda"
+    batches = _batches(
+        prompts,
+        sizes,
+        max_new_tokens,
+        batch_positions or most_positions(model),
+        batch_rows or (512 if on_gpu else 64),
+        mixed=on_gpu,
+    )
+    for number, members in enumerate(batches):
         generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + number) % 2**63)
         state = Decoding(model, [prompts[i] for i in members], cartridges, layout, max_new_tokens, watch)
         assert int(state.positions.max()) < longest + max_new_tokens, "a prompt is longer than the model's positions"
@@ -261,8 +278,8 @@ def log_likelihood(
     cartridges: Mapping[str, Tensor],
     layout: Layout,
     *,
-    batch_positions: int = BATCH_POSITIONS,
-    batch_rows: int = 32,
+    batch_positions: int | None = None,
+    batch_rows: int | None = None,
 ) -> list[float]:
     """Mean log-probability (nats per token) of given answers behind their prompts, teacher-forced.
 
@@ -272,7 +289,9 @@ def log_likelihood(
     joined = [Prompt((*p.tokens, *a[:-1]), p.cartridges) for p, a in zip(prompts, answers, strict=True)]
     results = [0.0] * len(prompts)
     sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
-    for members in _batches(joined, sizes, 0, batch_positions, batch_rows):
+    on_gpu = model.device.type == "cuda"
+    rows = batch_rows or (128 if on_gpu else 32)  # their logits are held at once
+    for members in _batches(joined, sizes, 0, batch_positions or most_positions(model), rows, mixed=on_gpu):
         state = Decoding(model, [joined[i] for i in members], cartridges, layout, 0, watch=False)
         longest = max(len(answers[i]) for i in members)
         logits = model.forward(state.tokens, state.positions, state, rows=longest)
@@ -284,29 +303,27 @@ def log_likelihood(
 
 
 def _batches(
-    prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
+    prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int, mixed: bool = False
 ) -> Iterator[list[int]]:
     """Indices of prompts of similar length, neighbours with the same cartridges side by side; at least one a batch. One prefix
-    for the whole batch counts once, as it is held once."""
-
-    def held(members: Sequence[int]) -> int:
-        prefixes = [sum(sizes[n] for n in prompts[i].cartridges) for i in members]
-        own = [len(prompts[i].tokens) + room for i in members]
-        if len({prompts[i].cartridges for i in members}) == 1:
-            return prefixes[0] + max(own) * len(members)
-        return max(map(sum, zip(prefixes, own, strict=True))) * len(members)
-
+    for the whole batch counts once, as it is held once: unless ``mixed``, a fair number of rows with the same one, which read
+    it in place, go by themselves."""
     order = sorted(
         range(len(prompts)),
         key=lambda i: (len(prompts[i].cartridges), prompts[i].cartridges, len(prompts[i].tokens), i),
     )
     batch: list[int] = []
+    same, prefix, own = True, 0, 0  # of the batch: whether it has one prefix; the most positions of a row
     for i in order:
-        # One prefix for the whole batch is read in place, so a fair number of rows with the same one goes by itself.
-        other = len(batch) >= 16 and prompts[i].cartridges != prompts[batch[0]].cartridges
-        if batch and (other or len(batch) == rows or held([*batch, i]) > positions):
+        mine = sum(sizes[n] for n in prompts[i].cartridges), len(prompts[i].tokens) + room
+        alike = not batch or prompts[i].cartridges == prompts[batch[0]].cartridges
+        other = not mixed and len(batch) >= 16 and not alike
+        longest = max(prefix, mine[0]), max(own, mine[1])
+        held = longest[0] + longest[1] * (len(batch) + 1) if same and alike else sum(longest) * (len(batch) + 1)
+        if batch and (other or len(batch) == rows or held > positions):
             yield batch
-            batch = []
+            batch, alike, same, longest = [], True, True, mine
         batch.append(i)
+        same, (prefix, own) = same and alike, longest
     if batch:
         yield batch

@@ -135,7 +135,9 @@ def _blocks(sees: Tensor, column: Tensor, owner: Tensor, block: int) -> tuple[Te
 
 
 def _one_hot(numbers: Tensor, count: int, block: int) -> Tensor:
-    return torch.nn.functional.one_hot(numbers.view(-1, block), count).amax(1).float()
+    found = torch.zeros(len(numbers) // block, count)
+    found[torch.arange(len(numbers)) // block, numbers] = 1
+    return found
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
 
@@ -119,6 +120,11 @@ class Schedule:
     def _conversation(self, document: str, n: int) -> int:
         """Index of the n-th conversation drawn for a document: shuffled anew in every pass."""
         count = self.conversations[document]
-        order = list(range(count))
-        self._random("order", document, n // count).shuffle(order)
-        return order[n % count]
+        return _shuffled(f"{self.seed}/order/{document}/{n // count}", count)[n % count]
+
+
+@lru_cache(256)  # as many passes of as many residents; a step asks for many places of few
+def _shuffled(purpose: str, count: int) -> list[int]:
+    order = list(range(count))
+    Random(purpose).shuffle(order)
+    return order

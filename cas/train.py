@@ -179,7 +179,7 @@ def make_plan(
     """Bytes of everything before anything starts. Raises BudgetError with the figures if the budget cannot hold it."""
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
-    from cas.decoding import BATCH_POSITIONS
+    from cas.decoding import most_positions
     from cas.distill import rows_at_once
     from cas.matching import LONGEST, TOKENS
 
@@ -216,7 +216,7 @@ def make_plan(
         head_dim=g.head_dim,
         longest=longest,
         rows=rows,
-        decoded=BATCH_POSITIONS,
+        decoded=most_positions(model),
         matched=min(max(tokens), LONGEST) if config.initialisation == "matched" else 0,
         matched_on=TOKENS,
     )

@@ -60,6 +60,7 @@ ASKED = {
     "paper": ("oracle", "loaded10"),
 }
 TEXT = ("no_context", "full_document")
+TEXTS = "text"  # the name of that part of the work
 # Ends of the names of arms that hold some questions alone.
 PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds", "_sixteen")
 # What must be shown, on the bound of the 95 % interval: the least of a figure, or the most.
@@ -101,22 +102,25 @@ class Config:
     """Self-study conversations of a world; default as in cas.train."""
     epochs: float = 5.0
     """Passes over all conversations, from matched starts."""
-    first_epochs: float = 12.0
+    first_epochs: float = 10.0
     """Passes from the first tokens."""
-    lrs: tuple[float, ...] = (0.05, 0.1)
+    lrs: tuple[float, ...] = (0.02, 0.05, 0.1)
     """Learning rates to choose from, on the first seed."""
     search_share: float = 0.125
     """Share of a training's passes that a trial has."""
     isolation: float = 0.5
     """Share of conversations that see their own cartridge alone in joint training."""
-    pool: int = 16
+    pool: int = 32
     """Cartridges in training at a time."""
+    targets: int = 32
+    """Of these, cartridges that a step trains: many keep a GPU busy, and what each is shown stays the same."""
     guests: int = 0
     """Read-only cartridges among the distractors."""
     questions: int | None = None
     """Ask so many test questions a seed; default all."""
     only: tuple[str, ...] = ()
-    """Do these trainings of the seeds alone and stop, so that several processes can share the work."""
+    """Do these parts of the seeds' work alone and stop, so that several processes can share it: text (arms that need no
+    training), or names of trainings."""
 
 
 def main() -> int:
@@ -131,8 +135,8 @@ def experiment(config: Config) -> int:
 
     if config.documents < 2 * OTHERS or config.documents % 2:
         raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
-    if unknown := sorted({*config.only} - {*TRAININGS, *MONOLITHIC}):
-        raise ConfigError(f"--only {' '.join(unknown)}: choose from {', '.join([*TRAININGS, *MONOLITHIC])}")
+    if unknown := sorted({*config.only} - {TEXTS, *TRAININGS, *MONOLITHIC}):
+        raise ConfigError(f"--only {' '.join(unknown)}: choose from {', '.join([TEXTS, *TRAININGS, *MONOLITHIC])}")
     begun_with(config)
     model = FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
@@ -239,35 +243,38 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     study = SelfStudy(conversations=config.conversations, seed=seed)
     with base_store(config, model, seed) as base:
         conversations = synthesize(model, collection, base, study, progress=shown("self-study"))
+        questions, embedder = unseen(collection.questions, conversations), Remembering(SentenceEmbedder())
+        asking = partial(run_arms, model, embedder=embedder, seed=seed, progress=said)
         with base.training():
             fit_starts(base, conversations, progress=shown("starts"))
-    found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
-    predictions: list[Prediction] = []
-    questions, embedder = unseen(collection.questions, conversations), Remembering(SentenceEmbedder())
-    for arm in (arm for arm in TRAININGS if not config.only or arm in config.only):
-        lr = chosen_rate(config, model, collection, collection, conversations, arm, checked, seed)
-        trainer = trainer_for(config, model, collection, conversations, arm, lr, seed)
-        store = trainer.store
-        ask = partial(run_arms, model, store, collection, questions, embedder=embedder, seed=seed, progress=said)
-        if arm == "joint":
-            best, scores = kept(folder / "rag.json", partial(best_chunks, model, store, collection, checked, embedder))
+        found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
+        predictions: list[Prediction] = []
+        if not config.only or TEXTS in config.only:
+            best, scores = kept(folder / "rag.json", partial(best_chunks, model, base, collection, checked, embedder))
             found["rag"] = {"best": best, "validation": scores}
-            predictions += kept(folder / "text.json", partial(ask, [*TEXT, best]))
-            predictions += kept(folder / "start.json", partial(ask, ASKED["start"], prefix="start_"))
-        found[arm] = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
-        predictions += kept(folder / f"{arm}.json", partial(ask, ASKED[arm], prefix=f"{arm}_"))
-        store.close()
-    for arm in (arm for arm in MONOLITHIC if not config.only or arm in config.only):
-        about = collection if arm == "monolithic" else collection.select(sixteen(collection))
-        told = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
-        merged = Conversations([replace(c, document="collection") for c in told], {})
-        lr = chosen_rate(config, model, collection, about.merged(), merged, arm, checked, seed)
-        trainer = trainer_for(config, model, about.merged(), merged, arm, lr, seed)
-        found[arm] = train(trainer, f"seed {seed}, {arm}") | {"lr": lr}
-        some = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
-        ask = partial(run_arms, model, trainer.store, collection, some, seed=seed, progress=said)
-        predictions += kept(folder / f"{arm}.json", partial(ask, ["loaded"], prefix=f"{arm}_"))
-        trainer.store.close()
+            predictions += kept(folder / "text.json", partial(asking, base, collection, questions, [*TEXT, best]))
+            starts = partial(asking, base, collection, questions, ASKED["start"], prefix="start_")
+            predictions += kept(folder / "start.json", starts)
+
+    def trained_and_asked(arm: str) -> dict[str, Any]:
+        """What training an arm took, and its answers."""
+        about, told, some, arms = collection, conversations, questions, ASKED.get(arm, ("loaded",))
+        if arm in MONOLITHIC:
+            about = collection if arm == "monolithic" else collection.select(sixteen(collection))
+            items = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
+            told = Conversations([replace(c, document="collection") for c in items], {})
+            some = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
+            about = about.merged()
+        lr = chosen_rate(config, model, collection, about, told, arm, checked, seed)
+        trainer = trainer_for(config, model, about, told, arm, lr, seed)
+        with closing(trainer.store) as store:
+            took = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
+            return {"took": took, "answers": asking(store, collection, some, arms, prefix=f"{arm}_")}
+
+    for arm in (arm for arm in [*TRAININGS, *MONOLITHIC] if not config.only or arm in config.only):
+        done = kept(folder / f"{arm}.json", partial(trained_and_asked, arm))
+        found[arm] = done["took"]
+        predictions += done["answers"]
     if config.only:
         return found, []
     predictions = named(predictions, questions, sixteen(collection), seed)
@@ -370,13 +377,14 @@ def trainer_for(
             for i in (i for i, row in rows.items() if row.version == 0):
                 store.write_tensors(i, {"kv": base.cartridge(i)})
             store.commit(rows, None)
-    targets = min(4, len(collection))
+    pool = min(config.pool, len(collection))
+    targets = min(config.targets, pool)
     settings = Training(
         epochs=epochs,
         lr=lr,
-        pool=min(config.pool, len(collection)),
+        pool=pool,
         targets=targets,
-        per_target=32 // targets,  # as many conversations a step for one cartridge as for four
+        per_target=8 * config.targets // targets,  # a monolithic cartridge gets all conversations of a step
         guests=config.guests if joint else 0,
         isolation=config.isolation if joint else 1.0,
         seed=seed,

@@ -130,5 +130,5 @@ def tiny_cartridges(model: FrozenModel, sizes: dict[str, int], seed: int = 0) ->
     for name, p in sizes.items():
         ids = torch.randint(3, 384, (p,), generator=generator).tolist()
         kv = model.prefill([*model.template.header_ids, *ids])[:, :, :, model.layout_header :].float()
-        made[name] = kv + 0.3 * kv.std() * torch.randn(kv.shape, generator=generator)
+        made[name] = kv + 0.3 * kv.std() * torch.randn(kv.shape, generator=generator).to(kv.device)
     return made
