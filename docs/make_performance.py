@@ -75,7 +75,7 @@ costs in Python.
 
 ## On a GPU
 
-Nothing is recorded yet: no GPU was at hand. `python -m experiments.benchmarks --models smollm2 qwen3-8b` times the same there (the latter
+Nothing is recorded yet. `python -m experiments.benchmarks --models smollm2 qwen3-8b` times the same there (the latter
 in its shape, with random weights), prints the TFLOP/s of a step beside those of a plain product, and `largest_pool` fills the device and
 compares with the plan. `resident_flatness` (FlexAttention skips what is invisible) can only be seen there.
 
