@@ -139,6 +139,35 @@ def paired_difference(
     return interval(first - second, clusters, seed, resamples, level)
 
 
+def sign_flip(a: npt.ArrayLike, b: npt.ArrayLike, clusters: Sequence[str], seed: int = 0, flips: int = 10_000) -> float:
+    """Two-sided p-value of "a and b do not differ": (n,) values each, two arms on the same questions.
+
+    Under that hypothesis each document's differences may as well have the other sign, all of them together. The share of
+    ``flips`` random signs under which the sum is at least as far from 0 as it is, itself counted (a paired permutation test;
+    Good, *Permutation Tests*, 2000, ch. 3). With few documents it cannot be small: five give 2 / 2**5 at the least.
+    Raises UserError for arms of unequal length.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape or first.size != len(clusters) or not first.size:
+        raise UserError(f"a pair needs both arms on the same questions: {first.shape} and {second.shape} values")
+    place = {label: i for i, label in enumerate(sorted(set(clusters)))}
+    sums = np.bincount([place[label] for label in clusters], weights=first - second)
+    bits = np.random.PCG64(seed).random_raw(flips * len(sums)).reshape(flips, len(sums)) >> np.uint64(63)
+    flipped = (2.0 * bits - 1.0) @ sums
+    extreme = np.abs(flipped) >= abs(sums.sum()) - 1e-9
+    return float((1 + extreme.sum()) / (1 + flips))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number, in their order (Holm, 1979): the i-th smallest of m times m - i + 1, none smaller
+    than one before it, at most 1."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
 def _resampled_means(
     sums: npt.NDArray[np.number], counts: npt.NDArray[np.number], seed: int, resamples: int
 ) -> npt.NDArray[np.float64]:

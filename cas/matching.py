@@ -8,6 +8,7 @@ own tokens] shall return what it returned over [header ; document ; own tokens].
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def fit_starts(
     model, rows, done = store.model, store.rows(), 0
     assert model is not None
     todo = [row for row in rows.values() if row.version == 0 and row.id in conversations.by_document]
+    started = time.monotonic()
     for row in todo:
         if stop():
             break
@@ -58,6 +60,8 @@ def fit_starts(
         if done % 64 == 0:
             store.commit(rows, None)
     store.commit(rows, None)
+    if todo:
+        store.spent("starts", time.monotonic() - started)
     return done == len(todo)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,11 @@ def synthesize(
                     f"{store.folder} is trained on {have} conversations; ask for no more, or give another --store"
                 )
             else:
+                started = time.monotonic()
                 found, counts = teacher.unit(unit)
                 give_back()
                 write_unit(file, found, counts, made_with)
+                store.spent("self-study", time.monotonic() - started)
             for number in teacher.calls(unit) if teacher.only else ():
                 one = teacher.only[number % len(teacher.only)]
                 patience[one] = max(0, patience[one] - 1)

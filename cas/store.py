@@ -316,6 +316,11 @@ class Store(Database):
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 
+    def spent(self, what: str, seconds: float) -> None:
+        """Note in ``seconds.jsonl`` what work on this store took; reports add it up. Steps have ``metrics.jsonl``."""
+        with (self.folder / "seconds.jsonl").open("a") as log:
+            log.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")
+
     def verify(self) -> list[str]:
         """Read everything back; one line for each thing that is broken (none: the store is whole)."""
         broken = []

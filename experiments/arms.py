@@ -161,32 +161,59 @@ def run_arms(
     for arm in arms:
         found: list[Prediction] = []
         for about, prompts, loaded, layout in groups(model, store, collection, questions, arm, kv, embedder):
-            gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in about]
-            answers = generate(model, prompts, loaded, layout, max_new_tokens=max_new_tokens)
-            likelihoods = log_likelihood(model, prompts, gold, loaded, layout)
-            for q, answer, likelihood in zip(about, answers, likelihoods, strict=True):
-                text = model.decode(answer.ids)
-                scores = {
-                    "contains": contains(text, q.answers),
-                    "f1": f1(text, q.answers),
-                    "exact_match": exact_match(text, q.answers),
-                    "log_perplexity": -likelihood,
-                }
-                found.append(
-                    {
-                        "arm": prefix + arm,
-                        "seed": seed,
-                        "question_id": q.id,
-                        "document_id": q.document_ids[0],
-                        "scores": scores,
-                        "answer": text,
-                    }
-                )
+            found += answered(model, prefix + arm, about, prompts, loaded, layout, seed, max_new_tokens)
         place = {q.id: i for i, q in enumerate(questions)}
         predictions += sorted(found, key=lambda p: place[p["question_id"]])
         if progress is not None:
             progress(prefix + arm)
     return predictions
+
+
+def answered(
+    model: FrozenModel,
+    arm: str,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    loaded: Mapping[str, Tensor],
+    layout: Layout,
+    seed: int = 0,
+    max_new_tokens: int = 32,
+) -> list[Prediction]:
+    """Greedy answers to prompts, scored: those of :data:`METRICS`, in the order of the questions."""
+    gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in questions]
+    answers = generate(model, prompts, loaded, layout, max_new_tokens=max_new_tokens)
+    likelihoods = log_likelihood(model, prompts, gold, loaded, layout)
+    found: list[Prediction] = []
+    for q, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
+        text = model.decode(answer.ids)
+        scores = {
+            "contains": contains(text, q.answers),
+            "f1": f1(text, q.answers),
+            "exact_match": exact_match(text, q.answers),
+            "log_perplexity": -likelihood,
+        }
+        found.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "question_id": q.id,
+                "document_id": q.document_ids[0],
+                "scores": scores,
+                "answer": text,
+            }
+        )
+    return found
+
+
+def overlap_scores(text: str, answers: Sequence[str]) -> dict[str, float]:
+    """``rouge_l`` (F-measure, stemmed; rouge-score) and ``chrf`` (chrF2; sacrebleu), 0 to 1, best over the gold answers: for
+    answers that are sentences, where exact match says nothing."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=True).score_multi(list(answers), text)["rougeL"].fmeasure
+    chrf = max(CHRF().sentence_score(text, [answer]).score for answer in answers)
+    return {"rouge_l": float(rouge), "chrf": min(1.0, chrf / 100)}
 
 
 class Remembering:

@@ -131,13 +131,14 @@ def main() -> int:
 def experiment(config: Config) -> int:
     """Train and ask under every arm, seed by seed; write the results, print tables and verdicts."""
     from cas.model import FrozenModel
+    from experiments.parts import begun_with
     from experiments.results import flags, table, write_run
 
     if config.documents < 2 * OTHERS or config.documents % 2:
         raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
     if unknown := sorted({*config.only} - {TEXTS, *TRAININGS, *MONOLITHIC}):
         raise ConfigError(f"--only {' '.join(unknown)}: choose from {', '.join([TEXTS, *TRAININGS, *MONOLITHIC])}")
-    begun_with(config)
+    begun_with(Path(config.output), settings_of(config))
     model = FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
     trained: dict[str, Any] = {}
@@ -175,18 +176,10 @@ def experiment(config: Config) -> int:
     return 0
 
 
-def begun_with(config: Config) -> None:
-    """Raise ConfigError if the folder was begun with other settings; more seeds may come later."""
-    from experiments.joint_vs_isolated import write
-
-    file = Path(config.output) / "settings.json"
-    settings = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("output", "seeds", "only")}
-    settings["first_seed"] = config.seeds[0]  # on which rates are chosen
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, settings)
-    elif changed := [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]:
-        raise ConfigError(f"{config.output} was begun with another {', '.join(changed)}; give another --output")
+def settings_of(config: Config) -> dict[str, Any]:
+    """What must stay the same in a folder; more seeds may come later, but rates are chosen on the first."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "seeds", "only")}
+    return settings | {"first_seed": config.seeds[0]}
 
 
 def world_of(config: Config, seed: int) -> Collection:
@@ -231,7 +224,8 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     from cas.matching import fit_starts
     from cas.selfstudy import SelfStudy, synthesize
     from experiments.arms import Remembering, run_arms, unseen
-    from experiments.joint_vs_isolated import said, write
+    from experiments.joint_vs_isolated import said
+    from experiments.parts import kept, write
     from retrieval import SentenceEmbedder
 
     folder = Path(config.output) / f"seed-{seed}"
@@ -281,15 +275,6 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     write(record, found)
     write(answers, predictions)
     return found, predictions
-
-
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What was made before and written to this file, else what ``make`` makes now."""
-    from experiments.joint_vs_isolated import write
-
-    if not file.exists():
-        write(file, make())
-    return json.loads(file.read_text())
 
 
 def sixteen(collection: Collection) -> list[str]:
@@ -437,7 +422,7 @@ def chosen_rate(
     """The learning rate that answers most validation questions of the first seed with ten loaded (or the one there is), by short
     trainings of ``trained``."""
     from experiments.arms import run_arms
-    from experiments.joint_vs_isolated import write
+    from experiments.parts import write
 
     record = Path(config.output) / f"rates-{arm}.json"
     found: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}

@@ -196,7 +196,7 @@ def show_answers(answerer: Answerer, questions: Sequence[Question]) -> None:
 
 def summarise(folder: Path, summary: dict[str, Any]) -> None:
     """Write ``summary.json`` whole, and say where it is, how long all took and how much memory."""
-    from experiments.joint_vs_isolated import write
+    from experiments.parts import write
 
     write(folder / "summary.json", summary)
     took, peak = summary["wall_s"], summary["peak_anonymous_bytes"] / 2**30

@@ -201,6 +201,8 @@ def train(
     """Choose the arm's learning rate by short trials, then train with it; writes ``<arm>.json``."""
     import torch
 
+    from experiments.parts import write
+
     record = Path(config.output) / f"{arm}.json"
     found: dict[str, dict[str, float]] = json.loads(record.read_text())["trials"] if record.exists() else {}
     rates = (config.only_lr,) if config.only_lr is not None else config.lrs
@@ -339,13 +341,6 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
 def said(arm: str) -> None:
     """Tell that an arm is measured."""
     print(f"measured {arm}", file=sys.stderr, flush=True)
-
-
-def write(file: Path, value: object) -> None:
-    """JSON, whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Every figure under ``metrics`` follows from the predictions alone: ``python -m experiments.check`` recomputes it. Those
 that do not (seconds, bytes) stand under ``measurements``.
 
-Keys are ``<arm>.<metric>`` and ``<a>_minus_<b>.<metric>``, values ``{mean, low, high, n}``. Exact match, F1, contains
+Keys are ``<arm>.<metric>`` and ``<a>_minus_<b>.<metric>``, values ``{mean, low, high, n}``. Exact match, F1, contains, ROUGE-L, chrF
 are in percent (a difference in points), log-perplexity in nats, any other score as recorded. The records of all seeds
 are kept, not averaged first, and ``n`` counts them; the interval resamples documents, each with all its questions and
 seeds (:func:`cas.evaluate.interval`), so asking again with another seed does not by itself make it narrower.
@@ -33,7 +33,7 @@ from cas.evaluate import Estimate, interval, paired_difference
 
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
-PERCENT = frozenset({"exact_match", "f1", "contains"})  # recorded from 0 to 1, reported in percent
+PERCENT = frozenset({"exact_match", "f1", "contains", "rouge_l", "chrf"})  # recorded from 0 to 1, reported in percent
 _BOOTSTRAP: dict[str, Any] = {"seed": 0, "resamples": 2000, "level": 0.95}
 INTERVAL = {"method": "percentile bootstrap over documents", **_BOOTSTRAP}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +18,7 @@ class WordIndex:
 
     def __init__(self, index: ChunkIndex, documents: Iterable[tuple[str, str, str]]) -> None:
         """``documents``: the same ``(id, title, text)`` that the index was made of. Raises ValueError if they differ."""
-        import bm25s
-
+        bm25s = _import_bm25s()
         given = {document_id: (title, text) for document_id, title, text in documents}
         if set(given) != set(index.document_ids):
             raise ValueError("a word index needs the documents of its chunk index")
@@ -44,6 +45,18 @@ def fuse(dense: np.ndarray, words: np.ndarray) -> np.ndarray:
     positive = (np.maximum(x, 0) for x in (dense, words))
     shares = [x / np.maximum(x.max(axis=1, keepdims=True, initial=0), 1e-9) for x in positive]
     return (shares[0] + shares[1]) / 2
+
+
+def _import_bm25s() -> Any:
+    """The library, without jax: it tries jax when it is imported, for a search that is not used here, and jax takes most of a
+    GPU's memory on its first call."""
+    hidden = sys.modules.setdefault("jax", None) is None  # type: ignore[arg-type]
+    try:
+        import bm25s
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    return bm25s
 
 
 def _words(text: str) -> list[str]:

@@ -223,3 +223,48 @@ def test_mistakes_are_named(call, error: type[Exception], says: str) -> None:
 def test_importing_the_metrics_needs_no_torch() -> None:
     code = "import sys, cas.evaluate, experiments.check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers"),
+    [
+        ("The red valve.", ["red valve"]),
+        ("a red valve, of the pump", ["red valve", "the pump's valve"]),
+        ("U.S. Navy", ["the US navy"]),
+        ("four", ["4"]),
+        ("4-5 bar", ["45 bar", "five bar"]),
+        ("valve valve red", ["red valve red"]),
+    ],
+)
+def test_exact_match_and_f1_agree_with_torchmetrics(prediction: str, answers: list[str]) -> None:
+    """SQuAD's own script as torchmetrics has it, in percent."""
+    torchmetrics = pytest.importorskip("torchmetrics.functional.text")
+    found = torchmetrics.squad(
+        [{"id": "1", "prediction_text": prediction}],
+        [{"id": "1", "answers": {"text": answers, "answer_start": [0] * len(answers)}}],
+    )
+    assert 100 * exact_match(prediction, answers) == pytest.approx(float(found["exact_match"]))
+    assert 100 * f1(prediction, answers) == pytest.approx(float(found["f1"]), abs=1e-4)
+
+
+def test_rouge_and_chrf_agree_with_torchmetrics() -> None:
+    """The libraries we call (rouge-score, sacrebleu) against another's own: chrF2, and ROUGE-L of one answer."""
+    from experiments.arms import overlap_scores
+
+    torchmetrics = pytest.importorskip("torchmetrics.functional.text")
+    said, gold = "the crane lifts nine tonnes on mondays", "nine tonnes are lifted by the crane"
+    found = overlap_scores(said, [gold, "zzz"])
+    assert found["chrf"] == pytest.approx(float(torchmetrics.chrf_score([said], [[gold]], n_word_order=0)), abs=1e-3)
+    assert found["rouge_l"] == pytest.approx(_rouge_l(said, gold), abs=1e-6)
+    assert overlap_scores(gold, [gold]) == {"rouge_l": 1.0, "chrf": 1.0}
+
+
+def _rouge_l(said: str, gold: str) -> float:
+    """The longest common subsequence of words as F-measure; no word here changes when it is stemmed but by a plural."""
+    a, b = ([w.rstrip("s").removesuffix("ed") for w in text.split()] for text in (said, gold))
+    longest = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            longest[i + 1, j + 1] = longest[i, j] + 1 if x == y else max(longest[i, j + 1], longest[i + 1, j])
+    common = int(longest[-1, -1])
+    return 2 * (common / len(a)) * (common / len(b)) / (common / len(a) + common / len(b))

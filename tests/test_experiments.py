@@ -221,11 +221,13 @@ def test_predictions_get_the_names_of_the_claims() -> None:
 
 
 def test_a_folder_is_gone_on_with_under_its_settings_alone(tmp_path: Path) -> None:
-    from experiments.collapse_and_rescue import Config, begun_with
+    from experiments.collapse_and_rescue import Config, settings_of
+    from experiments.parts import begun_with
 
     config = Config(output=str(tmp_path / "run"), seeds=(0,), questions=20)
-    begun_with(config)
-    begun_with(replace(config, seeds=(0, 1, 2)))
+    folder = Path(config.output)
+    begun_with(folder, settings_of(config))
+    begun_with(folder, settings_of(replace(config, seeds=(0, 1, 2))))
     for other in ({"questions": None}, {"ratio": 8.0}, {"lrs": (0.03,)}, {"seeds": (1,)}):
         with pytest.raises(ConfigError, match="was begun with another"):
-            begun_with(replace(config, **other))  # type: ignore[arg-type]
+            begun_with(folder, settings_of(replace(config, **other)))  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -238,6 +239,8 @@ def test_it_goes_on_where_it_stopped(
     (folder / "unit-000001.partial").write_bytes(b"torn")
     before = writer.calls
     found = synthesize(model, documents, parts, **SMALL)
+    spent = [json.loads(line) for line in (parts.folder / "seconds.jsonl").read_text().splitlines()]
+    assert [entry["what"] for entry in spent] == ["self-study"] * units and all(entry["seconds"] > 0 for entry in spent)
     assert writer.calls - before == per_unit * (units - 1)
     assert plain(found) == plain(expected) and found.dropped == expected.dropped
     assert (folder / "unit-000000.parquet").read_bytes() == done["unit-000000.parquet"][0]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,3 +79,23 @@ def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
     for texts in (["a", "b", "a"], [], ["c", "b"]):
         np.testing.assert_array_equal(embedder.embed(texts), plain.embed(texts))
     assert asked == ["a", "b", "c"] and embedder.name == plain.name
+
+
+def test_jax_is_not_touched(tmp_path: Path) -> None:
+    """bm25s calls jax when it is imported, which takes most of a GPU's memory; jax itself can still be imported afterwards."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("print('jax!')")
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(*_): print('top_k!')")
+    program = (
+        "from retrieval import ChunkIndex, HashEmbedder, WordIndex; d = [('a', '', 'red valve')]; "
+        "print(WordIndex(ChunkIndex(d, HashEmbedder()), d).score(['valve']).shape); import jax"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split("\n")[:2] == ["(1, 1)", "jax!"]
