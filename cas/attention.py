@@ -36,6 +36,7 @@ def cas_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     cas: AttentionContext | None = None,
     **kwargs: Any,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cas.evaluate import interval
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cas.collection import Question
     from cas.store import Store
-    from experiments.rag_vs_cas import Arms
+    from experiments.comparison import Arms
     from retrieval import Embedder
 
 ENOUGH = 30.0  # seconds of answers
@@ -45,23 +47,27 @@ def _one(arms: Arms, embedder: Embedder, arm: str, question: Question) -> tuple[
     from cas.decoding import Prompt, generate
 
     store = arms.others.get(arm.partition("_")[0], arms.store)
+    ready: Mapping[str, Tensor] = {}
+    layout = store.layout
+    if arm == "compressed":  # as a cartridge, it was made long before the question
+        [(_, [prompt], ready, layout)] = arms.groups(arm, [question])
     started, first = time.perf_counter(), 0.0
     if arm.startswith("rag") or "cas" in arm:
         embedder.embed([question.question])  # the arms' own embedder remembers it
     if arm in ("full_document", "truncated"):
         [(_, [prompt], tokens)] = arms.shared_texts(arm, [question])
         prompt = Prompt((*tokens, *prompt.tokens))
-    else:
+    elif not ready:
         [prompt] = arms.prompts(arm, [question])
     found = time.perf_counter()
-    loaded = {n: store.cartridge(n).to(arms.model.device, arms.model.dtype) for n in prompt.cartridges}
+    loaded = ready or {n: store.cartridge(n).to(arms.model.device, arms.model.dtype) for n in prompt.cartridges}
 
     def on_token(*_: int) -> None:
         nonlocal first
         first = first or time.perf_counter()
 
     most = arms.config.max_new_tokens
-    generate(arms.model, [prompt], loaded, store.layout, max_new_tokens=most, on_token=on_token)
+    generate(arms.model, [prompt], loaded, layout, max_new_tokens=most, on_token=on_token)
     ended = time.perf_counter()
     return found - started, (first or ended) - started, ended - started
 

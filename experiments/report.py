@@ -30,7 +30,12 @@ def compared(arms: Sequence[str], main: str, measured: Figures) -> list[tuple[st
         pairs += [(a, b) for b in ("monolithic", f"isolated_{a}") if b in arms]
         pairs += [(f"{a}_chunk", a)] if f"{a}_chunk" in arms else []
     around = [(main, "no_context"), ("full_document", main), ("oracle", main), (main, "all_resident")]
-    around += [(main, "truncated"), ("full_document", "oracle"), ("oracle", "isolated_oracle")]
+    around += [
+        (main, "truncated"),
+        ("full_document", "oracle"),
+        ("oracle", "isolated_oracle"),
+        ("oracle", "compressed"),
+    ]
     return pairs + [pair for pair in around if {*pair} <= {*arms}]
 
 
@@ -79,6 +84,7 @@ def title_of(arm: str) -> str:
         "isolated_oracle": "the right cartridges, isolated training",
         "all_resident": "all cartridges loaded",
         "full_document": "the right documents' text",
+        "compressed": "the right documents' KV cache, pruned by kvpress to the cartridges' size",
         "truncated": "the collection's text, cut at the window",
         "monolithic": "one cartridge for all documents",
     }.get(arm, arm)
@@ -232,7 +238,7 @@ class View:
                 "kv": f"{self.figure(arm, 'kv_bytes')['mean'] / 2**20:.2f}",
                 "first": f"{self.figure(arm, 'first_token_s')['mean'] * 1000:,.0f}",
                 "answer": f"{self.figure(arm, 'answer_s')['mean'] * 1000:,.0f}",
-                "cas": not arm.startswith(("rag", "no_", "full", "trunc")),
+                "cas": not arm.startswith(("rag", "no_", "full", "trunc", "compressed")),
             }
             for arm in self.arms
         ]

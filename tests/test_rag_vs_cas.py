@@ -6,16 +6,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import TEXTS
+from torch import Tensor
 
 import retrieval
 from cas.collection import Collection, Question
@@ -23,7 +28,7 @@ from cas.errors import ConfigError
 from cas.evaluate import holm, sign_flip
 from cas.model import FrozenModel
 from cas.store import Store
-from experiments import check
+from experiments import check, compressed
 from experiments.rag import CHOICES, Rag, Setting, tune
 from experiments.rag_vs_cas import Config, compare, split
 from experiments.report import View, make_report
@@ -202,6 +207,64 @@ def test_without_text_only_figures_and_ids_are_written(asked: Callable[..., Path
     for name in ("report.html", "report.md", "results.json", "predictions.jsonl"):
         assert "Which valve" not in (folder / name).read_text() and "red &" not in (folder / name).read_text()
     assert '"answer"' not in (folder / "predictions.jsonl").read_text()
+
+
+class _Press:
+    """What our code uses of kvpress's presses, where kvpress is not installed; scores are the norms of the values."""
+
+    def __init__(self, compression_ratio: float) -> None:
+        self.ratio = compression_ratio
+
+    def score(self, module: Any, hidden: Any, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any) -> Tensor:
+        return values.norm(dim=-1)
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        def prune(module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            assert kwargs["cache_position"][-1] + 1 == layer.keys.shape[2]
+            scores = self.score(module, None, layer.keys, layer.values, None, kwargs)
+            best = scores.topk(int(scores.shape[2] * (1 - self.ratio)), dim=-1).indices[..., None]
+            layer.keys, layer.values = (
+                x.gather(2, best.expand(*best.shape[:3], x.shape[3])) for x in (layer.keys, layer.values)
+            )
+
+        hooks = [layer.self_attn.register_forward_hook(prune, with_kwargs=True) for layer in model.model.layers]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture
+def kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compressed.installed():
+        monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(ExpectedAttentionPress=_Press))
+        monkeypatch.setattr(compressed, "installed", lambda: True)
+
+
+@pytest.mark.usefixtures("kvpress")
+def test_a_compressed_cache_is_some_of_the_whole_one(tiny: Callable[..., FrozenModel]) -> None:
+    model = tiny("llama")
+    ids = model.encode(TEXTS["pump"])
+    whole = model.prefill([*model.template.header_ids, *ids])[:, :, :, model.layout_header :].transpose(2, 3)
+    for positions in (12, len(ids), len(ids) + 5):
+        kept = compressed.compress(model, ids, positions).transpose(2, 3)  # [L, 2, positions, H, D]
+        assert kept.shape[2] == min(positions, len(ids))
+        for layer in range(kept.shape[0]):
+            for head in range(kept.shape[3]):
+                far = torch.cdist(kept[layer, 0, :, head].float(), whole[layer, 0, :, head].float())
+                nearest = far.argmin(1)
+                assert far.min(1).values.max() < 1e-2 and len(set(nearest.tolist())) == kept.shape[2]
+                assert torch.allclose(kept[layer, 1, :, head], whole[layer, 1, nearest, head], atol=1e-2)
+
+
+@pytest.mark.usefixtures("kvpress")
+def test_a_report_with_compressed_caches(asked: Callable[..., Path]) -> None:
+    folder = asked()
+    results = json.loads((folder / "results.json").read_text())
+    sizes = {arm: results["measurements"][f"{arm}.context_tokens"]["mean"] for arm in ("compressed", "oracle")}
+    assert sizes["compressed"] == sizes["oracle"] == 16 and "compressed.first_token_s" in results["measurements"]
+    assert "oracle_minus_compressed.contains" in results["metrics"]
 
 
 def test_a_report_goes_on_and_refuses_other_settings(asked: Callable[..., Path]) -> None:
