@@ -61,8 +61,9 @@ ASKED = {
 }
 TEXT = ("no_context", "full_document")
 TEXTS = "text"  # the name of that part of the work
-# Ends of the names of arms that hold some questions alone.
+# Ends of the names of arms that hold some questions alone, and the arms that are looked at so.
 PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds", "_sixteen")
+IN_PARTS = ("joint_retrieved4", "rag")
 # What must be shown, on the bound of the 95 % interval: the least of a figure, or the most.
 CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("full_document", "least", 85),
@@ -285,8 +286,8 @@ def sixteen(collection: Collection) -> list[str]:
 def named(
     predictions: Sequence[Prediction], questions: Sequence[Question], few: Sequence[str], seed: int
 ) -> list[Prediction]:
-    """The predictions under the names of the claims, once more by kind of question, pooled over equal thirds of the kinds
-    that one document answers, and about the ``few`` documents. Ids get the seed: every seed has documents of its own."""
+    """The predictions under the names of the claims; those of IN_PARTS once more by kind of question, pooled over equal thirds of
+    the kinds that one document answers, and about the ``few`` documents. Ids get the seed: every seed has documents of its own."""
     kinds = {q.id: q.kind or "" for q in questions}
     single = [k for k in dict.fromkeys(kinds.values()) if k != "two documents"]
     least = min(sum(k == kind for k in kinds.values()) for kind in single)
@@ -305,9 +306,12 @@ def named(
             **p,
             "question_id": f"{seed}/{p['question_id']}",
             "document_id": f"{seed}/{p['document_id']}",
+            "scores": {"exact_match": p["scores"]["exact_match"]},
         }
-        parts = ["", f"_{kinds[p['question_id']].replace(' ', '_')}"]
-        parts += ["_thirds"] * (p["question_id"] in third) + ["_sixteen"] * (p["question_id"] in sixteenth)
+        parts = [""]
+        if arm in IN_PARTS:
+            parts.append(f"_{kinds[p['question_id']].replace(' ', '_')}")
+            parts += ["_thirds"] * (p["question_id"] in third) + ["_sixteen"] * (p["question_id"] in sixteenth)
         found += [{**one, "arm": f"{arm}{part}"} for part in parts]
     return found
 
