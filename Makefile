@@ -14,7 +14,7 @@ HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench test test-slow check clean
+.PHONY: help setup demo demo-real bench claims test test-slow check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ test: $(STAMP) ## the default tests
 bench: $(STAMP) ## time everything against what it could cost (half an hour on a quiet machine); writes runs/benchmarks
 	@$(PIP) install -c constraints.txt -e '.[bench]'
 	$(PY) -m experiments.benchmarks --output runs/benchmarks
+
+claims: $(STAMP) ## run every claim of the papers again (hours; goes on where it stopped); writes runs/claims
+	$(PY) -m experiments.claims --output runs/claims
 
 test-slow: $(STAMP) ## the tests that take minutes or a real model
 	$(PY) -m pytest -m slow

@@ -117,8 +117,14 @@ class Asked:
         return self.facts[0][0] if self.facts else ""
 
 
-def world(seed: int, documents: int = MILLION_TOKENS, questions: int = 16, name: str = "million_tokens") -> Collection:
-    """The collection of a seed: ``documents`` records, each with about ``questions`` gold questions in test wordings.
+def world(
+    seed: int,
+    documents: int = MILLION_TOKENS,
+    questions: int = 16,
+    name: str = "million_tokens",
+    shape: Shape | None = None,
+) -> Collection:
+    """The collection of a seed: ``documents`` records of a ``shape``, each with about ``questions`` gold questions in test wordings.
 
     Half of them are lookups of facts told by name, a quarter of facts told by role or pronoun, an eighth each needs the whole
     document or two documents. The first n documents of a larger world are the world of n documents (for even n).
@@ -126,7 +132,7 @@ def world(seed: int, documents: int = MILLION_TOKENS, questions: int = 16, name:
     found: list[Document] = []
     asked: list[Question] = []
     for pair in range((documents + 1) // 2):
-        records = list(make_records(f"world/{seed}", pair, Shape()))
+        records = list(make_records(f"world/{seed}", pair, shape or Shape()))
         for record, other in zip(records, reversed(records)):
             if len(found) == documents:
                 break
