@@ -89,12 +89,9 @@ class Shown:
         """``confirmed`` or ``contradicted`` if the whole interval is on one side of the limit, else ``undecided``."""
         found = figures[key(self.figure)]
         low, high = found["low"], found["high"]
-        above, below = low >= self.limit, high <= self.limit
-        if above and below:
-            return "confirmed"
-        if self.side == "least":
-            return "confirmed" if above else "contradicted" if below else "undecided"
-        return "confirmed" if below else "contradicted" if above else "undecided"
+        above, below = low > self.limit, high <= self.limit  # no difference at all is not a better one
+        confirmed, contradicted = (above, below) if self.side == "least" else (below, above)
+        return "confirmed" if confirmed else "contradicted" if contradicted else "undecided"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_a_verdict_is_on_the_whole_interval() -> None:
         ("most", -1, 1, "confirmed"),
         ("most", 1, 3, "undecided"),
         ("most", 3, 9, "contradicted"),
-        ("least", 2, 2, "confirmed"),
+        ("least", 2, 2, "contradicted"),  # as good is not better
         ("most", 2, 2, "confirmed"),
     ):
         figures = {"a_minus_b.exact_match": {"mean": (low + high) / 2, "low": low, "high": high, "n": 4}}
