@@ -132,10 +132,11 @@ def make_plan(
     host_budget: int | None,
     on_cpu: bool,
     merged: bool | None = None,
+    frozen: int = 0,
 ) -> Plan:
     """What training will take. Without ``pool``, the largest that fits ``budget`` (at most 20, as in 2606.04557). Pool and
-    guests together are never more than the documents. Where it fits only so, layers are computed twice. ``merged``: attention
-    is that of a CPU (default: where it is one).
+    guests together are never more than the documents and the ``frozen`` cartridges beside them. Where it fits only so, layers are
+    computed twice. ``merged``: attention is that of a CPU (default: where it is one).
 
     Raises: DoesNotFit with the figures when the budget cannot hold it.
     """
@@ -146,7 +147,7 @@ def make_plan(
     each, guest = trainee_bytes(s.largest), guest_bytes(s.largest)
 
     def copies(pool: int) -> int:
-        return min(guests, s.documents - pool)
+        return min(guests, s.documents + frozen - pool)
 
     def needed(pool: int) -> int:
         return runtime + s.weights + activations + pool * (each + beside) + copies(pool) * (guest + beside)

@@ -23,7 +23,7 @@ FORMAT = 2
 @dataclass(frozen=True)
 class Row:
     """One document of the store. ``version`` names the blobs that count; ``drawn`` conversations and ``steps`` Adam
-    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'."""
+    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'; ``round``: of :mod:`cas.living`."""
 
     id: str
     title: str
@@ -36,6 +36,7 @@ class Row:
     drawn: int = 0
     steps: int = 0
     trained_tokens: int = 0
+    round: int = 0
 
 
 class Database:
@@ -173,6 +174,39 @@ class Database:
 
     def _get(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> dict[str, Tensor]:
         return parse_tensors(self._blob(txn, kind, name, version, wanted))
+
+    def verify(self) -> list[str]:
+        """Read everything back; one line for each thing that is broken (none: the store is whole)."""
+        broken = []
+        with self._read() as txn:
+            keys = [key for key, _ in under(txn, b"row/")]
+            for key in (b"meta", b"run"):
+                try:
+                    self._parse(txn.get(key, b"{}"))
+                except StoreError:
+                    broken.append(f"{key.decode()}: the record is damaged")
+        for key in keys:
+            with self._read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
+                try:
+                    row = self._row(txn.get(key))
+                except StoreError:
+                    broken.append(f"{key.decode()}: the record is damaged")
+                    continue
+                try:
+                    self._text(txn, row)
+                except StoreError as error:
+                    broken.append(str(error).rpartition("; run:")[0])
+                for kind, wanted in (("kv", row.kv_hash), ("state", row.state_hash)):
+                    try:
+                        tensors = {} if wanted is None else self._get(txn, kind, row.id, row.version, wanted)
+                    except StoreError as error:
+                        broken.append(str(error).rpartition("; run:")[0])
+                        continue
+                    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                        broken.append(f"{row.id}: {kind}: holds a value that is not finite")
+                    if any(t.shape[3] != row.p for t in tensors.values()):
+                        broken.append(f"{row.id}: {kind}: has another size than its record says")
+        return broken
 
 
 def open_environment(file: Path, write: bool) -> Any:

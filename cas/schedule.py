@@ -41,6 +41,7 @@ class Schedule:
         guests: read-only cartridges from outside the pool that can be distractors; exchanged at every rotation.
         rotate_every, rotate_fraction: every so many steps this share of the pool leaves, the most trained first, and
             the least trained from outside enter.
+        frozen: cartridges that learn no more, which are guests too (see cas/living.py).
     """
 
     conversations: Mapping[str, int]
@@ -53,6 +54,7 @@ class Schedule:
     guests: int = 0
     rotate_every: int = 10
     rotate_fraction: float = 0.5
+    frozen: tuple[str, ...] = ()
 
     def _random(self, *purpose: object) -> Random:
         return Random("/".join(map(str, (self.seed, *purpose))))  # seeded by the string's hash, the same everywhere
@@ -81,7 +83,7 @@ class Schedule:
             leaving = min(math.ceil(self.rotate_fraction * len(pool)), max(0, len(need) - free))
             stay = self._by_need(pool, drawn, self._random(step, "leave"))[: len(pool) - leaving]
             chosen = stay + need[: self.pool - len(stay)]
-        left = sorted(set(self.conversations) - set(chosen))
+        left = sorted({*self.conversations, *self.frozen} - set(chosen))
         guests = self._random(step, "guests").sample(left, min(self.guests, len(left)))
         return tuple(sorted(chosen)), tuple(sorted(guests))
 

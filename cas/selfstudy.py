@@ -64,7 +64,7 @@ def synthesize(
     Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
     """
     settings = settings or SelfStudy(**options)
-    folder = store.folder / "conversations"
+    folder = store.conversations
     about = {k: v for k, v in vars(settings).items() if k != "conversations"}
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()

@@ -187,6 +187,21 @@ class Store(Database):
         with self._read() as txn:
             return self._text(txn, self._row(txn.get(row_key(document)), document))
 
+    @property
+    def round(self) -> int:
+        """How often the collection has changed since it was first trained; only cartridges of the last round learn."""
+        return int(self.meta.get("round", 0))
+
+    @property
+    def conversations(self) -> Path:
+        """The folder with the self-study of this round."""
+        return self.folder / ("conversations" + (f"-{self.round}" if self.round else ""))
+
+    @property
+    def metrics(self) -> Path:
+        """The log of this round's steps."""
+        return self.folder / f"metrics{f'-{self.round}' if self.round else ''}.jsonl"
+
     def run_state(self) -> dict[str, Any] | None:
         """The trainer's state at the last checkpoint."""
         with self._read() as txn:
@@ -232,10 +247,29 @@ class Store(Database):
                 version, kv_hash, _ = self._unnamed[document.id] = self._put(
                     document.id, 0, {"kv": kv.cpu()}, document.title
                 )
-                rows[document.id] = Row(document.id, document.title, document.hash, len(ids), p, version, kv_hash)
+                rows[document.id] = Row(
+                    document.id, document.title, document.hash, len(ids), p, version, kv_hash, round=self.round
+                )
                 if n % 64 == 0:
                     self.commit(rows, None)
             self.commit(rows, None)
+
+    def remove(self, documents: Sequence[str], new_round: bool) -> None:
+        """Take documents and their cartridges out, in one transaction; ``new_round``: the run so far is over, what is added from
+        now on is trained among the rest, which stays as it is."""
+        rows, meta = self.rows(), {**self.meta, "round": self.round + new_round}
+
+        def write(txn: Any) -> None:
+            for name in documents:
+                for key in (row_key(name), text_key(name), *blob_keys(name, rows[name].version)):
+                    txn.delete(key)
+            if new_round:
+                txn.delete(b"run")
+            txn.put(b"meta", to_json(meta))
+
+        self._write(write)
+        self._sync()
+        self._meta = meta
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
@@ -317,42 +351,9 @@ class Store(Database):
             raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 
     def spent(self, what: str, seconds: float) -> None:
-        """Note in ``seconds.jsonl`` what work on this store took; reports add it up. Steps have ``metrics.jsonl``."""
+        """Note in ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""
         with (self.folder / "seconds.jsonl").open("a") as log:
             log.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")
-
-    def verify(self) -> list[str]:
-        """Read everything back; one line for each thing that is broken (none: the store is whole)."""
-        broken = []
-        with self._read() as txn:
-            keys = [key for key, _ in under(txn, b"row/")]
-            for key in (b"meta", b"run"):
-                try:
-                    self._parse(txn.get(key, b"{}"))
-                except StoreError:
-                    broken.append(f"{key.decode()}: the record is damaged")
-        for key in keys:
-            with self._read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
-                try:
-                    row = self._row(txn.get(key))
-                except StoreError:
-                    broken.append(f"{key.decode()}: the record is damaged")
-                    continue
-                try:
-                    self._text(txn, row)
-                except StoreError as error:
-                    broken.append(str(error).rpartition("; run:")[0])
-                for kind, wanted in (("kv", row.kv_hash), ("state", row.state_hash)):
-                    try:
-                        tensors = {} if wanted is None else self._get(txn, kind, row.id, row.version, wanted)
-                    except StoreError as error:
-                        broken.append(str(error).rpartition("; run:")[0])
-                        continue
-                    if not all(bool(t.isfinite().all()) for t in tensors.values()):
-                        broken.append(f"{row.id}: {kind}: holds a value that is not finite")
-                    if any(t.shape[3] != row.p for t in tensors.values()):
-                        broken.append(f"{row.id}: {kind}: has another size than its record says")
-        return broken
 
     # -- LMDB -------------------------------------------------------------------------------------------------------
 
@@ -366,12 +367,3 @@ class Store(Database):
             ]
         if stale:
             self._write(lambda txn: [txn.delete(k) for k in stale])
-
-
-def refuse_changes(store: Store, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a store's training was begun with other settings than these."""
-    begun = (store.run_state() or {}).get("settings", {})
-    if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
-        raise ConfigError(
-            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
-        )

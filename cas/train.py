@@ -6,7 +6,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ def train(config: TrainConfig, again: str) -> int:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
     from cas.answer import open_index
     from cas.collection import Collection, split_long
+    from cas.living import refuse_changes, update
     from cas.model import FrozenModel
-    from cas.store import refuse_changes
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
@@ -57,7 +58,7 @@ def train(config: TrainConfig, again: str) -> int:
     if config.merge:
         documents = documents.merged()
     fictional = config.collection in FICTIONAL
-    name, pool = _recorded(folder, config, READER if fictional else DEFAULT_MODEL)
+    name = _recorded(folder, config, READER if fictional else DEFAULT_MODEL)
     model = FrozenModel.from_pretrained(
         name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
     )
@@ -69,29 +70,33 @@ def train(config: TrainConfig, again: str) -> int:
     ratio = 16.0 if config.ratio is None and config.tokens is None else config.ratio
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
-    plan = make_plan(config, model, documents, ratio, pool)
+    round = _round(folder, config, documents)
+    plan = make_plan(config, model, round.learners, ratio, round.pool, round.frozen) if round.learners else None
     try:
         SentenceEmbedder(config.embedder)  # not only when hours of training are done
     except EmbedderUnavailable as error:
         raise ConfigError(str(error)) from error
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model       {model.source.name} ({model.source.kind}, {dtype}, {model.device})")
-    print("\n".join(plan.lines()), flush=True)
+    print("\n".join([*round.lines(), *(plan.lines() if plan else ())]), flush=True)
     if config.dry_run:
         return 0
     store = _open_or_create(folder, model, config, ratio)
     with console.Interrupt().listening() as interrupt:
-        training = replace(training, pool=plan.pool)
-        if gone := set(store.rows()) - {d.id for d in documents.documents}:
-            raise StoreMismatch(f"{folder} holds {len(gone)} documents that the collection lacks; give a new --store")
-        refuse_changes(store, asdict(training))
-        conversations = _self_study(study, model, documents, store, interrupt)
-        if conversations is not None:
-            finished = _joint_training(config, model, store, conversations, training, plan, interrupt)
-        if conversations is None or not finished:
-            print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
-            return interrupt.exit_status
+        if not round.later and update(store, documents):
+            _save_config(folder, config)
+        if plan is not None:
+            training = replace(training, pool=plan.pool)
+            refuse_changes(store, asdict(training))
+            conversations = _self_study(study, model, round.learners, store, interrupt)
+            if conversations is not None:
+                finished = _joint_training(config, model, store, conversations, training, plan, interrupt)
+            if conversations is None or not finished:
+                print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
+                return interrupt.exit_status
     open_index(store, SentenceEmbedder(config.embedder))
+    if round.later:
+        print(f"collection  {round.later}; train that with the same command")
     print(f'store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 "..."')
     store.close()
     return 0
@@ -173,14 +178,77 @@ def _joint_training(
     return finished
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What this command trains (:mod:`cas.living`): ``learners`` beside ``frozen`` cartridges (their positions), in a ``pool`` if
+    that is known; what ``changed``; what is for ``later``, since an earlier training has to be finished first."""
+
+    learners: Collection
+    frozen: tuple[int, ...] = ()
+    pool: int | None = None
+    changed: str = ""
+    later: str = ""
+
+    def lines(self) -> list[str]:
+        """For the user, above the plan."""
+        if self.later:
+            return [f"collection  {self.later}: first the training that has begun without that"]
+        return (
+            [f"collection  {self.changed}; the other {len(self.frozen)} cartridges stay as they are"]
+            if self.changed
+            else []
+        )
+
+
+def _round(folder: Path, config: TrainConfig, documents: Collection) -> _Round:
+    """What is to do for these documents. Raises StoreMismatch if another collection would drop or replace the store's documents."""
+    import yaml
+
+    from cas.living import begun, changes, finished, learners, stored
+    from cas.store import Store
+
+    if not (folder / "cartridges.lmdb").exists():
+        return _Round(documents, pool=config.pool)
+    with closing(Store.open(folder)) as store:
+        found, rows = changes(store, documents), store.rows()
+        pool = config.pool or (store.run_state() or {}).get("settings", {}).get("pool")
+        if found and begun(store) and not finished(store):
+            mine, later = learners(store, stored(store)), str(found)
+            frozen = tuple(row.p for i, row in rows.items() if row.round != store.round)
+            return _Round(mine, frozen, pool, later=later)
+        if found.changed or found.gone:
+            file = folder / "config.yaml"
+            before = yaml.safe_load(file.read_text()) if file.exists() else {}
+            same = ("collection", "collection_seed", "documents", "merge")
+            if other := [f"--{k.replace('_', '-')}" for k in same if before.get(k) != getattr(config, k)]:
+                raise StoreMismatch(
+                    f"{folder} was trained with another {', '.join(other)}: it would lose {len(found.gone)} documents and retrain "
+                    f"{len(found.changed)}; give what it was trained on, or a new --store"
+                )
+        mine = learners(store, documents)
+        if found and begun(store):  # a new round
+            fresh = {*found.added, *found.changed}
+            mine = replace(documents, documents=tuple(d for d in documents.documents if d.id in fresh))
+            pool = config.pool
+        frozen = tuple(rows[d.id].p for d in documents.documents if d.id not in {m.id for m in mine.documents})
+        return _Round(mine, frozen, pool, str(found) if found and begun(store) else "")
+
+
 def make_plan(
-    config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None, pool: int | None = None
+    config: TrainConfig,
+    model: FrozenModel,
+    documents: Collection,
+    ratio: float | None,
+    pool: int | None = None,
+    frozen: Sequence[int] = (),
 ) -> Plan:
-    """Bytes of everything before anything starts. Raises BudgetError with the figures if the budget cannot hold it."""
+    """Bytes of everything before anything starts. ``frozen``: positions of cartridges that only distract. Raises BudgetError with the
+    figures if the budget cannot hold it."""
     from budget.planner import DoesNotFit, Sizes, make_plan
     from cas.cartridge import cartridge_size
     from cas.decoding import most_positions
     from cas.distill import rows_at_once
+    from cas.living import guests_among
     from cas.matching import LONGEST, TOKENS
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
@@ -189,16 +257,15 @@ def make_plan(
     around = len(model.template.footer_ids) + len(model.template.suffix_ids)
     longest = config.question_tokens + config.answer_tokens + around + 16
     rows = min(config.targets, len(sizes)) * config.per_target
-    loaded = min(len(sizes), 1 + (0 if config.isolation >= 1 else config.max_distractors))
+    together, largest = len(sizes) + len(frozen), max(*sizes, *frozen, 0)
+    loaded = min(together, 1 + (0 if config.isolation >= 1 else config.max_distractors))
     mixed = 1 - config.isolation
     # Twice the expected number of mixed conversations, each with the most distractors.
-    prefix = int(
-        rows * (model.layout_header + max(sizes)) + min(rows, 2 * mixed * rows + 1) * (loaded - 1) * max(sizes)
-    )
+    prefix = int(rows * (model.layout_header + max(sizes)) + min(rows, 2 * mixed * rows + 1) * (loaded - 1) * largest)
     needed = Sizes(
         weights=model.weight_bytes,
         element=model.dtype.itemsize,
-        largest=g.elements(max(sizes)),
+        largest=g.elements(largest),
         total=g.elements(sum(sizes)),
         documents=len(sizes),
         tokens=sum(tokens),
@@ -224,7 +291,8 @@ def make_plan(
         return make_plan(
             needed,
             pool=None if pool is None else min(pool, len(sizes)),
-            guests=min(config.guests, len(sizes)),
+            guests=min(guests_among(config, len(frozen)), together),
+            frozen=len(frozen),
             budget=None if config.budget is None else memory(config.budget, "--budget"),
             host_budget=memory(config.host_memory, "--host-memory"),
             on_cpu=model.device.type == "cpu",
@@ -234,17 +302,14 @@ def make_plan(
         raise BudgetError(str(error)) from error
 
 
-def _recorded(folder: Path, config: TrainConfig, model: str) -> tuple[str, int | None]:
-    """Model and pool: what an existing store was begun with, where the command leaves them open; else ``model``."""
+def _recorded(folder: Path, config: TrainConfig, model: str) -> str:
+    """The model: what the command says, else what an existing store was begun with, else ``model``."""
     from cas.store import Store
 
-    if not (folder / "cartridges.lmdb").exists():
-        return config.model or model, config.pool
-    store = Store.open(folder)
-    name = config.model or str(store.meta["model"]["source"]["name"])
-    begun = (store.run_state() or {}).get("settings", {})
-    store.close()
-    return name, begun.get("pool") if config.pool is None else config.pool
+    if config.model or not (folder / "cartridges.lmdb").exists():
+        return config.model or model
+    with closing(Store.open(folder)) as store:
+        return str(store.meta["model"]["source"]["name"])
 
 
 def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio: float | None) -> Store:

@@ -29,12 +29,13 @@ from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, distillation_mean
 from cas.errors import ConfigError, RunError
 from cas.flex import Flex
+from cas.living import guests_among, members, refuse_changes
 from cas.matching import fit_starts
 from cas.merged import Merged
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
 from cas.schedule import Schedule, Step
-from cas.store import Store, refuse_changes
+from cas.store import Store
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ class Trainer:
         self.training = t = training or Training(**options)
         self.on_step = on_step
         self.layout = store.layout
-        counts = {i: len(conversations.by_document[i]) for i in store.rows() if i in conversations.by_document}
+        learning, frozen = members(store)
+        counts = {i: len(conversations.by_document[i]) for i in learning if i in conversations.by_document}
         if not counts:
             raise ConfigError("no conversations about the documents of this store; run its synthesis again")
-        if without := [i for i in store.rows() if i not in counts]:
+        if without := [i for i in learning if i not in counts]:
             warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialised", stacklevel=2)
         pool = min(20 if t.pool is None else t.pool, len(counts))
         self.schedule = Schedule(  # who trains and who sees whom: cas/schedule.py
@@ -89,7 +91,8 @@ class Trainer:
             per_target=t.per_target,
             isolation=t.isolation,
             max_distractors=t.max_distractors,
-            guests=t.guests,
+            guests=guests_among(t, len(frozen)),
+            frozen=frozen,
             rotate_every=t.rotate_every,
             rotate_fraction=t.rotate_fraction,
         )
@@ -108,7 +111,7 @@ class Trainer:
                 return False
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
-            with closing(self.manager), (self.store.folder / "metrics.jsonl").open("a") as log:
+            with closing(self.manager), self.store.metrics.open("a") as log:
                 while step < end and not stop():
                     started = time.perf_counter()
                     if self.schedule.rotates(step):
@@ -232,7 +235,7 @@ class Trainer:
 
     def _cut_log(self, step: int) -> None:
         """Drop the log lines of steps that a killed run made after its last checkpoint."""
-        file = self.store.folder / "metrics.jsonl"
+        file = self.store.metrics
         if file.exists():
             with file.open("rb+") as log:
                 end = 0

@@ -81,10 +81,10 @@ def cost_of(store: Store) -> dict[str, Any]:
         entry = json.loads(line)
         spent[entry["what"]] = spent.get(entry["what"], 0.0) + entry["seconds"]
     steps, seconds = 0, 0.0
-    file = store.folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        entry = json.loads(line)
-        steps, seconds = steps + 1, seconds + entry["tokens"] / entry["tokens_per_s"]
+    for log in store.folder.glob("metrics*.jsonl"):  # of every round
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            steps, seconds = steps + 1, seconds + entry["tokens"] / entry["tokens_per_s"]
     rows = store.rows().values()
     found = {
         "self_study_s": spent.get("self-study"),
