@@ -39,7 +39,7 @@ from retrieval import SentenceEmbedder
 NAMES = (
     *("compression", "oracle_vs_context", "modular", "loaded", "isolation", "distractors", "pool", "order", "starts"),
     *("objective", "seed_prompts", "questions_per_chunk", "lora", "routers", "needles", "long_corpus", "two_documents"),
-    *("throughput", "midconversation"),
+    *("throughput", "midconversation", "growing"),
 )
 SMALL = Shape(people=(3, 4))  # documents of about 350 tokens of the reader
 FIRST_TOKENS: dict[str, Any] = {
