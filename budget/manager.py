@@ -133,6 +133,13 @@ class Manager:
         assert name in self.trainees
         self._dirty.add(name)
 
+    def reload(self, name: str) -> None:
+        """Replace a trainee by what the store has; what it was on the device is lost."""
+        self.trainees.pop(name)
+        self.ledger.take("device", name)
+        self._dirty.discard(name)
+        self._admit(name)
+
     def flush(self, before_write: Callable[[str], None] | None = None) -> list[str]:
         """Write everything dirty to the store (a checkpoint's first half); returns the names."""
         written = []

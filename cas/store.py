@@ -301,6 +301,11 @@ class Store(Database):
         if previous is not None:
             self._write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
 
+    def forget(self, name: str) -> None:
+        """Drop a version that no commit has named: the last named one is the newest again."""
+        if unnamed := self._unnamed.pop(name, None):
+            self._write(lambda txn: [txn.delete(k) for k in blob_keys(name, unnamed[0])])
+
     def commit(self, rows: Mapping[str, Row], run_state: Mapping[str, Any] | None) -> None:
         """One transaction: rows of everything written since the last commit, and the run state.
 

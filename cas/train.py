@@ -161,7 +161,8 @@ def _joint_training(
             nonlocal done
             done += 1
             rate, pool = f"{report.tokens_per_s:.0f} tok/s", f"pool {len(report.pool)} turned {report.rotations}x"
-            display.show(report.step + 1, report.steps, f"loss {report.loss:.3f} {rate} {pool}")
+            skipped = f" skipped {report.skipped}" if report.skipped else ""
+            display.show(report.step + 1, report.steps, f"loss {report.loss:.3f} {rate} {pool}{skipped}")
             if done == 10:
                 each = (time.monotonic() - started) / done
                 minutes = (report.steps - report.step - 1) * each / 60
@@ -170,6 +171,11 @@ def _joint_training(
 
         trainer.on_step = stepped
         finished = trainer.run(stop=interrupt)
+    if skipped := trainer.rescue.skipped:
+        print(
+            f"skipped     {skipped} steps whose loss was no number or beyond guessing; {trainer.rescue.back} times a cartridge went "
+            "back to its last checkpoint (a lower --lr may help)"
+        )
     rows = store.rows().values()
     tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
     print(

@@ -8,15 +8,12 @@ many steps the most trained leave the pool, with their Adam state, and the least
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TextIO
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,29 +24,17 @@ from cas.attention import AttentionContext, Batch, packed_positions
 from cas.config import Training
 from cas.conversations import Conversation, Conversations
 from cas.distill import distillation_loss, distillation_mean
-from cas.errors import ConfigError, RunError
+from cas.errors import ConfigError
 from cas.flex import Flex
 from cas.living import guests_among, members, refuse_changes
 from cas.matching import fit_starts
 from cas.merged import Merged
 from cas.model import FrozenModel
 from cas.optim import adam_step, learning_rate
+from cas.rescue import Rescue
 from cas.schedule import Schedule, Step
+from cas.steplog import Report, StepLog
 from cas.store import Store
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one step did, for the progress display and ``metrics.jsonl``. Loss in nats per supervised token."""
-
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    tokens: int
-    tokens_per_s: float
-    pool: tuple[str, ...]
-    rotations: int
 
 
 class Trainer:
@@ -98,20 +83,20 @@ class Trainer:
         )
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
-        self._limits, self.recompute = (device_bytes, host_bytes), recompute
+        self._limits, self.recompute, self.rescue = (device_bytes, host_bytes), recompute, Rescue()
         self.ahead = model.device.type == "cuda"  # a CPU has no time to spare beside the steps
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
         """Train to the end, or until ``stop()`` or step ``until``; always leaves a checkpoint.
 
-        Returns: whether the last step was reached. Raises: RunError when the loss is no longer a number.
+        Returns: whether the last step was reached. Raises: RunError when no step can be taken any more (:mod:`cas.rescue`).
         """
         with self.store.training():
             if not fit_starts(self.store, self.conversations, stop):
                 return False
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
-            with closing(self.manager), self.store.metrics.open("a") as log:
+            with closing(self.manager), closing(StepLog(self.store.metrics, step)) as log:
                 while step < end and not stop():
                     started = time.perf_counter()
                     if self.schedule.rotates(step):
@@ -123,9 +108,9 @@ class Trainer:
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
                     turned = step // self.training.rotate_every
-                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, turned)
-                    log.write(json.dumps({**asdict(report), "pool": len(pool), "targets": work.targets}) + "\n")
-                    log.flush()
+                    skipped = self.rescue.skipped
+                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, turned, skipped)
+                    log.write(report, work.targets)
                     step += 1
                     if step % self.training.checkpoint_every == 0:
                         self._checkpoint(step, pool, guests, log)
@@ -146,13 +131,17 @@ class Trainer:
         loss, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
         loss.backward()
         value, lr = float(loss.detach()), 0.0
-        for name in sorted(learners):
-            slot, grad = self.manager.trainees[name], leaves[name].grad
-            assert grad is not None
-            if not math.isfinite(value + float(grad.sum())):  # one pass; nothing that is no number adds up to one
-                raise RunError(
-                    f"at step {step} the loss is {value} or its gradient no number; give a new --store and a lower --lr"
-                )
+        gradients = {name: g for name in learners if (g := leaves[name].grad) is not None}
+        assert len(gradients) == len(learners)
+        spoilers = self.rescue.spoils(value, gradients, self.model.geometry.vocabulary)
+        if spoilers:
+            for name in self.rescue.count(step, value, spoilers):
+                self._back(name)
+            gradients = {}
+        else:
+            self.rescue.taken(learners)
+        for name, grad in sorted(gradients.items()):
+            slot = self.manager.trainees[name]
             if slot.pending is not None:
                 grad = grad + slot.pending
             if name not in work.targets:
@@ -167,10 +156,22 @@ class Trainer:
         for name in work.targets:
             mine = [c for c in examples if c.document == name]
             row = self._rows[name]
-            trained = row.trained_tokens + sum(len(c.tokens(self.model)) for c in mine)
-            self._rows[name] = replace(row, drawn=row.drawn + len(mine), steps=row.steps + 1, trained_tokens=trained)
+            trained = sum(len(c.tokens(self.model)) for c in mine) if name in gradients else 0
+            self._rows[name] = replace(
+                row,
+                drawn=row.drawn + len(mine),
+                steps=row.steps + (name in gradients),
+                trained_tokens=row.trained_tokens + trained,
+            )
             self._drawn[name] = row.drawn + len(mine)
+            self.manager.touch(name)  # what was drawn counts, of a skipped step too
         return value, tokens, lr
+
+    def _back(self, name: str) -> None:
+        """Give a cartridge and its moments what they were at the last checkpoint; its conversations stay drawn."""
+        self.store.forget(name)
+        self.manager.reload(name)
+        self._rows[name] = replace(self.store.row(name), drawn=self._rows[name].drawn)
 
     def loss(
         self, conversations: list[Conversation], visible: list[tuple[str, ...]], cartridges: Mapping[str, Tensor]
@@ -219,28 +220,22 @@ class Trainer:
         self._settings.pop("checkpoint_every")
         refuse_changes(self.store, self._settings)
         state = state or {"step": 0, "pool": (), "guests": ()}
+        self.rescue = Rescue(**state.get("rescue", {}))
         step, pool, guests = int(state["step"]), tuple(state["pool"]), tuple(state["guests"])
-        self._cut_log(step)
         # A new one every time: the old one may hold what a failed run did after the checkpoint.
         self.manager = Manager(self.store, self.model.device, *self._limits, ahead=self.ahead)
         self.manager.rotate(pool, guests)
         return step, pool, guests
 
-    def _checkpoint(self, step: int, pool: tuple[str, ...], guests: tuple[str, ...], log: TextIO) -> None:
+    def _checkpoint(self, step: int, pool: tuple[str, ...], guests: tuple[str, ...], log: StepLog) -> None:
         """Everything trained so far, and where the run is, in one transaction; the log is on disk before it."""
-        log.flush()
-        os.fsync(log.fileno())
+        log.sync()
         self.manager.flush()
-        self.store.commit(self._rows, {"step": step, "pool": pool, "guests": guests, "settings": self._settings})
-
-    def _cut_log(self, step: int) -> None:
-        """Drop the log lines of steps that a killed run made after its last checkpoint."""
-        file = self.store.metrics
-        if file.exists():
-            with file.open("rb+") as log:
-                end = 0
-                for line in log:
-                    if not line.endswith(b"}\n") or json.loads(line)["step"] >= step:
-                        break
-                    end += len(line)
-                log.truncate(end)
+        state = {
+            "step": step,
+            "pool": pool,
+            "guests": guests,
+            "settings": self._settings,
+            "rescue": asdict(self.rescue),
+        }
+        self.store.commit(self._rows, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from budget.manager import Manager
 from budget.planner import Sizes, activation_bytes
+from cas import rescue
 from cas.attention import Batch, Reference
 from cas.cartridge import Layout
 from cas.collection import Collection
@@ -489,7 +491,7 @@ def test_killed_anywhere_and_gone_on_with_equals_never_killed(tmp_path: Path) ->
 def test_a_failed_run_leaves_its_last_checkpoint(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is no number is said in one line; the same trainer goes on from the checkpoint, with no step twice."""
+    """A loss that stays no number is said in one line; the same trainer goes on from the checkpoint, with no step twice."""
     whole, store = new_store("whole"), new_store("store")
     Trainer(model, whole, conversations, **MIXED).run()
     trainer = Trainer(model, store, conversations, host_bytes=None, **MIXED)
@@ -500,8 +502,10 @@ def test_a_failed_run_leaves_its_last_checkpoint(
         return loss * float("nan") if trainer._rows["doc-00"].steps >= 3 else loss, tokens
 
     monkeypatch.setattr(trainer, "loss", explode)
+    monkeypatch.setattr(rescue, "END_AFTER", 1)
     with pytest.raises(RunError, match=r"^at step [6-9] the loss is nan .* lower --lr$"):
         trainer.run()
+    monkeypatch.undo()
     assert store.run_state()["step"] == 5  # type: ignore[index]
     assert store.verify() == []
     monkeypatch.setattr(trainer, "loss", original)
@@ -522,9 +526,73 @@ def test_a_gradient_that_is_no_number_never_reaches_a_cartridge(
         return loss + (leaf * 0).sum().sqrt(), tokens  # finite, with a gradient of 0 * inf
 
     monkeypatch.setattr(trainer, "loss", explode)
-    with pytest.raises(RunError, match=r"^at step 0 the loss is \d.* or its gradient no number"):
+    before = {name: store.cartridge(name) for name in store.rows()}
+    with pytest.raises(RunError, match=r"^at step 11 the loss is \d.* or its gradient no number, for the 12th time"):
         trainer.run()
-    assert store.verify() == []
+    assert store.verify() == [] and all(torch.equal(store.cartridge(n), kv) for n, kv in before.items())
+
+
+def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
+    """Let the loss of these steps be ``value``, with a gradient to match."""
+    loss, step, now = trainer.loss, trainer.train_step, [0]
+
+    def spoilt(*arguments: Any) -> tuple[Tensor, int]:
+        found, tokens = loss(*arguments)
+        return (found * value if now[0] in steps else found), tokens
+
+    def counted(number: int, work: Any) -> Any:
+        now[0] = number
+        return step(number, work)
+
+    trainer.loss, trainer.train_step = spoilt, counted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+def test_a_spoilt_step_is_skipped_and_counted(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, value: float
+) -> None:
+    """Nothing moves in it, and a run that is cut there goes on to the same end."""
+    stores = [new_store(name) for name in ("whole", "cut")]
+    for store, ends in zip(stores, ((None,), (4, 5, 6, None)), strict=True):
+        for end in ends:
+            trainer = Trainer(model, store, conversations, **MIXED)
+            spoil(trainer, {4, 5}, value)
+            before = {n: store.cartridge(n) for n in store.rows()}
+            trainer.run(until=end)
+            if end in (5, 6):
+                assert all(torch.equal(store.cartridge(n), kv) for n, kv in before.items())
+    lines = log(stores[0])
+    assert [line["skipped"] for line in lines] == [0] * 4 + [1] + [2] * 7
+    assert all((line["loss"] is None) == (not math.isfinite(value)) for line in lines[4:6])
+    assert all(line["loss"] for line in (*lines[:4], *lines[6:]))
+    assert contents(stores[0]) == contents(stores[1])
+    assert stores[0].verify() == []
+    rows = stores[0].rows().values()
+    assert sum(r.steps for r in rows) == sum(len(line["targets"]) for i, line in enumerate(lines) if i not in (4, 5))
+
+
+def test_a_cartridge_that_spoils_step_after_step_goes_back(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
+) -> None:
+    """To its last checkpoint, moments too; what was trained since is gone, what others learnt is not."""
+    store = new_store()
+    settings = MIXED | {"pool": 2, "targets": 2, "rotate_every": 100, "checkpoint_every": 4}
+    trainer = Trainer(model, store, conversations, **settings)
+    trainer.run(until=4)
+    checkpoint = contents(store)
+    trainer = Trainer(model, store, conversations, **settings)
+    spoil(trainer, {6, 7, 8})  # trained at 4 and 5, then spoilt three times, past a checkpoint at 8
+    trainer.training = replace(trainer.training, checkpoint_every=100)
+    trainer.run(until=9)
+    after = contents(store)
+    pool = store.run_state()["pool"]  # type: ignore[index]
+    for name in checkpoint:
+        assert after[name][1] == checkpoint[name][1]  # the same bytes, cartridge and moments
+        assert after[name][0].steps == checkpoint[name][0].steps
+        assert (after[name][0].drawn > checkpoint[name][0].drawn) == (name in pool)
+    assert store.run_state()["rescue"] == {"skipped": 3, "in_a_row": 3, "back": 2, "spoilt": {}}  # type: ignore[index]
+    trainer = Trainer(model, store, conversations, **settings)
+    assert trainer.run() and all(store.rows()[name].steps > checkpoint[name][0].steps for name in pool)
 
 
 @pytest.mark.parametrize(
