@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
-FORMAT = 2
+FORMAT = 3
+READS = (2, FORMAT)  # 2: records have no checksum
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,11 @@ class Database:
             while True:
                 try:
                     with self._env.begin(write=True) as txn:
-                        return action(txn)
+                        done = action(txn)
+                    # LMDB does not write a trailing page that a transaction took and gave back.
+                    if (size := _pages(self._env)) > os.stat(self._env.path()).st_size:
+                        os.truncate(self._env.path(), size)
+                    return done
                 except lmdb.MapFullError:
                     self._env.set_mapsize(self._env.info()["map_size"] * 2)
                 except lmdb.MapResizedError:
@@ -115,9 +121,13 @@ class Database:
 
     def _parse(self, value: bytes | None) -> dict[str, Any]:
         try:
-            return dict(json.loads(bytes(value or b"")))
+            found = dict(json.loads(bytes(value or b"")))
         except (ValueError, TypeError) as error:
             raise self._broken("a record is damaged") from error
+        expected = found.pop("checksum", None)  # stores of format 2 have none
+        if expected is not None and expected != checksum(to_json(found)):
+            raise self._broken("a record is damaged")
+        return found
 
     def _blob(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> Any:
         """Bytes of a safetensors file, in place where the transaction reads in place; its checksum is right."""
@@ -182,7 +192,7 @@ class Database:
             keys = [key for key, _ in under(txn, b"row/")]
             for key in (b"meta", b"run"):
                 try:
-                    self._parse(txn.get(key, b"{}"))
+                    self._parse(txn.get(key, record({})))
                 except StoreError:
                     broken.append(f"{key.decode()}: the record is damaged")
         for key in keys:
@@ -216,12 +226,23 @@ def open_environment(file: Path, write: bool) -> Any:
     existing = file.stat().st_size if file.exists() else 0
     try:
         # The map is address space, not disk; it doubles when it is full.
-        return lmdb.open(
+        found = lmdb.open(
             str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True,
             metasync=False,  # a version that no checkpoint names need not outlive a power cut; a checkpoint syncs
         )  # fmt: skip
     except lmdb.Error as error:
         raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
+    if (missing := _pages(found) - file.stat().st_size) > 0:  # reading such a page of the map would end the process
+        found.close()
+        raise StoreError(
+            f"{file}: the last {missing:,} bytes are missing; copy it again whole, or train into a new --store"
+        )
+    return found
+
+
+def _pages(environment: Any) -> int:
+    """Bytes that an LMDB file has by its own records."""
+    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
 
 
 def checksum(blob: Any) -> int:
@@ -300,6 +321,12 @@ def blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
     return f"kv/{hashed(name)}/{version}".encode(), f"state/{hashed(name)}/{version}".encode()
 
 
+def record(value: Mapping[str, Any]) -> bytes:
+    """A record as it is stored: JSON with a checksum of all the rest."""
+    plain = json.loads(to_json(value))  # as it will be read
+    return to_json({**plain, "checksum": checksum(to_json(plain))})
+
+
 def to_json(value: Any) -> bytes:
-    """A record as bytes, the same for equal records."""
+    """JSON as bytes, the same for equal values."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()

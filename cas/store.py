@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, get_args
 from cas.cartridge import MULTIPLE, Initialisation, Layout, Positions, cartridge_size, initialise
 from cas.database import (
     FORMAT,
+    READS,
     Database,
     Row,
     blob_keys,
     open_environment,
+    record,
     row_key,
     text_key,
-    to_json,
     under,
 )
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
@@ -93,7 +94,7 @@ class Store(Database):
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
         store = cls(folder, open_environment(partial, write=True), model)
-        store._write(lambda txn: txn.put(b"meta", to_json(meta)))
+        store._write(lambda txn: txn.put(b"meta", record(meta)))
         store._sync()
         store.close()
         partial.replace(folder / _FILE)
@@ -114,6 +115,9 @@ class Store(Database):
         store = cls(folder, open_environment(folder / _FILE, write=write), model)
         try:
             store._check()
+            if write and store.meta["format"] != FORMAT:  # an older version must not take our records for damaged ones
+                store._meta = {**store.meta, "format": FORMAT}
+                store._write(lambda txn: txn.put(b"meta", record(store.meta)))
         except BaseException:
             store.close()  # a process can hold a file open only once
             raise
@@ -122,9 +126,9 @@ class Store(Database):
     def _check(self) -> None:
         """Raise StoreMismatch if this is not a store of our format, made with our model."""
         folder, model, found = self.folder, self.model, self.meta.get("format")
-        if found != FORMAT:
+        if found not in READS:
             raise StoreMismatch(
-                f"{folder} has store format {found}, this version reads {FORMAT}; train into a new --store"
+                f"{folder} has store format {found}, this version reads {READS[0]} to {FORMAT}; train into a new --store"
             )
         if model is None:
             return
@@ -236,7 +240,7 @@ class Store(Database):
         with self.training():
             new = [d for d in documents.documents if d.id in encoded]
             self._write(
-                lambda txn: [txn.put(b"meta", to_json(meta)), *(txn.put(text_key(d.id), d.text.encode()) for d in new)]
+                lambda txn: [txn.put(b"meta", record(meta)), *(txn.put(text_key(d.id), d.text.encode()) for d in new)]
             )
             self._meta = meta
             for n, document in enumerate(new, 1):
@@ -265,7 +269,7 @@ class Store(Database):
                     txn.delete(key)
             if new_round:
                 txn.delete(b"run")
-            txn.put(b"meta", to_json(meta))
+            txn.put(b"meta", record(meta))
 
         self._write(write)
         self._sync()
@@ -317,14 +321,14 @@ class Store(Database):
                 key = row_key(name)
                 before = txn.get(key)
                 if before is not None:
-                    old = Row(**json.loads(before)).version
+                    old = json.loads(before)["version"]
                     if old != version:
                         for blob in blob_keys(name, old):
                             txn.delete(blob)
                 row = replace(rows[name], version=version, kv_hash=kv_hash, state_hash=state_hash)
-                txn.put(key, to_json(asdict(row)))
+                txn.put(key, record(asdict(row)))
             if run_state is not None:
-                txn.put(b"run", to_json(run_state))
+                txn.put(b"run", record(run_state))
 
         self._write(write)
         self._sync()

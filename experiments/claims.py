@@ -57,7 +57,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds, each a world and trainings of its own."""
     documents: int = 24
-    """Documents of each world."""
+    """Documents of each world, at least 20."""
     model: str = READER
     """The frozen model."""
     ratio: float = 16.0
@@ -332,11 +332,19 @@ def load(name: str) -> Claim:
     return claim
 
 
+def told(command: str) -> Config:
+    """The command line. Raises ConfigError for a world that is too small for what the claims load."""
+    config = parse(Config, f"python -m experiments.{command}", sys.argv[1:])
+    if config.documents < 20:
+        raise ConfigError(f"--documents {config.documents}: at least 20, since up to 20 cartridges are loaded together")
+    return config
+
+
 def main_of(claim: Claim) -> int:
     """The command of one claim. Returns the exit status."""
 
     def body() -> int:
-        config = parse(Config, f"python -m experiments.{claim.name}", sys.argv[1:])
+        config = told(claim.name)
         if claim.not_run:
             print(f"{claim.title}: not run: {claim.not_run}")
         else:
@@ -350,7 +358,7 @@ def main() -> int:
     """All claims, in order. Returns the exit status."""
 
     def body() -> int:
-        config = parse(Config, "python -m experiments.claims", sys.argv[1:])
+        config = told("claims")
         model = FrozenModel.from_pretrained(config.model)
         for name in NAMES:
             claim = load(name)

@@ -408,7 +408,7 @@ def _accelerator() -> str | None:
 
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version(), "cas": getattr(cas, "__version__", None)}
-    for package in ("numpy", "torch", "transformers", "peft"):
+    for package in ("numpy", "torch", "transformers", "peft", "kvpress"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

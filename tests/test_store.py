@@ -298,7 +298,7 @@ def test_other_models_headers_and_formats_are_refused(
     opened._write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 1}).encode()))
     opened.close()
     for given in (model, None):
-        with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2") as caught:
+        with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2 to 3") as caught:
             Store.open(folder, given)
         one_line(caught)
 
@@ -581,8 +581,13 @@ def test_damaged_text_is_named(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda value: value[:-9], lambda value: b'{"id": "lamp"}', lambda value: b"7"],
-    ids=["cut", "other", "number"],
+    [
+        lambda value: value[:-9],
+        lambda value: b'{"id": "lamp"}',
+        lambda value: b"7",
+        lambda value: value.replace(b'"steps": 0', b'"steps": 8'),
+    ],
+    ids=["cut", "other", "number", "figure"],
 )
 def test_damaged_records_are_named(store: Store, change: Callable[[bytes], bytes]) -> None:
     checkpoint(store, "pump")
@@ -623,7 +628,7 @@ def test_export_is_a_safetensors_file(store: Store, model: FrozenModel, tmp_path
     with safetensors.safe_open(file, framework="np") as opened:
         about = json.loads(opened.metadata()["cartridge"])
     assert about == {
-        "format": 2, "id": "pump", "title": "Pump", "model": "tiny-llama", "fingerprint": model.fingerprint,
+        "format": 3, "id": "pump", "title": "Pump", "model": "tiny-llama", "fingerprint": model.fingerprint,
         "rope": model.rope_fingerprint, "header": model.layout_header, "positions": "fixed",
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pump.safetensors", "store"]
@@ -678,4 +683,5 @@ def test_the_record_is_plain_json(store: Store) -> None:
                 assert safetensors.deserialize(bytes(value))
             elif not key.startswith(b"text/"):
                 assert isinstance(json.loads(bytes(value)), dict)
-        assert json.loads(bytes(txn.get(f"row/{hashed('pump')}".encode()))) == asdict(store.row("pump"))
+        read = json.loads(bytes(txn.get(f"row/{hashed('pump')}".encode())))
+        assert read.pop("checksum") and read == asdict(store.row("pump"))
