@@ -47,7 +47,7 @@ demo-real: $(STAMP) ## train on eight small documents with a real model, ask, an
 	$(PY) -m experiments.demo_real --output runs/demo_real
 
 test: $(STAMP) ## the default tests
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -n 2 -m "not slow"
 
 bench: $(STAMP) ## time everything against what it could cost (half an hour on a quiet machine); writes runs/benchmarks
 	@$(PIP) install -c constraints.txt -e '.[bench]'

@@ -9,28 +9,28 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `--help` needs no torch.
 _HOMES = {
-    "Answerer": "cas.answer",
-    "Collection": "cas.collection",
-    "Document": "cas.collection",
-    "Question": "cas.collection",
-    "FrozenModel": "cas.model",
-    "Store": "cas.store",
-    "Trainer": "cas.trainer",
-    "synthesize": "cas.selfstudy",
+    "Answerer": "cas.answering.answerer",
+    "Collection": "cas.data.collection",
+    "Document": "cas.data.collection",
+    "Question": "cas.data.collection",
+    "FrozenModel": "cas.model.frozen",
+    "Store": "cas.store.store",
+    "Trainer": "cas.training.trainer",
+    "synthesize": "cas.selfstudy.synthesize",
     "CasError": "cas.errors",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from cas.answer import Answerer as Answerer
-    from cas.collection import Collection as Collection
-    from cas.collection import Document as Document
-    from cas.collection import Question as Question
+    from cas.answering.answerer import Answerer as Answerer
+    from cas.data.collection import Collection as Collection
+    from cas.data.collection import Document as Document
+    from cas.data.collection import Question as Question
     from cas.errors import CasError as CasError
-    from cas.model import FrozenModel as FrozenModel
-    from cas.selfstudy import synthesize as synthesize
-    from cas.store import Store as Store
-    from cas.trainer import Trainer as Trainer
+    from cas.model.frozen import FrozenModel as FrozenModel
+    from cas.selfstudy.synthesize import synthesize as synthesize
+    from cas.store.store import Store as Store
+    from cas.training.trainer import Trainer as Trainer
 
 
 def __getattr__(name: str) -> Any:

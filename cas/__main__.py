@@ -14,7 +14,7 @@ from cas.config import store_folder
 from cas.errors import UserError
 
 if TYPE_CHECKING:
-    from cas.store import Store
+    from cas.store.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from cas.store import Store
+    from cas.store.store import Store
 
     store = Store.open(store_folder(options.store))
     if options.command == "ls":

@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeVar, get_args
 from cas.errors import ConfigError
 
 _C = TypeVar("_C")
+Initialisation = Literal["first", "sampled", "random", "matched"]
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FICTIONAL = ("million_tokens",)  # collections that the reader in this package is for
-READER = "reader"  # the small model in this package; it reads the fictional worlds of cas.worlds and nothing else
+READER = "reader"  # the small model in this package; it reads the fictional worlds of cas.data.worlds and nothing else
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
 
 
@@ -102,7 +103,7 @@ class SelfStudy:
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of a run; those of the schedule are explained in :class:`cas.schedule.Schedule`."""
+    """Settings of a run; those of the schedule are explained in :class:`cas.training.schedule.Schedule`."""
 
     epochs: float = 8.0
     """Passes over all conversations."""

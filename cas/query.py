@@ -12,7 +12,7 @@ from cas.config import QueryConfig, parse, store_folder
 from cas.errors import CasError, UserError
 
 if TYPE_CHECKING:
-    from cas.answer import Answer, Answerer
+    from cas.answering.answerer import Answer, Answerer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def query(config: QueryConfig) -> int:
     """Answer one question, or those typed at a prompt."""
-    from cas.answer import Answerer
-    from cas.model import FrozenModel
-    from cas.store import Store
+    from cas.answering.answerer import Answerer
+    from cas.model.frozen import FrozenModel
+    from cas.store.store import Store
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store)

@@ -17,11 +17,11 @@ from cas.errors import BudgetError, ConfigError, StoreMismatch
 
 if TYPE_CHECKING:
     from budget.planner import Plan
-    from cas.collection import Collection
-    from cas.conversations import Conversations
-    from cas.model import FrozenModel
-    from cas.store import Store
-    from cas.trainer import Report
+    from cas.data.collection import Collection
+    from cas.model.frozen import FrozenModel
+    from cas.selfstudy.conversations import Conversations
+    from cas.store.store import Store
+    from cas.training.trainer import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,10 +43,10 @@ def train(config: TrainConfig, again: str) -> int:
     training, study = config.part(Training), config.part(SelfStudy)  # nonsense is refused before anything is loaded
     if config.tokens is not None and config.ratio is not None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
-    from cas.answer import open_index
-    from cas.collection import Collection, split_long
-    from cas.living import refuse_changes, update
-    from cas.model import FrozenModel
+    from cas.answering.answerer import open_index
+    from cas.data.collection import Collection, split_long
+    from cas.model.frozen import FrozenModel
+    from cas.training.rounds import refuse_changes, update
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
@@ -110,7 +110,7 @@ def _self_study(
     study: SelfStudy, model: FrozenModel, documents: Collection, store: Store, interrupt: console.Interrupt
 ) -> Conversations | None:
     """The collection's conversations, or None when interrupted."""
-    from cas.selfstudy import synthesize
+    from cas.selfstudy.synthesize import synthesize
 
     with console.Display("self-study") as display:
 
@@ -138,8 +138,8 @@ def _joint_training(
     interrupt: console.Interrupt,
 ) -> bool:
     """Train to the end (true) or until interrupted (false)."""
-    from cas.matching import fit_starts
-    from cas.trainer import Trainer
+    from cas.training.initialization import fit_starts
+    from cas.training.trainer import Trainer
 
     if config.initialisation == "matched":  # the trainer would do it too, but silently
         with store.training(), console.Display("starts") as display:
@@ -186,7 +186,7 @@ def _joint_training(
 
 @dataclass(frozen=True)
 class _Round:
-    """What this command trains (:mod:`cas.living`): ``learners`` beside ``frozen`` cartridges (their positions), in a ``pool`` if
+    """What this command trains (:mod:`cas.training.rounds`): ``learners`` beside ``frozen`` cartridges (their positions), in a ``pool`` if
     that is known; what ``changed``; what is for ``later``, since an earlier training has to be finished first."""
 
     learners: Collection
@@ -210,8 +210,8 @@ def _round(folder: Path, config: TrainConfig, documents: Collection) -> _Round:
     """What is to do for these documents. Raises StoreMismatch if another collection would drop or replace the store's documents."""
     import yaml
 
-    from cas.living import begun, changes, finished, learners, stored
-    from cas.store import Store
+    from cas.store.store import Store
+    from cas.training.rounds import begun, changes, finished, learners, stored
 
     if not (folder / "cartridges.lmdb").exists():
         return _Round(documents, pool=config.pool)
@@ -251,11 +251,11 @@ def make_plan(
     """Bytes of everything before anything starts. ``frozen``: positions of cartridges that only distract. Raises BudgetError with the
     figures if the budget cannot hold it."""
     from budget.planner import DoesNotFit, Sizes, make_plan
-    from cas.cartridge import cartridge_size
-    from cas.decoding import most_positions
-    from cas.distill import rows_at_once
-    from cas.living import guests_among
-    from cas.matching import LONGEST, TOKENS
+    from cas.model.decoding import most_positions
+    from cas.model.positions import cartridge_size
+    from cas.training.initialization import LONGEST, TOKENS
+    from cas.training.loss import rows_at_once
+    from cas.training.rounds import guests_among
 
     tokens = [len(model.encode(d.text)) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
@@ -310,7 +310,7 @@ def make_plan(
 
 def _recorded(folder: Path, config: TrainConfig, model: str) -> str:
     """The model: what the command says, else what an existing store was begun with, else ``model``."""
-    from cas.store import Store
+    from cas.store.store import Store
 
     if config.model or not (folder / "cartridges.lmdb").exists():
         return config.model or model
@@ -319,7 +319,7 @@ def _recorded(folder: Path, config: TrainConfig, model: str) -> str:
 
 
 def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio: float | None) -> Store:
-    from cas.store import Store
+    from cas.store.store import Store
 
     tokens, ratio = config.tokens, None if config.tokens else ratio
     wanted: dict[str, Any] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.claims import NAMES, load, report
-from experiments.results import read_run
+from cas.evaluation.recording import read_run
+from experiments.claims.lab import NAMES, load, report
 
 PAGE = Path(__file__).with_name("results.md")
 RUNS = Path(__file__).parents[1] / "experiments" / "results" / "claims"

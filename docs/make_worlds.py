@@ -6,9 +6,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from cas.collection import Question
-from cas.niah import niah
-from cas.worlds import world
+from cas.data.collection import Question
+from cas.data.niah import niah
+from cas.data.worlds import world
 
 RUNS = Path(__file__).parents[1] / "experiments" / "results" / "reader"
 # Rows of the curve end at so many million tokens.

@@ -7,16 +7,17 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cas.collection import Collection, Document, Question
 from cas.config import DEFAULT_SYSTEM
-from cas.model import FrozenModel, Source
+from cas.data.collection import Collection, Document, Question
+from cas.model.frozen import FrozenModel, Source
 
 torch.set_num_threads(1)
 
@@ -132,3 +133,36 @@ def tiny_cartridges(model: FrozenModel, sizes: dict[str, int], seed: int = 0) ->
         kv = model.prefill([*model.template.header_ids, *ids])[:, :, :, model.layout_header :].float()
         made[name] = kv + 0.3 * kv.std() * torch.randn(kv.shape, generator=generator).to(kv.device)
     return made
+
+
+@pytest.fixture
+def manuals(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[FrozenModel]:
+    """A folder ``manuals/`` in the current directory, and nothing that needs the network or sense."""
+    from helpers_writer import Writer
+
+    from cas.model.decoding import Generation
+    from retrieval import HashEmbedder
+
+    model = tiny("llama")
+
+    class Talk(Writer):
+        def question(self, prompt: Any, seed: int) -> Any:
+            text = model.tokenizer.decode(list(prompt.tokens))
+            title = text.split("\nAbout ")[1].split(":")[0]
+            number = sum(prompt.tokens) % 97
+            return Generation(model.encode(f" of {title} number {number}?"), finished=True)
+
+    writer = Talk(model)
+    monkeypatch.setattr("cas.selfstudy.synthesize.generate", writer)
+    monkeypatch.setattr("cas.selfstudy.synthesize.bad_question", lambda *_: None)
+    monkeypatch.setattr("cas.selfstudy.synthesize.bad_answer", lambda *_: None)
+    monkeypatch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
+    monkeypatch.setattr("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder())
+    monkeypatch.delenv("CAS_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "manuals").mkdir()
+    for name in ("pump", "tide", "lamp"):
+        (tmp_path / "manuals" / f"{name}.md").write_text(f"# The {name}\n\n{TEXTS[name]}\n")
+    (tmp_path / "manuals" / "valve.txt").write_text(TEXTS["ferry"])
+    (tmp_path / "manuals" / "empty.txt").write_text("")
+    yield model

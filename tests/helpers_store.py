@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from conftest import tiny_model
 
-from cas.collection import Collection, Document
-from cas.conversations import Conversation, Conversations
-from cas.database import Row, hashed
-from cas.model import FrozenModel
-from cas.store import Store
-from cas.trainer import Trainer
+from cas.data.collection import Collection, Document
+from cas.model.frozen import FrozenModel
+from cas.selfstudy.conversations import Conversation, Conversations
+from cas.store.records import Row, hashed
+from cas.store.store import Store
+from cas.training.trainer import Trainer
 
 WORDS = (
     "amber",

@@ -56,28 +56,28 @@ def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
 
 def test_imported_sees_every_kind_of_import() -> None:
     source = """
-import os, cas.store as store
+import os, cas.store.store as store
 from budget import ledger
 from . import files
 from .hub import find_model
 from .. import near
 if TYPE_CHECKING:
-    from cas.model import FrozenModel
+    from cas.model.frozen import FrozenModel
 def late():
     import experiments
-    importlib.import_module("cas.answer")
+    importlib.import_module("cas.answering.answerer")
     __import__("tests")
 """
     assert {name for _, name in imported(source, "retrieval.sub")} == {
         "os",
-        "cas.store",
+        "cas.store.store",
         "budget.ledger",
         "retrieval.sub.files",
         "retrieval.sub.hub.find_model",
         "retrieval.near",
-        "cas.model.FrozenModel",
+        "cas.model.frozen.FrozenModel",
         "experiments",
-        "cas.answer",
+        "cas.answering.answerer",
         "tests",
     }
 

@@ -17,7 +17,7 @@ from cas.config import parse
 from cas.errors import ConfigError
 
 if TYPE_CHECKING:
-    from experiments.results import Prediction
+    from cas.evaluation.recording import Prediction
 
 MODELS = ("reader", "smollm2", "qwen3-8b")
 
@@ -45,10 +45,10 @@ def main() -> int:
 
 def run(config: Config) -> int:
     """Every benchmark for every model; writes the results, prints the table."""
+    from cas.evaluation.recording import flags, table, write_run
     from experiments.benchmarks import serving, training
     from experiments.benchmarks.training import Sample
     from experiments.benchmarks.work import Work
-    from experiments.results import flags, table, write_run
 
     n = config.repeats
     benchmarks: dict[str, Callable[[Work], Iterator[Sample]]] = {

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from cas.answer import Answerer
-from cas.cartridge import Layout
+from cas.answering.answerer import Answerer
 from cas.config import SelfStudy
-from cas.decoding import Prompt, generate
-from cas.model import FrozenModel
-from cas.selfstudy import _Teacher
-from cas.worlds import world
+from cas.data.worlds import world
+from cas.model.decoding import Prompt, generate
+from cas.model.frozen import FrozenModel
+from cas.model.positions import Layout
+from cas.selfstudy.synthesize import _Teacher
 from experiments.benchmarks.training import Sample
 from experiments.benchmarks.work import Work, seconds
 

@@ -12,9 +12,9 @@ import torch
 from budget.manager import give_back
 from cas.config import TrainConfig
 from cas.errors import BudgetError
+from cas.evaluation.arms import PeakMemory
 from cas.train import make_plan
-from cas.trainer import Report, Trainer
-from experiments.arms import PeakMemory
+from cas.training.trainer import Report, Trainer
 from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 
 Sample = tuple[str, str, float]  # metric, what (ratio, or a figure with its unit), value

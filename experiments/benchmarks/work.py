@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cas.attention import Batch
-from cas.cartridge import Layout
-from cas.collection import Collection, Document
 from cas.config import DEFAULT_MODEL, READER
-from cas.conversations import Conversation, Conversations, write_unit
-from cas.distill import distillation_loss, distillation_mean
-from cas.flex import Flex
-from cas.loading import Source
-from cas.merged import _similar
-from cas.model import FrozenModel
-from cas.schedule import Step
-from cas.store import Store
-from cas.trainer import Report, Trainer
-from cas.worlds import world
+from cas.data.collection import Collection, Document
+from cas.data.worlds import world
+from cas.model.attention import Batch
+from cas.model.attention_cpu import _similar
+from cas.model.attention_gpu import Flex
+from cas.model.frozen import FrozenModel
+from cas.model.loading import Source
+from cas.model.positions import Layout
+from cas.selfstudy.conversations import Conversation, Conversations, write_unit
+from cas.store.store import Store
+from cas.training.loss import distillation_loss, distillation_mean
+from cas.training.schedule import Step
+from cas.training.trainer import Report, Trainer
 
 TOP_K = 20
 # Tokens of a question and of its answer: what self-study of each model writes.

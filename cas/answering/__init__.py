@@ -1,0 +1,1 @@
+"""Answering: prompts, composed cartridges, retrieval and decoding."""

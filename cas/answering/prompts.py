@@ -1,0 +1,67 @@
+"""Every way of answering builds one kind of prompt: what stands where the document goes, then the same question.
+
+All arms share the header, the footer and the question's own tokens; they differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cas.data.collection import Document
+from cas.errors import UserError
+from cas.model.decoding import Prompt
+from cas.model.frozen import FrozenModel
+from cas.selfstudy.seed_prompts import BRIEF
+from retrieval.chunk import with_title
+
+
+def question_tokens(model: FrozenModel, question: str) -> tuple[int, ...]:
+    """Footer, question, suffix: what follows the document in every arm."""
+    return (*model.template.footer_ids, *model.encode(question), *model.template.suffix_ids)
+
+
+def brief(model: FrozenModel) -> str:
+    """What asks for a short answer, behind a question: instruct models need it, the embedded reader knows no other."""
+    return "" if model.reader else BRIEF
+
+
+def no_context(model: FrozenModel, question: str) -> Prompt:
+    """The question alone."""
+    return Prompt(question_tokens(model, question))
+
+
+def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Prompt:
+    """Texts (retrieved chunks with their titles) where the document stands, joined by blank lines.
+
+    Raises: UserError if that is longer than the model's window.
+    """
+    tokens = (*model.encode("\n\n".join(texts)), *question_tokens(model, question))
+    room = model.geometry.max_positions - model.layout_header
+    if len(tokens) >= room:
+        raise UserError(
+            f"the text takes {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts"
+        )
+    return Prompt(tokens)
+
+
+def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor:
+    """The exact KV of whole documents, titled, as the teacher reads its chunks: a prefix that all their questions share.
+
+    Loaded as a cartridge where tokens stand right behind it (``offset``), it is the plain prompt of header, documents and
+    question, read once instead of once a question. Returns: [L, 2, H, T, D] in the model's dtype.
+    Raises: UserError if the documents leave no room for a question in the model's window.
+    """
+    tokens = model.encode("\n\n".join(with_title(d.title, d.text) for d in documents))
+    room = model.geometry.max_positions - model.layout_header
+    if len(tokens) >= room:
+        raise UserError(
+            f"the documents take {len(tokens)} tokens and the model has room for {room}; load cartridges or fewer texts"
+        )
+    return model.prefill([*model.template.header_ids, *tokens])[:, :, :, model.layout_header :]
+
+
+def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:
+    """Loaded cartridges, ordered by document id as in training (the order changes nothing under `fixed` and `offset`)."""
+    return Prompt(question_tokens(model, question), tuple(sorted(ids)))

@@ -1,0 +1,1 @@
+"""Documents and questions: folders and files, named collections, fictional worlds."""

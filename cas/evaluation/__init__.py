@@ -1,0 +1,1 @@
+"""Evaluation: metrics and intervals, arms, recorded runs."""

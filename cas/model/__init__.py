@@ -1,0 +1,1 @@
+"""The frozen Hugging Face model: loading, chat template, positions, attention, decoding."""

@@ -1,0 +1,158 @@
+"""Attention over [header ; visible cartridges ; own tokens], plugged into any Hugging Face decoder.
+
+Hugging Face models look their attention function up by name and hand every extra keyword of ``forward`` on to it.
+We register one function, ``"cas"``, and pass an :class:`AttentionContext` as the keyword ``cas``: the context holds
+the prefix, decides what every query may see, and so owns the mathematics, with no model code of our own.
+
+Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q query heads, D head dimension, L layers.
+
+:class:`Reference` is the truth: one conversation at a time, nothing shared, padded or clever; for tests only. Training runs
+:mod:`cas.model.attention_cpu` on a CPU and :mod:`cas.model.attention_gpu` on a GPU; decoding has its own context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cas.model.positions import Layout, Rope
+
+
+class AttentionContext(Protocol):
+    """What the registered function calls in every layer."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query [B, Q, T, D], key and value [B, H, T, D] after RoPE -> output [B, T, Q, D]."""
+        ...
+
+
+def cas_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cas: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that Hugging Face's attention layers call under the name ``"cas"``."""
+    assert cas is not None, "the 'cas' attention needs its context: call FrozenModel.forward"
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    # The keyword, None included, goes before the attribute: some mixed models give that one to every layer.
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    record = getattr(cas, "record", None)
+    if record is not None:  # the probe at load wants to see the keywords too
+        record(module.layer_idx, query, key, window, kwargs)
+    return cas.attend(module.layer_idx, query, key, value, scale, window), None
+
+
+def register() -> None:
+    """Make ``"cas"`` known to transformers (idempotent). Our contexts build their own masks."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("cas", cas_attention)
+    AttentionMaskInterface.register("cas", lambda *args, **kwargs: None)
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Who may see whom by position alone: key <= query, and within the sliding window if there is one.
+
+    Args: query_positions [..., T] and key_positions [..., S], integer. Returns bool [..., T, S].
+    """
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    allowed = distance >= 0
+    return allowed if window is None else allowed & (distance < window)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations packed one behind the other without padding.
+
+    Attributes:
+        lengths: tokens of each conversation.
+        visible: ids of the cartridges each conversation sees, in the order of loading.
+    """
+
+    lengths: tuple[int, ...]
+    visible: tuple[tuple[str, ...], ...]
+
+    def starts(self) -> list[int]:
+        starts, total = [], 0
+        for length in self.lengths:
+            starts.append(total)
+            total += length
+        return starts
+
+
+def packed_positions(batch: Batch, sizes: Mapping[str, int], layout: Layout) -> Tensor:
+    """Positions [1, sum T] of the own tokens of every packed conversation under the store's layout."""
+    rows = [
+        torch.arange(length) + layout.token_start([sizes[name] for name in seen])
+        for length, seen in zip(batch.lengths, batch.visible, strict=True)
+    ]
+    return torch.cat(rows)[None]
+
+
+class _Pool:
+    """Header and residents side by side, [L, 2, H, S, D] in the compute dtype, with each one's place in it."""
+
+    def __init__(self, header: Tensor, cartridges: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.places: dict[str, range] = {}
+        end = header.shape[3]
+        for name, kv in cartridges.items():
+            self.places[name] = range(end, end + kv.shape[3])
+            end += kv.shape[3]
+        # One cat and one unbind: slicing each layer out of each leaf would make autograd fill a whole zero tensor a slice.
+        self.layers = torch.cat([header.to(dtype), *(kv.to(dtype) for kv in cartridges.values())], dim=3).unbind(0)
+        self.header = range(header.shape[3])
+        self.size = end
+
+
+def _visible_columns(pool: _Pool, seen: Sequence[str], layout: Layout) -> tuple[list[int], list[int], list[int]]:
+    """Pool columns of one conversation's prefix, the position each key is placed at, and by how much it must turn."""
+    columns, placed, turn = list(pool.header), list(pool.header), [0] * len(pool.header)
+    for name, shift in zip(seen, layout.shifts([len(pool.places[n]) for n in seen]), strict=True):
+        place = pool.places[name]
+        columns += place
+        placed += range(layout.header + shift, layout.header + shift + len(place))
+        turn += [shift] * len(place)
+    return columns, placed, turn
+
+
+class Reference:
+    """The plain truth for every fast path: one conversation at a time over exactly what it sees."""
+
+    def __init__(
+        self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, rope: Rope
+    ) -> None:
+        self.batch, self.header, self.cartridges, self.layout, self.rope = batch, header, cartridges, layout, rope
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        outputs = []
+        for start, length, seen in zip(self.batch.starts(), self.batch.lengths, self.batch.visible, strict=True):
+            sizes = [self.cartridges[name].shape[3] for name in seen]
+            keys, values = [self.header[layer, 0]], [self.header[layer, 1]]
+            positions = [torch.arange(self.layout.header)]
+            for name, shift in zip(seen, self.layout.shifts(sizes), strict=True):
+                kv = self.cartridges[name][layer]
+                p = kv.shape[2]
+                keys.append(self.rope.turn(kv[0], torch.full((p,), shift), layer))
+                values.append(kv[1])
+                positions.append(torch.arange(p) + self.layout.header + shift)
+            own = slice(start, start + length)
+            own_positions = torch.arange(length) + self.layout.token_start(sizes)
+            k = torch.cat([x.to(query.dtype) for x in keys] + [key[0, :, own]], dim=1)
+            v = torch.cat([x.to(query.dtype) for x in values] + [value[0, :, own]], dim=1)
+            mask = causal_mask(own_positions, torch.cat([*positions, own_positions]), window).to(query.device)
+            repeat = query.shape[1] // k.shape[0]
+            scores = (query[0, :, own].float() @ k.repeat_interleave(repeat, 0).float().transpose(1, 2)) * scale
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+            outputs.append((weights @ v.repeat_interleave(repeat, 0).float()).to(query.dtype).transpose(0, 1))
+        return torch.cat(outputs)[None]

@@ -1,0 +1,394 @@
+"""A frozen Hugging Face decoder: where it comes from, its geometry, its chat template, its forward pass.
+
+Nothing is assumed about a model that can be measured: a probe at load records what the attention layers really pass
+(heads, head dimension, windows, unknown keywords), and compares our attention with the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cas.config import DEFAULT_MODEL, DEFAULT_SYSTEM
+from cas.errors import ModelError
+from cas.model import attention
+from cas.model.chat_template import render_template
+from cas.model.loading import Source, first_line, load
+from cas.model.positions import Rope
+
+# Batches of ever new lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of the KV cache, as measured in a forward pass."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    windows: tuple[int | None, ...]  # per layer
+    max_positions: int
+
+    def elements(self, p: int) -> int:
+        """Numbers in a cartridge of p positions."""
+        return self.layers * 2 * self.kv_heads * p * self.head_dim
+
+
+class _Probe:
+    """Standard causal attention that writes down what each layer passes."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, Any]] = {}
+
+    def record(self, layer: int, query: Tensor, key: Tensor, window: int | None, extra: dict[str, Any]) -> None:
+        self.layers[layer] = {
+            "query_heads": query.shape[1],
+            "kv_heads": key.shape[1],
+            "head_dim": key.shape[3],
+            "window": window,
+            "extra": {k for k, v in extra.items() if k in ("softcap", "s_aux") and v is not None},
+            "key": key.detach(),
+        }
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        position = torch.arange(query.shape[2], device=query.device)
+        mask = attention.causal_mask(position, position, window)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+
+class FrozenModel:
+    """A decoder whose weights never change, and everything about it that cartridges depend on."""
+
+    def __init__(self, hf: Any, tokenizer: Any, source: Source, system: str = DEFAULT_SYSTEM) -> None:
+        """Wrap a loaded ``AutoModelForCausalLM`` and its tokenizer. Raises ModelError where cartridges cannot work."""
+        attention.register()
+        self.hf = hf.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.system = system
+        self.device: torch.device = hf.device
+        self.dtype: torch.dtype = hf.dtype
+        self.config = hf.config.get_text_config()
+        self.reader = bool(getattr(self.config, "cas_reader", False))  # our own: see experiments/train_reader.py
+        self._refuse_unsupported()
+        self.template = render_template(tokenizer, system, self._stop_ids())
+        self.head: torch.nn.Linear | None = None  # the output layer, where logits are its output and nothing more
+        self.geometry, self.rope = self._probe()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        system: str = DEFAULT_SYSTEM,
+    ) -> FrozenModel:
+        """Load by Hub name, local folder or GGUF file.
+
+        Args:
+            dtype: "float32", "bfloat16" or "auto": bfloat16 where the device computes in it, else float32.
+            device: "cpu", "cuda", "cuda:1", … or "auto".
+            system: the instruction in front of the documents; part of the header, so of every cartridge.
+        Raises: ModelError with the reason.
+        """
+        try:
+            place = (
+                torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                if device == "auto"
+                else torch.device(device)
+            )
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(
+                f"--device {device}: not usable here ({first_line(error)}); choose cpu, cuda, cuda:1, … or auto"
+            ) from error
+        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+        if kind is None:
+            if dtype != "auto":
+                raise ModelError(f"--dtype {dtype}: choose float32, bfloat16 or auto")
+            kind = torch.bfloat16 if _computes_bfloat16(place) else torch.float32
+        hf, tokenizer, source = load(name, revision, kind)
+        return cls(hf.to(place), tokenizer, source, system)
+
+    # -- what may be asked of it ------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, without special tokens around it."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    @property
+    def layout_header(self) -> int:
+        """Positions that the shared header takes."""
+        return len(self.template.header_ids)
+
+    @cached_property
+    def header_kv(self) -> Tensor:
+        """KV of the header, [L, 2, H, header, D] in the model's dtype: frozen, shared by all cartridges, the attention sink."""
+        return self.prefill(self.template.header_ids)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, rows: Tensor | int = 0
+    ) -> Tensor:
+        """Logits [B, rows, vocabulary] (model dtype) of tokens at explicit positions under an attention context.
+
+        Args: ids, positions: integer [B, T]; rows: indices of the wanted rows, or the number of last ones, 0 for all.
+        """
+        if isinstance(rows, int):
+            # As indices, not as a count: a strided slice of the hidden states makes torch copy the whole output matrix a row.
+            rows = torch.arange(ids.shape[1] - rows if rows else 0, ids.shape[1])
+        with self._our_attention():
+            return self.hf(
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                use_cache=False,
+                logits_to_keep=rows.to(self.device),
+                cas=context,
+            ).logits
+
+    @contextlib.contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        before, self.config._attn_implementation = self.config._attn_implementation, "cas"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        context: attention.AttentionContext,
+        rows: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """States [B, rows, hidden] before the output layer of tokens at explicit positions, as :meth:`forward` takes them."""
+        with self._our_attention():
+            states = self.hf.base_model(
+                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, cas=context
+            ).last_hidden_state
+        return states[:, rows.to(self.device) if isinstance(rows, Tensor) else rows]
+
+    @contextlib.contextmanager
+    def recomputing(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, decoder layers keep their input alone and are computed again on the way back (activation checkpointing)."""
+        from torch.utils.checkpoint import checkpoint
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        def run(layer: Callable[..., Any], *arguments: Any) -> Any:
+            def again(
+                *arguments: Any,
+            ) -> Any:  # the second time is on the way back, when nobody else sets our attention
+                with self._our_attention():
+                    return layer(*arguments)
+
+            return checkpoint(again, *arguments, use_reentrant=False)
+
+        layers = [m for m in self.hf.modules() if wanted and isinstance(m, GradientCheckpointingLayer)]
+        assert layers or not wanted
+        for layer in layers:  # these alone: what is in them stays in evaluation
+            vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=run, training=True)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                vars(layer).update(gradient_checkpointing=False, training=False)
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        """The KV cache of a text, positions 0.., [L, 2, H, T, D] in the model's dtype."""
+        return self.kv_of(torch.tensor([list(ids)]))
+
+    @torch.no_grad()
+    def kv_of(self, ids: Tensor) -> Tensor:
+        keeper = _Keeper()
+        self.forward(ids, torch.arange(ids.shape[1])[None], keeper, rows=1)
+        return torch.stack([torch.stack(keeper.kv[layer]) for layer in sorted(keeper.kv)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that name model and tokenizer: the same for any dtype of the same weights."""
+        digest = hashlib.sha256()
+        config = self.config.to_dict()
+        keep = (
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "rope_parameters",
+        )
+        digest.update(json.dumps({k: config.get(k) for k in keep}, sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.hf.state_dict().items()):
+            flat = weight.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].detach().to("cpu", torch.bfloat16)
+            digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def rope_fingerprint(self) -> str:
+        """16 hex digits of the rotary frequencies of every layer."""
+        data = b"".join(f.cpu().float().numpy().tobytes() for f in self.rope.frequencies)
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What a store records about its model (JSON)."""
+        return {
+            "source": asdict(self.source),
+            "fingerprint": self.fingerprint,
+            "rope": self.rope_fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "system": self.system,
+            "geometry": asdict(self.geometry),
+            "header_ids": list(self.template.header_ids),
+        }
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, shared ones counted once."""
+        return sum(
+            t.numel() * t.element_size() for t in {t.data_ptr(): t for t in self.hf.state_dict().values()}.values()
+        )
+
+    # -- checks at load ---------------------------------------------------------------------------------------------
+
+    def _stop_ids(self) -> set[int]:
+        stop = self.hf.generation_config.eos_token_id if self.hf.generation_config else None
+        ids = {stop} if isinstance(stop, int) else set(stop or ())
+        return ids | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
+
+    def _refuse_unsupported(self) -> None:
+        config, kind = self.config, self.config.model_type
+        if getattr(self.hf.config, "is_encoder_decoder", False):
+            raise ModelError(f"{kind}: an encoder-decoder has no single KV cache; use a decoder-only model")
+        if not getattr(config, "rope_parameters", None):
+            raise ModelError(f"{kind}: no rotary position embedding (RoPE); cartridges need keys that can be placed")
+        parameters = config.rope_parameters
+        per_type = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
+        for entry in per_type:
+            if entry.get("rope_type", "default") in ("dynamic", "longrope"):
+                raise ModelError(
+                    f"{kind}: RoPE type {entry['rope_type']!r} depends on the length of the text, so stored keys would change meaning"
+                )
+        types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not types <= {"full_attention", "sliding_attention"}:
+            raise ModelError(f"{kind}: layers of type {', '.join(sorted(types))} keep no plain KV cache")
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[Geometry, Rope]:
+        kind = self.config.model_type
+        ids = torch.arange(12)[None] % self.config.vocab_size + min(5, self.config.vocab_size - 12)
+        positions, probe = torch.arange(12)[None], _Probe()
+        try:
+            ours = self.forward(ids, positions, probe).float()
+        except Exception as error:  # a model's code may trip over a new keyword in any way
+            raise ModelError(
+                f"{kind}: does not run through the attention interface of transformers ({first_line(error)})"
+            ) from error
+        # The model's own attention, which transformers masks by itself.
+        theirs = self.hf(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        layers = [probe.layers[i] for i in sorted(probe.layers)]
+        if sorted(probe.layers) != list(range(self.config.num_hidden_layers)):
+            raise ModelError(
+                f"{kind}: only {len(layers)} of {self.config.num_hidden_layers} layers use the attention interface"
+            )
+        extra = set().union(*(layer["extra"] for layer in layers))
+        if extra:
+            raise ModelError(
+                f"{kind}: its attention also needs {', '.join(sorted(extra))}, which cartridges do not carry"
+            )
+        shapes = {(layer["query_heads"], layer["kv_heads"], layer["head_dim"]) for layer in layers}
+        if len(shapes) != 1:
+            raise ModelError(f"{kind}: layers have different attention heads {sorted(shapes)}")
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        if not torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max())):
+            raise ModelError(
+                f"{kind}: its attention differs from softmax(QK)V; cartridges would not mean what they should"
+            )
+        # Whether logits are the output layer's and nothing more: some models scale or cap them.
+        head = self.hf.get_output_embeddings()
+        if isinstance(head, torch.nn.Linear) and head.bias is None:
+            self.head = head if torch.equal(head(self.hidden(ids, positions, _Probe())).float(), ours) else None
+        query_heads, kv_heads, head_dim = shapes.pop()
+        geometry = Geometry(
+            layers=len(layers),
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden=self.config.hidden_size,
+            vocabulary=self.config.vocab_size,
+            windows=tuple(layer["window"] for layer in layers),
+            max_positions=self.config.max_position_embeddings,
+        )
+        rope = Rope(self._frequencies())
+        self._check_rotation(rope, ids[:, :1])
+        return geometry, rope
+
+    def _frequencies(self) -> tuple[Tensor, ...]:
+        """Rotary frequencies of every layer, float32 [R/2]."""
+        modules = [m for n, m in self.hf.named_modules() if n.endswith("rotary_emb")]
+        if not modules:
+            raise ModelError(f"{self.config.model_type}: found no rotary embedding module")
+        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
+        found = []
+        for kind in types:
+            buffer = getattr(modules[0], f"{kind}_inv_freq", None)
+            buffer = buffer if buffer is not None else getattr(modules[0], "inv_freq", None)
+            if buffer is None:
+                raise ModelError(f"{self.config.model_type}: found no rotary frequencies for {kind} layers")
+            found.append(buffer.detach().float().cpu())
+        return tuple(found)
+
+    def _check_rotation(self, rope: Rope, ids: Tensor) -> None:
+        """A single token attends to itself alone, so its key at another position must be the same key, turned."""
+        near, far = _Probe(), _Probe()
+        self.forward(ids, torch.zeros_like(ids), near)
+        self.forward(ids, torch.full_like(ids, 37), far)
+        for layer in near.layers:
+            turned = rope.turn(near.layers[layer]["key"], torch.tensor([37]), layer).float()
+            expected = far.layers[layer]["key"].float()
+            tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
+            if (turned - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
+                raise ModelError(
+                    f"{self.config.model_type}: layer {layer} does not rotate its keys by standard half-split RoPE"
+                )
+
+
+class _Keeper(_Probe):
+    """Keeps every layer's keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        self.kv[layer] = (key[0].clone(), value[0].clone())
+        return super().attend(layer, query, key, value, scale, window)
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are a machine instruction here (else they are slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

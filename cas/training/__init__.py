@@ -1,0 +1,1 @@
+"""Training: initialization, schedule, loss, optimizer, the joint loop."""

@@ -1,0 +1,188 @@
+"""A start that already answers: keys picked from the document, values fitted so that attention gives what the document gave.
+
+The frozen model runs over self-study conversations with the whole document before them. In every layer and key head, p of the
+document's tokens are picked: those to which some token of a conversation paid most attention. Their keys are turned to stand as far from
+the question as they did, and their values are solved for by ridge regression: with them, attention over [header ; cartridge ;
+own tokens] shall return what it returned over [header ; document ; own tokens]. No gradient, one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cas.config import Initialisation
+from cas.model.attention import causal_mask
+from cas.model.frozen import FrozenModel
+from cas.model.positions import Layout
+from cas.selfstudy.conversations import Conversation, Conversations
+
+if TYPE_CHECKING:
+    from cas.store.store import Store
+
+TOKENS = 4096  # of conversations that a document is matched on
+LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
+RIDGE = 1.0  # of the mean squared weight: values that few questions ask for stay as they were, and answer nobody else
+SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialisation (2508.17032)
+
+
+def initialise(model: FrozenModel, document_ids: Sequence[int], p: int, how: Initialisation, seed: int) -> Tensor:
+    """The start of a cartridge: float32 [L, 2, H, p, D].
+
+    ``first``: KV of the document's first p tokens behind the header (2506.06266, section 3.2).
+    ``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
+    (Sampled Chunk Initialisation, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
+    ``matched``: ``first``, until there are conversations (:mod:`cas.training.initialization`).
+
+    A document shorter than p is repeated until it is long enough.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    header = model.header_kv
+    if how == "random":
+        spread = header.float().std(dim=3, keepdim=True)
+        noise = torch.randn(*header.shape[:3], p, header.shape[4], generator=generator)
+        return (noise * spread.cpu()).to(model.device)
+    ids = list(document_ids)
+    assert ids, "an empty document cannot start a cartridge"
+    while len(ids) < p:
+        ids += ids
+    if how == "sampled" and len(ids) > p:
+        size = min(SAMPLED_CHUNK, p)
+        count = math.ceil(p / size)
+        starts = torch.randint(0, len(ids) - size + 1, (count,), generator=generator).sort().values.tolist()
+        ids = [token for start in starts for token in ids[start : start + size]]
+    return model.prefill([*model.template.header_ids, *ids[:p]])[:, :, :, model.layout_header :].float()
+
+
+def fit_starts(
+    store: Store,
+    conversations: Conversations,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Give the cartridges of a ``matched`` store their start, once there are conversations about them. Resumable.
+
+    Nothing happens to those that were matched or trained, and in other stores. Call it inside ``store.training()``.
+    Returns: whether all are done; False after ``stop()``.
+    """
+    if store.meta["initialisation"] != "matched":
+        return True
+    model, rows, done = store.model, store.rows(), 0
+    assert model is not None
+    todo = [row for row in rows.values() if row.version == 0 and row.id in conversations.by_document]
+    started = time.monotonic()
+    for row in todo:
+        if stop():
+            break
+        ids = model.encode(store.text(row.id))
+        room = model.geometry.max_positions - model.layout_header - 512  # conversations stand behind the document
+        if row.p < len(ids) <= min(LONGEST, room):
+            seed = int(row.hash[:15], 16) ^ store.meta["seed"]
+            kv = matched(model, store.layout, ids, row.p, conversations.by_document[row.id], seed)
+            store.write_tensors(row.id, {"kv": kv.cpu()})
+        done += 1
+        progress(done, len(todo))
+        if done % 64 == 0:
+            store.commit(rows, None)
+    store.commit(rows, None)
+    if todo:
+        store.spent("starts", time.monotonic() - started)
+    return done == len(todo)
+
+
+@torch.no_grad()
+def matched(
+    model: FrozenModel, layout: Layout, ids: Sequence[int], p: int, conversations: Sequence[Conversation], seed: int
+) -> Tensor:
+    """The matched start of a cartridge of p positions for a document of more tokens than that.
+
+    Args: ids: of the document; conversations: about it, of which at most ``TOKENS`` tokens are taken, drawn by ``seed``.
+    Returns: float32 [L, 2, H, p, D], keys after RoPE.
+    """
+    drawn, room = list[list[int]](), TOKENS
+    for n in Random(seed).sample(range(len(conversations)), len(conversations)):
+        tokens = conversations[n].tokens(model)
+        room -= len(tokens)
+        if room < 0 and drawn:
+            break
+        drawn.append(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in drawn], device=model.device)
+    padded = torch.zeros(len(drawn), int(lengths.max()), dtype=torch.long)
+    for row, tokens in zip(padded, drawn, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    prefix = model.prefill([*model.template.header_ids, *ids])
+    places = torch.arange(padded.shape[1], device=model.device)[None].expand(len(drawn), -1)
+    context = _Matching(model, prefix, p, places < lengths[:, None], layout.token_start([p]))
+    model.hidden(padded, places + prefix.shape[3], context, rows=slice(0))
+    return torch.stack(context.kv)
+
+
+class _Matching:
+    """The context of that forward pass: attention to the whole document, and on the way every layer's cartridge."""
+
+    def __init__(self, model: FrozenModel, prefix: Tensor, p: int, real: Tensor, start: int) -> None:
+        """``prefix``: KV of header and document; ``real`` [C, T]: what is not padding, of the C conversations; ``start``: where
+        their tokens will stand behind the cartridge."""
+        self.model, self.prefix, self.p, self.real = model, prefix, p, real
+        self.nearer = start - prefix.shape[3]  # by how much question and document's end move
+        self.kv: list[Tensor] = []  # of every layer, [2, H, p, D]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        heads, out, groups = [], torch.empty_like(query), query.shape[1] // key.shape[1]
+        for h in range(key.shape[1]):
+            mine = slice(h * groups, (h + 1) * groups)
+            kv, out[:, mine] = self._head(layer, h, query[:, mine], key[:, h], value[:, h], scale, window)
+            heads.append(kv)
+        self.kv.append(torch.stack(heads, dim=1))
+        return out.transpose(1, 2)
+
+    def _head(
+        self, layer: int, h: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """One key head: query [C, Q, T, D] of its query heads, key and value [C, T, D] -> its KV [2, p, D], output as query."""
+        header, turn = self.model.layout_header, self.model.rope.turn
+        query, key, value = query.float() * scale, key.float(), value.float()
+        keys, values = self.prefix[layer, :, h].float()
+        own = query @ key[:, None].mT  # the same wherever the conversation stands
+        own = own.masked_fill(~_seen(own.shape[2], 0, own.shape[2], window).to(own.device), -torch.inf)
+        weights = _weights(query, keys, own, window, len(keys))
+        out = _output(weights, values, value)
+        # What is padding pays no attention that counts.
+        paid = (weights[..., header : len(keys)] * self.real[:, None, :, None]).amax((0, 1, 2))
+        chosen = paid.topk(self.p).indices.sort().values + header
+        by = torch.full((self.p,), self.nearer)
+        keys = torch.cat([keys[:header], turn(keys[chosen], by, layer)])
+        values = torch.cat([values[:header], values[chosen]])
+        moved = turn(query, torch.full(query.shape[2:3], self.nearer), layer)
+        weights = _weights(moved, keys, own, window, len(self.prefix[0, 0, 0]) + self.nearer)
+        rows = self.real[:, None].expand(weights.shape[:3])
+        missing = (out - _output(weights, values, value))[rows]
+        x = weights[..., header : len(keys)][rows]  # [rows, p]
+        square = x.T @ x
+        square.diagonal().add_(RIDGE * square.diagonal().mean() + 1e-8)
+        values[header:] += torch.linalg.solve(square, x.T @ missing)
+        return torch.stack([keys[header:], values[header:]]), out.to(value.dtype)
+
+
+def _seen(tokens: int, first: int, columns: int, window: int | None) -> Tensor:
+    """Who may see whom, bool [tokens, columns], of tokens at ``first``.. and keys at 0..."""
+    return causal_mask(torch.arange(tokens) + first, torch.arange(columns), window)
+
+
+def _weights(query: Tensor, keys: Tensor, own: Tensor, window: int | None, first: int) -> Tensor:
+    """Softmax over prefix keys [S, D] and own tokens [C, Q, T, T] of tokens that stand at ``first``..: [C, Q, T, S + T]."""
+    scores = query @ keys.T
+    if window is not None:
+        scores = scores.masked_fill(~_seen(query.shape[2], first, len(keys), window).to(scores.device), -torch.inf)
+    return torch.cat([scores, own], dim=-1).softmax(-1)
+
+
+def _output(weights: Tensor, values: Tensor, own: Tensor) -> Tensor:
+    """[C, Q, T, D] of weights over prefix values [S, D] and own ones [C, T, D]."""
+    return weights[..., : len(values)] @ values + weights[..., len(values) :] @ own[:, None]

@@ -1,0 +1,68 @@
+"""Claim 6: whether distractors learn too, and read-only guests from outside the pool."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from cas.evaluation.recording import Prediction
+from experiments.claims.lab import Claim, Lab, Shown, main_of
+
+
+def run(lab: Lab) -> list[Prediction]:
+    """Gradients for distractors, on and off; a small pool with guests and without."""
+    found: list[Prediction] = []
+    small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
+    for name, settings in (
+        ("joint", {}),
+        ("distractor_gradients", {"distractor_gradients": True}),
+        ("pool6", small),
+        ("pool6_guests10", small | {"guests": 10}),
+    ):
+        with lab.trained(name, **settings) as store:
+            found += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
+    return found
+
+
+CLAIM = Claim(
+    name="distractors",
+    title="Distractors that learn, and guests",
+    paper="Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what is loaded later.",
+    ours=(
+        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 distractors; 10 read-only "
+        "guests are more."
+    ),
+    run=run,
+    table=[
+        (f"{said}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+        for name, said in (
+            ("joint", "without gradients"),
+            ("distractor_gradients", "with gradients"),
+            ("pool6", "pool of 6"),
+            ("pool6_guests10", "pool of 6 and 10 guests"),
+        )
+        for arm in ("oracle", "loaded10")
+    ],
+    compare=[
+        ("distractor_gradients_loaded10", "joint_loaded10"),
+        ("distractor_gradients_oracle", "joint_oracle"),
+        ("pool6_guests10_loaded10", "pool6_loaded10"),
+    ],
+    shown=[
+        Shown(
+            "gradients of distractors help when ten are loaded",
+            "distractor_gradients_loaded10_minus_joint_loaded10",
+            "least",
+            0,
+        ),
+        Shown(
+            "guests help a small pool when ten are loaded",
+            "pool6_guests10_loaded10_minus_pool6_loaded10",
+            "least",
+            0,
+        ),
+    ],
+)
+
+if __name__ == "__main__":
+    sys.exit(main_of(CLAIM))

@@ -1,0 +1,347 @@
+"""Does joint training rescue co-loaded cartridges? Joint and isolated training on equal tokens, each at its own best rate.
+
+Both arms train the same documents on the same conversations for the same number of steps; ``isolated`` only ever shows a
+cartridge alone. Learning rates are chosen on self-study conversations held out from training, never on test questions.
+
+    python -m experiments.joint_vs_isolated --collection fairytaleqa --prefix val/ --shortest 8 --ratio 8 --output DIR
+
+Every part resumes; ``--train joint`` (or ``isolated``) does that arm's training alone, so that two processes can share a
+machine, and the call without it measures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cas import console
+from cas.config import parse
+from cas.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from cas.data.collection import Collection, Document, Question
+    from cas.model.frozen import FrozenModel
+    from cas.selfstudy.conversations import Conversations
+    from cas.store.store import Store
+    from cas.training.trainer import Trainer
+
+ARMS = ("oracle", "loaded", "retrieved4")
+TEXT_ARMS = ("no_context", "full_document", "rag")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Joint against isolated training on one collection."""
+
+    output: str = "runs/joint_vs_isolated"
+    """Folder of stores and results."""
+    collection: str = "fairytaleqa"
+    """The collection, with questions."""
+    prefix: str = ""
+    """Only documents whose id starts so."""
+    shortest: int = 8
+    """Of these, the so many shortest."""
+    excerpt_words: int | None = None
+    """Of each document only its first paragraphs, at most so many words, with the questions about them."""
+    ratio: float = 8.0
+    """Document tokens per cartridge position."""
+    conversations: int = 1400
+    """Self-study conversations; a tenth is held out to choose the learning rate."""
+    lrs: tuple[float, ...] = (1e-2, 2e-2, 4e-2)
+    """Learning rates to choose from."""
+    search_epochs: float = 2.0
+    """Passes of a trial."""
+    epochs: float = 8.0
+    """Passes of the training."""
+    isolation: float = 0.5
+    """Of the joint arm."""
+    positions: Literal["fixed", "offset", "sequential"] = "fixed"
+    """Positions of both arms."""
+    pool: int = 4
+    """Cartridges in training at a time."""
+    targets: int = 4
+    """Cartridges that one step trains."""
+    per_target: int = 6
+    """Conversations of each."""
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """The frozen model."""
+    seed: int = 0
+    """Seed of everything random."""
+    train: Literal["joint", "isolated", "both", "none"] = "both"
+    """Which arm to train now; joint and isolated alone do not measure."""
+    only_lr: float | None = None
+    """Skip the search and train with this rate."""
+    keep_answers: bool = False
+    """Record the answers too: for texts of our own only."""
+
+
+def main() -> int:
+    """Run the experiment. Returns the exit status."""
+    return console.run(lambda: experiment(parse(Config, "python -m experiments.joint_vs_isolated", sys.argv[1:])))
+
+
+def experiment(config: Config) -> int:
+    """Self-study, search, training, measurement."""
+    from cas.data.collection import Collection
+    from cas.model.frozen import FrozenModel
+    from cas.selfstudy.synthesize import SelfStudy, synthesize
+    from cas.store.store import Store
+
+    whole = Collection.load(config.collection)
+    chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[
+        : config.shortest
+    ]
+    if not chosen:
+        raise ConfigError(f"--prefix {config.prefix}: no document of {config.collection} has such an id")
+    documents = whole.select([d.id for d in chosen])
+    if config.excerpt_words is not None:
+        documents = excerpts(documents, config.excerpt_words)
+    model = FrozenModel.from_pretrained(config.model)
+    base = Path(config.output) / "base"
+    exists = (base / "cartridges.lmdb").exists()
+    store = (
+        Store.open(base, model, write=True)
+        if exists
+        else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    )
+    everything = synthesize(
+        model,
+        documents,
+        store,
+        SelfStudy(conversations=config.conversations, seed=config.seed),
+        progress=lambda kept, wanted: print(f"self-study  {kept}/{wanted}", file=sys.stderr, flush=True),
+    )
+    store.close()
+    training, held_out = split(everything)
+    arms = {"joint": ("joint",), "isolated": ("isolated",), "both": ("joint", "isolated"), "none": ()}[config.train]
+    for arm in arms:
+        train(config, model, documents, training, held_out, arm)
+    return measure(config, model, documents, everything) if config.train in ("both", "none") else 0
+
+
+def excerpts(collection: Collection, words: int) -> Collection:
+    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and the
+    questions about them.
+
+    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose answers
+    do not stand in the excerpt are about it.
+    """
+    from cas.selfstudy.seed_prompts import normal
+
+    documents: list[Document] = []
+    questions: list[Question] = []
+    for document in collection.documents:
+        kept: list[str] = []
+        for paragraph in document.text.split("\n\n"):
+            if kept and len(" ".join([*kept, paragraph]).split()) > words:
+                break
+            kept.append(paragraph)
+        documents.append(replace(document, text="\n\n".join(kept)))
+        told = normal(documents[-1].text)
+        questions += takewhile(
+            lambda q, told=told: any(normal(a) in told for a in q.answers),  # type: ignore[misc]
+            (q for q in collection.questions if q.document_ids == (document.id,)),
+        )
+    return replace(collection, documents=tuple(documents), questions=tuple(questions))
+
+
+def split(conversations: Conversations) -> tuple[Conversations, Conversations]:
+    """Every tenth conversation of a document is held out."""
+    from cas.selfstudy.conversations import Conversations
+
+    items = [(i, c) for per in conversations.by_document.values() for i, c in enumerate(per)]
+    return Conversations([c for i, c in items if i % 10], {}), Conversations([c for i, c in items if not i % 10], {})
+
+
+def trainer_for(
+    config: Config,
+    model: FrozenModel,
+    documents: Collection,
+    training: Conversations,
+    arm: str,
+    lr: float,
+    epochs: float,
+) -> Trainer:
+    """A trainer on this arm's own store."""
+    from cas.store.store import Store
+    from cas.training.trainer import Trainer, Training
+
+    folder = Path(config.output) / f"{arm}-lr{lr:g}-epochs{epochs:g}"
+    if (folder / "cartridges.lmdb").exists():
+        store = Store.open(folder, model, write=True)
+    else:
+        store = Store.create(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    store.add_documents(documents)
+    settings = Training(
+        epochs=epochs,
+        lr=lr,
+        pool=config.pool,
+        targets=config.targets,
+        per_target=config.per_target,
+        guests=len(documents) - config.pool,
+        isolation=config.isolation if arm == "joint" else 1.0,
+        max_distractors=len(documents) - 1,
+        seed=config.seed,
+    )
+    return Trainer(model, store, training, settings)
+
+
+def train(
+    config: Config,
+    model: FrozenModel,
+    documents: Collection,
+    training: Conversations,
+    held_out: Conversations,
+    arm: str,
+) -> None:
+    """Choose the arm's learning rate by short trials, then train with it; writes ``<arm>.json``."""
+    import torch
+
+    from cas.evaluation.resume import write
+
+    record = Path(config.output) / f"{arm}.json"
+    found: dict[str, dict[str, float]] = json.loads(record.read_text())["trials"] if record.exists() else {}
+    rates = (config.only_lr,) if config.only_lr is not None else config.lrs
+    for lr in rates if len(rates) > 1 else ():
+        if f"{lr:g}" in found:
+            continue
+        trainer = trainer_for(config, model, documents, training, arm, lr, config.search_epochs)
+        progress(trainer, f"{arm} trial lr {lr:g}")
+        found[f"{lr:g}"] = held_out_loss(trainer, held_out)
+        trainer.store.close()
+        write(record, {"trials": found})
+        print(f"{arm} lr {lr:g}: held-out loss {found[f'{lr:g}']}", flush=True)
+    # With all loaded: what the comparison is about, so the isolated arm too gets the rate that serves it best there.
+    best = float(min(found, key=lambda r: found[r]["loaded"])) if found else float(rates[0] or 0)
+    trainer = trainer_for(config, model, documents, training, arm, best, config.epochs)
+    progress(trainer, f"{arm} lr {best:g}")
+    with torch.no_grad():
+        final = held_out_loss(trainer, held_out)
+    tokens = sum(r.trained_tokens for r in trainer.store.rows().values())
+    write(
+        record,
+        {
+            "trials": found,
+            "lr": best,
+            "store": trainer.store.folder.name,
+            "held_out": final,
+            "trained_tokens": tokens,
+            "steps": trainer.steps,
+        },
+    )
+    print(f"{arm} lr {best:g}: {tokens:,} tokens, held-out loss {final}", flush=True)
+    trainer.store.close()
+
+
+def progress(trainer: Trainer, title: str) -> None:
+    """Train to the end with a line now and then on stderr."""
+
+    def show(report: object) -> None:
+        step, loss, rate = (getattr(report, n) for n in ("step", "loss", "tokens_per_s"))
+        if step % 20 == 0:
+            print(
+                f"{title}: step {step}/{trainer.steps} loss {loss:.3f} {rate:.0f} tokens/s", file=sys.stderr, flush=True
+            )
+
+    trainer.on_step = show
+    with console.Interrupt().listening() as interrupt:
+        if not trainer.run(stop=interrupt):
+            raise RunError("interrupted, saved; the same command goes on")
+
+
+def held_out_loss(trainer: Trainer, held_out: Conversations) -> dict[str, float]:
+    """Distillation loss (nats per token) on conversations that were not trained, alone and with all cartridges loaded."""
+    import torch
+
+    names = list(trainer.store.rows())
+    kv = {name: trainer.store.cartridge(name).to(trainer.model.device) for name in names}
+    items = [c for per in held_out.by_document.values() for c in per]
+    losses: dict[str, float] = {}
+    for key in ("oracle", "loaded"):
+        total = count = 0.0
+        for start in range(0, len(items), 16):
+            part = items[start : start + 16]
+            with torch.no_grad():
+                loss, _ = trainer.loss(part, [(c.document,) if key == "oracle" else tuple(names) for c in part], kv)
+            rows = sum(len(c.answer) for c in part)
+            total, count = total + float(loss) * rows, count + rows
+        losses[key] = round(total / count, 5)
+    return losses
+
+
+def measure(config: Config, model: FrozenModel, documents: Collection, conversations: Conversations) -> int:
+    """Answer the questions under every arm, write the results and print the tables."""
+    from cas.evaluation.arms import METRICS, run_arms, unseen
+    from cas.evaluation.recording import flags, table, write_run
+    from cas.store.store import Store
+
+    records = {}
+    for arm in ("joint", "isolated"):
+        file = Path(config.output) / f"{arm}.json"
+        records[arm] = json.loads(file.read_text()) if file.exists() else {}
+        if "store" not in records[arm]:
+            raise ConfigError(f"the {arm} arm is not trained yet; run the same command with --train {arm}")
+    questions = unseen(documents.questions, conversations)
+    print(
+        f"{len(questions)} of {len(documents.questions)} questions: the others' wording occurs in the self-study",
+        flush=True,
+    )
+    predictions = []
+    for arm, record in records.items():
+        store: Store = Store.open(Path(config.output) / record["store"], model)
+        arms = ARMS if arm == "isolated" else (*TEXT_ARMS, *ARMS)
+        own = [a for a in arms if a in ARMS]
+        if arm == "joint":
+            predictions += run_arms(model, store, documents, questions, TEXT_ARMS, seed=config.seed, progress=said)
+        predictions += run_arms(
+            model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=said
+        )
+        store.close()
+    run = write_run(
+        Path(config.output) / "results",
+        name="joint_vs_isolated",
+        command="python -m experiments.joint_vs_isolated " + flags(config, "train"),
+        seeds=[config.seed],
+        model=model.source.name,
+        collection={"name": config.collection, "sha256": documents.hash},
+        settings={
+            **asdict(replace(config, output="DIR")),
+            "documents": [d.id for d in documents.documents],
+            "arms": records,
+        },
+        predictions=predictions,
+        metric_names=list(METRICS),
+        keep_answers=config.keep_answers,
+        compare=[
+            ("joint_loaded", "isolated_loaded"),
+            ("joint_oracle", "isolated_oracle"),
+            ("joint_retrieved4", "isolated_retrieved4"),
+            ("full_document", "no_context"),
+            ("full_document", "joint_oracle"),
+            ("joint_oracle", "joint_loaded"),
+            ("joint_retrieved4", "rag"),
+        ],
+    )
+    shown = [*TEXT_ARMS, *(f"{a}_{b}" for a in ("joint", "isolated") for b in ARMS)]
+    print(table(run, shown, ["f1", "contains", "log_perplexity"]))
+    print(
+        table(
+            run,
+            ["joint_loaded_minus_isolated_loaded", "full_document_minus_no_context"],
+            ["f1", "contains", "log_perplexity"],
+        )
+    )
+    return 0
+
+
+def said(arm: str) -> None:
+    """Tell that an arm is measured."""
+    print(f"measured {arm}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Claim 9: what a cartridge should start from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cas.data.worlds import world
+from cas.evaluation.recording import Prediction
+from cas.store.store import Store
+from cas.training.initialization import initialise
+from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, Lab, Shown, main_of
+
+STARTS = {
+    "matched": "keys and values fitted to self-study (ours)",
+    "first": "first tokens",
+    "sampled": "sampled chunks (SCI)",
+    "unrelated": "first tokens of another text",
+    "random": "noise",
+}
+QUARTERS = (0, 1, 2, 4)
+
+
+def unrelated(lab: Lab) -> Callable[[Store], None]:
+    """Gives every cartridge the KV of a text that has nothing to do with it."""
+
+    def prepare(store: Store) -> None:
+        text = world(900 + lab.seed, 2, shape=SMALL).documents[0].text
+        rows, ids = store.rows(), lab.model.encode(text)
+        with store.training():
+            for i, row in rows.items():
+                store.write_tensors(i, {"kv": initialise(lab.model, ids, row.p, "first", 0).cpu()})
+            store.commit(rows, None)
+
+    return prepare
+
+
+def run(lab: Lab) -> list[Prediction]:
+    """Every start under the same training; what it answers after none, a quarter, half and all of it."""
+    found: list[Prediction] = []
+    for start in STARTS:
+        how: dict[str, Any] = {
+            "made": {"initialisation": "first" if start == "unrelated" else start},
+            **FIRST_TOKENS,
+            "lr": 0.05,
+        }
+        how["prepare"] = unrelated(lab) if start == "unrelated" else None
+        name = f"start_{start}"
+        steps = len(lab.conversations) * FIRST_TOKENS["epochs"] / 128
+        for quarter in QUARTERS:
+            with lab.trained(name, until=round(steps * quarter / 4) if quarter < 4 else None, **how) as store:
+                found += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
+        losses = [line["loss"] for line in lab.log(name)]
+        for quarter in (1, 2, 4):
+            some = losses[max(0, len(losses) * quarter // 4 - max(1, len(losses) // 10)) : len(losses) * quarter // 4]
+            lab.measure(f"{start}_at{25 * quarter}.loss", some)
+    return found
+
+
+CLAIM = Claim(
+    name="starts",
+    title="What a cartridge starts from",
+    paper=(
+        "First tokens 55.3, unrelated text 51.3, noise 29.9 (LongHealth, 2506.06266); sampled chunks converge faster than first tokens "
+        "(2508.17032)."
+    ),
+    ours="Joint training at one learning rate (0.05) from every start; the own cartridge after 0, 25, 50 and 100 % of it, and the loss.",
+    run=run,
+    table=[
+        *(
+            (f"{said}, after {25 * q} %", f"{start}_at{25 * q}_oracle")
+            for start, said in STARTS.items()
+            for q in QUARTERS
+        ),
+        *((f"{said}, last loss (nats)", f"{start}_at100.loss") for start, said in STARTS.items()),
+    ],
+    compare=[
+        ("first_at100_oracle", "unrelated_at100_oracle"),
+        ("first_at100_oracle", "random_at100_oracle"),
+        ("sampled_at25_oracle", "first_at25_oracle"),
+        ("sampled_at100_oracle", "first_at100_oracle"),
+        ("matched_at25_oracle", "first_at100_oracle"),
+    ],
+    shown=[
+        Shown(
+            "first tokens are better than unrelated text",
+            "first_at100_oracle_minus_unrelated_at100_oracle",
+            "least",
+            0,
+        ),
+        Shown(
+            "and at least 10 points better than noise",
+            "first_at100_oracle_minus_random_at100_oracle",
+            "least",
+            10,
+        ),
+        Shown(
+            "sampled chunks are better than first tokens after a quarter",
+            "sampled_at25_oracle_minus_first_at25_oracle",
+            "least",
+            0,
+        ),
+        Shown(
+            "a fitted start is better after a quarter than first tokens at the end",
+            "matched_at25_oracle_minus_first_at100_oracle",
+            "least",
+            0,
+        ),
+    ],
+)
+
+if __name__ == "__main__":
+    sys.exit(main_of(CLAIM))

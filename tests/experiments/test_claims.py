@@ -1,0 +1,152 @@
+"""The claims: every file is whole, verdicts look at the whole interval, trainings are shared and made once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_store import converse
+
+from cas.errors import ConfigError
+from cas.evaluation import check
+from cas.evaluation.recording import Prediction
+from cas.model.frozen import FrozenModel
+from cas.selfstudy.conversations import Conversations
+from cas.selfstudy.synthesize import synthesize
+from experiments.claims import lab as claims
+from experiments.claims.lab import NAMES, Claim, Config, Lab, Shown, cell, key, load, report, run
+from retrieval import HashEmbedder
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_a_verdict_is_on_the_whole_interval() -> None:
+    for side, low, high, verdict in (
+        ("least", 3, 9, "confirmed"),
+        ("least", 1, 9, "undecided"),
+        ("least", -1, 1, "contradicted"),
+        ("most", -1, 1, "confirmed"),
+        ("most", 1, 3, "undecided"),
+        ("most", 3, 9, "contradicted"),
+        ("least", 2, 2, "contradicted"),  # as good is not better
+        ("most", 2, 2, "confirmed"),
+    ):
+        figures = {"a_minus_b.exact_match": {"mean": (low + high) / 2, "low": low, "high": high, "n": 4}}
+        assert Shown("", "a_minus_b", side, 2).verdict(figures) == verdict
+    assert cell({"mean": 12.34, "low": 1, "high": 20}) == "12.3 [1.0, 20.0]"
+    assert cell({"mean": 0.123, "low": 0.1, "high": 0.2}) == "0.12 [0.10, 0.20]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_claim_says_only_what_it_compares(name: str) -> None:
+    claim = load(name)
+    assert claim.name == name and claim.title and re.search(r"\d{4}\.\d{5}", claim.paper)
+    if claim.not_run:
+        return
+    figures = [figure for _, figure in claim.table] + [s.figure for s in claim.shown]
+    differences = {tuple(f.split("_minus_")) for f in figures if "_minus_" in f}
+    assert differences <= {*claim.compare}
+    assert claim.shown and all(s.side in ("least", "most") for s in claim.shown)
+    assert len({label for label, _ in claim.table}) == len(claim.table) == len({f for _, f in claim.table})
+
+
+def test_at_most_three_claims_are_not_run() -> None:
+    assert sum(bool(load(name).not_run) for name in NAMES) <= 3
+    with pytest.raises(ConfigError, match="there is no claim speed; choose from compression"):
+        load("speed")
+
+
+def test_the_page_follows_from_the_recorded_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    page = importlib.import_module("make_results")
+    assert page.PAGE.read_text(encoding="utf-8") == page.text()
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A small world of a model that knows nothing, whose self-study is made up."""
+    model = tiny("llama")
+
+    def made_up(model: FrozenModel, documents: Any, store: Any, *_: Any, **__: Any) -> Conversations:
+        store.add_documents(documents)
+        return converse(model, documents, per_document=8)
+
+    monkeypatch.setattr(claims, "synthesize", made_up)
+    monkeypatch.setattr(claims, "SentenceEmbedder", HashEmbedder)
+    assert synthesize is not claims.synthesize
+    config = Config(output=str(tmp_path), documents=4, seeds=(0, 1), epochs=1.0, questions=6, ratio=64.0)
+    return Lab(config, model, 0)
+
+
+def test_a_training_is_made_once_whoever_asks(lab: Lab) -> None:
+    with lab.trained("joint", pool=3, targets=2, per_target=4) as store:
+        first = {i: store.cartridge(i) for i in store.rows()}
+        assert any(row.steps for row in store.rows().values())
+    steps = len(lab.log("joint"))
+    assert steps == 4
+    again = replace(lab)
+    with again.trained("joint", pool=3, targets=2, per_target=4) as store:
+        assert all((store.cartridge(i) == kv).all() for i, kv in first.items())
+    assert len(again.log("joint")) == steps
+    with pytest.raises(ConfigError, match="begun with"), lab.trained("joint", pool=2, targets=2, per_target=4):
+        pass
+    # A curve stops on the way to the same end.
+    with lab.trained("curve", until=2, pool=3, targets=2, per_target=4) as store:
+        assert len(lab.log("curve")) == 2
+    with lab.trained("curve", pool=3, targets=2, per_target=4) as store:
+        assert all((store.cartridge(i) == kv).all() for i, kv in first.items())
+    # The same starts: the base store's, copied.
+    with closing(lab.started("untrained")) as started, closing(lab._store("base")) as base:
+        assert all((started.cartridge(i) == base.cartridge(i)).all() for i in base.rows())
+
+
+def test_a_claim_is_run_written_and_gone_on_with(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    def body(lab: Lab) -> list[Prediction]:
+        calls.append(lab.seed)
+        lab.measure("steps.each", [1.0, 3.0])
+        with lab.trained("joint", pool=3, targets=2, per_target=4) as store:
+            return lab.ask(store, "", ["oracle", "no_context"], max_new_tokens=4)
+
+    shown = [Shown("nothing is known", "oracle", "most", 50), Shown("steps", "steps.each", "least", 5)]
+    table = [("own", "oracle"), ("steps", "steps.each")]
+    claim = Claim("order", "Order", "said in 2606.04557", "", body, table, shown, [("oracle", "no_context")])
+    found = run(claim, lab.config, lab.model)
+    assert calls == [0, 1] and found["seeds"] == [0, 1]
+    assert found["measurements"]["steps.each"]["mean"] == 2.0 and found["measurements"]["steps.each"]["n"] == 4
+    folder = Path(lab.config.output) / "order" / "results"
+    assert not [complaint for _, complaint in check.check_run(folder) if complaint]
+    line = json.loads((folder / "predictions.jsonl").read_text().splitlines()[-1])
+    assert line["question_id"].startswith("1/") and [*line["scores"]] == ["exact_match"]
+    said = capsys.readouterr().out
+    assert (
+        "CONFIRMED: nothing is known" in said
+        and "CONTRADICTED: steps" in said
+        and said.strip() == report(claim, found).strip()
+    )
+    run(claim, lab.config, lab.model)
+    assert calls == [0, 1]
+    with pytest.raises(ConfigError, match="begun with another lr"):
+        run(claim, replace(lab.config, lr=0.5), lab.model)
+    assert key("oracle") == "oracle.exact_match" and key("steps.each") == "steps.each"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_claim_runs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With next to no training: figures of any height."""
+    claim = load(name)
+    if claim.not_run:
+        pytest.skip(claim.not_run)
+    folder = tmp_path_factory.getbasetemp() / "claims"
+    found = run(claim, Config(output=str(folder), seeds=(0,), epochs=0.05, questions=16))
+    figures = {**found["metrics"], **found["measurements"]}
+    assert all(key(figure) in figures for _, figure in claim.table)

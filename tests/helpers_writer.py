@@ -1,0 +1,71 @@
+"""A writer in place of the model, for self-study without a model that can write."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cas.model.decoding import Generation, Prompt
+from cas.model.frozen import FrozenModel
+
+
+class Writer:
+    """In place of ``generate``: writes questions out of the sentence it is pointed at, and short answers; some of them bad
+    in every way there is. The same prompt gets the same words, as from a greedy model, unless it is sampled."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        self.model, self.asked, self.answered, self.calls = model, 0, 0, 0
+        self.bad_questions, self.bad_answers = Counter[str](), Counter[str]()
+
+    def __call__(
+        self, model: FrozenModel, prompts: Sequence[Prompt], cartridges: Any, layout: Any, **options: Any
+    ) -> list[Generation]:
+        self.calls += 1
+        assert layout.policy == "offset" and layout.header == model.layout_header
+        assert {name for p in prompts for name in p.cartridges} <= set(cartridges)
+        if options.get("keep_top"):
+            self.answered += len(prompts)
+            return [self.answer(p, options["keep_top"]) for p in prompts]
+        assert options["also_stop"] and options["temperature"] in (0.0, 0.7)
+        self.asked += len(prompts)
+        return [self.question(p, options["seed"] if options["temperature"] else 0) for p in prompts]
+
+    def question(self, prompt: Prompt, seed: int) -> Generation:
+        text = self.model.tokenizer.decode(list(prompt.tokens))
+        sentence, opening = text.split("Sentence: ")[1].split("\nAbout ")[0], text.rpartition("\n- ")[2]
+        subject, _, deed = sentence.rstrip(".").partition(" Well ")
+        chance = (sum(map(ord, sentence + opening)) + seed) % 10
+        words, why = f" {subject} Well {deed}{f', {seed % 3}' if seed else ''}?", ""
+        if chance == 0:
+            words, why = f" {subject} Well {deed}", "malformed question"
+        elif chance == 1:
+            words, why = " did he do with it?", "off topic"  # or without a subject, as the opening's words will have it
+        elif chance == 2:
+            words, why = f" {subject} Well" + " and so on" * 4 + "?", "loop"
+        elif chance == 3:
+            words, why = " Mount Everest lies in Nepal and Tibet?", "off topic"
+        elif chance == 4:
+            why = "unfinished question"
+        self.bad_questions[why] += 1
+        return Generation(self.model.encode(words), finished=why != "unfinished question")
+
+    def answer(self, prompt: Prompt, k: int) -> Generation:
+        chance = sum(prompt.tokens) % 11
+        ids, finished, why = self.model.encode(f"Yes, {chance}."), True, ""
+        if chance == 0:
+            finished, why = False, "answer too long"
+        elif chance == 1:
+            ids, why = [], "empty answer"
+        elif chance == 2:
+            ids, why = [301, 302, 303] * 3, "loop"
+        elif chance == 3:
+            ids, why = self.model.encode("The thing."), "answer without substance"
+        self.bad_answers[why] += 1
+        stop = next(iter(self.model.template.stop_ids))
+        chosen = [*ids, *([stop] if finished else [])]
+        top = [torch.tensor([t, *(n for n in range(3, 3 + k) if n != t)][:k], dtype=torch.int32) for t in chosen]
+        values = [(0.1 * torch.arange(k) + t).neg().log_softmax(-1) for t in range(len(chosen))]
+        return Generation(ids, finished, {}, top, values)

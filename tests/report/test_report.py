@@ -1,0 +1,287 @@
+"""RAG against CAS: budgets are kept, settings are chosen on other questions, tests agree with known ones, and the report
+stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import TEXTS
+from torch import Tensor
+
+import retrieval
+from cas.data.collection import Collection, Question
+from cas.errors import ConfigError
+from cas.evaluation import check
+from cas.evaluation.metrics import holm, sign_flip
+from cas.evaluation.recording import read_run
+from cas.model.frozen import FrozenModel
+from cas.report import kv_pruning as compressed
+from cas.report.compare import Config, compare, split
+from cas.report.rag_baseline import CHOICES, Rag, Setting, tune
+from cas.report.view import View, make_report
+from cas.store.store import Store
+from retrieval import HashEmbedder
+
+
+def test_sign_flips_agree_with_scipy() -> None:
+    """Every document one question: the paired permutation test, whose exact p-value scipy finds by all flips."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(0.4, 1, 12), random.normal(0, 1, 12)
+    exact = scipy.stats.permutation_test(
+        (a - b,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    ).pvalue
+    found = sign_flip(a, b, [str(i) for i in range(12)], flips=40_000)
+    assert found == pytest.approx(exact, abs=0.01)
+    assert sign_flip(a, a, ["x"] * 12) == 1.0
+    # Questions about one document flip together: two documents have four signs, so half of all flips are as extreme.
+    assert sign_flip([1, 1, 1, 1], [0, 0, 0, 0], ["x", "x", "y", "y"]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.fixture
+def rag(tiny: Callable[..., FrozenModel], collection: Collection) -> Rag:
+    return Rag(tiny("llama"), [(d.id, d.title, d.text) for d in collection.documents], HashEmbedder())
+
+
+@pytest.mark.parametrize("ranking", ["vectors", "words", "both"])
+def test_chunks_fill_their_budget_and_no_more(rag: Rag, collection: Collection, ranking: Any) -> None:
+    questions = [q.question for q in collection.questions]
+    for budget in (5, 20, 60, 400):
+        for titles in (True, False):
+            for found in rag.chunks(questions, Setting(words=10, ranking=ranking, titles=titles, overlap=0), budget):
+                assert found and len(rag.model.encode("\n\n".join(found))) <= budget
+                assert budget < 60 or len(found) > 1
+                assert titles == any(found[0].startswith(name.title()) for name in TEXTS) or budget < 20
+    best = rag.chunks(["Which red valve is opened?"], Setting(words=40, ranking="words"), 100)[0][0]
+    assert best.startswith("Pump\n\n")
+
+
+def test_tuning_keeps_the_best_of_each_choice() -> None:
+    asked = []
+
+    def score(setting: Setting) -> float:
+        asked.append(setting)
+        return (setting.words == 40) + (setting.ranking == "words") + (setting.overlap == 3) - (not setting.titles)
+
+    best, tried = tune(score)
+    assert best == Setting(words=40, ranking="words", titles=True, overlap=3)
+    assert len(asked) == len(set(asked)) == len(tried) == 1 + sum(len(values) - 1 for _, values in CHOICES)
+
+
+def test_no_question_is_tuned_on_and_tested(collection: Collection) -> None:
+    many = replace(
+        collection,
+        questions=tuple(Question(f"q{i}", ("pump",), f"Question {i}?", ("red",)) for i in range(40)),
+    )
+    checked, asked = split(many, Config(validation=128))
+    assert len(checked) == 10 and len(asked) == 30
+    assert not {q.id for q in checked} & {q.id for q in asked}
+    assert split(many, Config(validation=128)) == (checked, asked) != split(many, Config(validation=128, seed=1))
+
+
+class _Page(HTMLParser):
+    """Tags that are open, words that are shown, and everything that points anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br", "path", "use", "link", "img"):
+            self.open.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A report on a store of a folder's documents, with twelve questions beside them."""
+    folder = tmp_path / "manuals"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / f"{name}.md").write_text(text)
+    names = list(TEXTS)
+    with (folder / "questions.jsonl").open("w") as file:
+        for i in range(12):
+            asked = {
+                "id": f"q{i:02d}",
+                "document_ids": [names[i % 5]],
+                "question": f"<script>{i}</script> Which valve?",
+            }
+            file.write(json.dumps(asked | {"answers": ["red & green"], "kind": ("easy", "<b>hard")[i % 2]}) + "\n")
+    model = tiny("llama")
+    store = Store.create(tmp_path / "store", model, tokens=16)
+    store.add_documents(Collection.load(folder))
+    store.close()
+    monkeypatch.setattr(FrozenModel, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(retrieval, "SentenceEmbedder", lambda *_: HashEmbedder())
+    monkeypatch.chdir(tmp_path)
+
+    def report(**options: Any) -> Path:
+        settings = Config(
+            store=str(tmp_path / "store"),
+            output=str(tmp_path / "report"),
+            collection="manuals",
+            ks=(1, 2, 4),
+            budgets=(16, 64, 4096),
+            tune_up_to=16,
+            timed=2,
+            max_new_tokens=4,
+            with_chunk_k=2,
+            **options,
+        )
+        assert compare(settings) == 0
+        return tmp_path / "report"
+
+    return report
+
+
+def test_a_report_from_a_folder_of_ones_own(asked: Callable[..., Path]) -> None:
+    folder = asked()
+    results = json.loads((folder / "results.json").read_text())
+    assert not [complaint for _, complaint in check.check_run(folder) if complaint]
+    arms = [json.loads(line)["arm"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert {"no_context", "cas1", "cas4", "oracle", "all_resident", "cas2_chunk", "rag64", "full_document"} <= {*arms}
+    assert arms.count("cas4") == arms.count("rag64") == 9
+    assert "rag4096" not in arms and any("4096" in note for note in results["settings"]["notes"])
+    assert results["measurements"]["cas4.context_tokens"]["mean"] == 64  # 4 cartridges of 16
+    assert results["measurements"]["rag64.context_tokens"]["high"] <= 64
+    assert results["settings"]["collection"] == "manuals" and "--store DIR" in results["command"]
+    assert "4 cartridges retrieved" in (folder / "report.md").read_text()
+    page = _Page()
+    page.feed((folder / "report.html").read_text())
+    assert not page.open and all(link.startswith("#") for link in page.links)  # whole, and nothing is loaded
+    assert "easy" in page.text and "<b>hard" in page.text
+
+
+def test_the_page_shows_what_only_one_side_answers(asked: Callable[..., Path]) -> None:
+    """As if CAS had answered everything and RAG nothing: the questions stand there, as text and not as markup."""
+    folder = asked()
+    run, predictions = read_run(folder)
+    for p in predictions:
+        p["scores"] = {**p["scores"], "contains": float("cas" in p["arm"])}
+    texts = {p["question_id"]: ("<script>alert(1)</script> Which valve?", "red & green") for p in predictions}
+    make_report(folder, run, predictions, texts)
+    html = (folder / "report.html").read_text()
+    page = _Page()
+    page.feed(html)
+    assert "<script" not in html and not re.search(r"url\((?!#)|@import", html)
+    assert "<script>alert(1)</script> Which valve?" in page.text and "red & green" in page.text
+    view = View(run, predictions, texts)
+    assert view.won()[0] == ("all", 0, 9, 0, 0)
+    assert len(view.examples("cas")) == 8 and view.examples("rag") == []
+    assert all(t["p_holm"] >= t["p"] for t in view.tests)
+
+
+def test_without_text_only_figures_and_ids_are_written(asked: Callable[..., Path]) -> None:
+    folder = asked(no_text=True)
+    for name in ("report.html", "report.md", "results.json", "predictions.jsonl"):
+        assert "Which valve" not in (folder / name).read_text() and "red &" not in (folder / name).read_text()
+    assert '"answer"' not in (folder / "predictions.jsonl").read_text()
+
+
+class _Press:
+    """What our code uses of kvpress's presses, where kvpress is not installed; scores are the norms of the values."""
+
+    def __init__(self, compression_ratio: float) -> None:
+        self.ratio = compression_ratio
+
+    def score(self, module: Any, hidden: Any, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any) -> Tensor:
+        return values.norm(dim=-1)
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        def prune(module: Any, inputs: Any, kwargs: Any, output: Any) -> None:
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            assert kwargs["cache_position"][-1] + 1 == layer.keys.shape[2]
+            scores = self.score(module, None, layer.keys, layer.values, None, kwargs)
+            best = scores.topk(int(scores.shape[2] * (1 - self.ratio)), dim=-1).indices[..., None]
+            layer.keys, layer.values = (
+                x.gather(2, best.expand(*best.shape[:3], x.shape[3])) for x in (layer.keys, layer.values)
+            )
+
+        hooks = [layer.self_attn.register_forward_hook(prune, with_kwargs=True) for layer in model.model.layers]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture
+def kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compressed.installed():
+        monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(ExpectedAttentionPress=_Press))
+        monkeypatch.setattr(compressed, "installed", lambda: True)
+
+
+@pytest.mark.usefixtures("kvpress")
+def test_a_compressed_cache_is_some_of_the_whole_one(tiny: Callable[..., FrozenModel]) -> None:
+    model = tiny("llama")
+    ids = model.encode(TEXTS["pump"])
+    whole = model.prefill([*model.template.header_ids, *ids])[:, :, :, model.layout_header :].transpose(2, 3)
+    for positions in (12, len(ids), len(ids) + 5):
+        kept = compressed.compress(model, ids, positions).transpose(2, 3)  # [L, 2, positions, H, D]
+        assert kept.shape[2] == min(positions, len(ids))
+        for layer in range(kept.shape[0]):
+            for head in range(kept.shape[3]):
+                far = torch.cdist(kept[layer, 0, :, head].float(), whole[layer, 0, :, head].float())
+                nearest = far.argmin(1)
+                assert far.min(1).values.max() < 1e-2 and len(set(nearest.tolist())) == kept.shape[2]
+                assert torch.allclose(kept[layer, 1, :, head], whole[layer, 1, nearest, head], atol=1e-2)
+
+
+@pytest.mark.usefixtures("kvpress")
+def test_a_report_with_compressed_caches(asked: Callable[..., Path]) -> None:
+    folder = asked()
+    results = json.loads((folder / "results.json").read_text())
+    sizes = {arm: results["measurements"][f"{arm}.context_tokens"]["mean"] for arm in ("compressed", "oracle")}
+    assert sizes["compressed"] == sizes["oracle"] == 16 and "compressed.first_token_s" in results["measurements"]
+    assert "oracle_minus_compressed.contains" in results["metrics"]
+
+
+def test_a_report_goes_on_and_refuses_other_settings(asked: Callable[..., Path]) -> None:
+    folder = asked()
+    before = (folder / "results.json").read_text()
+    (folder / "parts" / "cas1.json").unlink()
+    shutil.rmtree(folder / "parts" / "no such", ignore_errors=True)
+    asked()
+    after = json.loads((folder / "results.json").read_text())
+    assert after["metrics"] == json.loads(before)["metrics"]
+    with pytest.raises(ConfigError, match="begun with another seed"):
+        asked(seed=1)
+
+
+def test_too_few_questions_say_what_to_write(tmp_path: Path, asked: Callable[..., Path]) -> None:
+    file = tmp_path / "manuals" / "questions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(ConfigError, match="write at least 8"):
+        asked()
