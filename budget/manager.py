@@ -99,7 +99,7 @@ class Manager:
         """Make exactly these trainees and guests resident. Leavers go first, so the device never holds both."""
         assert not set(pool) & set(guests)
         self.counters.rotations += 1
-        self._settle()
+        self.wait_for_writes()
         for name in [n for n in self.trainees if n not in set(pool)]:
             self._evict(name)
         for name in [n for n in self.guests if n not in set(guests)]:
@@ -112,7 +112,7 @@ class Manager:
             if name not in self.trainees:
                 self._admit(name)
         self._coming.clear()
-        give_back()
+        trim_host_memory()
 
     def prefetch(self, pool: Sequence[str], guests: Sequence[str]) -> None:
         """Begin to read what the next rotation will admit from the store."""
@@ -143,7 +143,7 @@ class Manager:
     def flush(self, before_write: Callable[[str], None] | None = None) -> list[str]:
         """Write everything dirty to the store (a checkpoint's first half); returns the names."""
         written = []
-        self._settle()
+        self.wait_for_writes()
         for name, tensors in [(n, self.trainees[n].tensors()) for n in sorted(self._dirty)] + [
             (n, h.tensors) for n, h in sorted(self._host.items()) if h.dirty
         ]:
@@ -164,7 +164,7 @@ class Manager:
         else:
             self._leaving[name] = self._worker.submit(self.store.write_tensors, name, here)
 
-    def _settle(self) -> None:
+    def wait_for_writes(self) -> None:
         """Wait until everything that left is in the store; an error there is raised here."""
         for name in list(self._leaving):
             self._leaving.pop(name).result()
@@ -237,7 +237,7 @@ class Manager:
             self._write(name, entry.tensors)
 
 
-def give_back() -> None:
+def trim_host_memory() -> None:
     """Hand freed host memory back to the system, where the C library can (glibc); it would keep the peak of every phase."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

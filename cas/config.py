@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from cas.errors import ConfigError
 
 _C = TypeVar("_C")
-Initialisation = Literal["first", "sampled", "random", "matched"]
+Initialization = Literal["first", "sampled", "random", "matched"]
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FICTIONAL = ("million_tokens",)  # collections that the reader in this package is for

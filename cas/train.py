@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, plan, synthesise, train, index. Returns the exit status."""
+    """Parse, plan, synthesize, train, index. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     again = shlex.join(["python", "-m", "cas.train", *arguments])
     return console.run(lambda: train(parse(TrainConfig, "python -m cas.train", arguments), again))
@@ -138,12 +138,12 @@ def _joint_training(
     interrupt: console.Interrupt,
 ) -> bool:
     """Train to the end (true) or until interrupted (false)."""
-    from cas.training.initialization import fit_starts
+    from cas.training.initialization import fit_matched_cartridges
     from cas.training.trainer import Trainer
 
     if config.initialisation == "matched":  # the trainer would do it too, but silently
         with store.training(), console.Display("starts") as display:
-            if not fit_starts(store, conversations, interrupt, display.show):
+            if not fit_matched_cartridges(store, conversations, interrupt, display.show):
                 return False
     trainer = Trainer(
         model,

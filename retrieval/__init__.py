@@ -9,7 +9,7 @@ from retrieval.embed import Embedder, HashEmbedder, SentenceEmbedder
 from retrieval.files import IndexBroken
 from retrieval.hub import EmbedderUnavailable
 from retrieval.index import ChunkIndex
-from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarise
+from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarize
 from retrieval.rank import Ranked, rank_chunks, rank_documents
 from retrieval.words import WordIndex
 
@@ -30,6 +30,6 @@ __all__ = [
     "recall_at_k",
     "reciprocal_rank",
     "split_sentences",
-    "summarise",
+    "summarize",
     "with_title",
 ]

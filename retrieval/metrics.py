@@ -22,7 +22,7 @@ def reciprocal_rank(ranked_ids: Sequence[str], relevant_ids: Collection[str]) ->
     return next((1.0 / rank for rank, name in enumerate(ranked_ids, 1) if name in relevant), 0.0)
 
 
-def summarise(
+def summarize(
     list_of_ranked: Sequence[Sequence[str]], list_of_relevant: Sequence[Collection[str]], ks: Sequence[int] = (1, 4, 10)
 ) -> dict[str, float]:
     """Means over the questions: ``{"recall@1": ..., "recall@4": ..., "recall@10": ..., "mrr": ...}``.

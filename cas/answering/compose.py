@@ -28,7 +28,7 @@ class Composed:
             kv = kv.to(model.device, model.dtype)
             if shift:
                 by = torch.full((kv.shape[3],), shift)
-                keys = torch.stack([model.rope.turn(kv[layer, 0], by, layer) for layer in range(kv.shape[0])])
+                keys = torch.stack([model.rope.shift(kv[layer, 0], by, layer) for layer in range(kv.shape[0])])
                 kv = torch.stack([keys, kv[:, 1]], dim=1)
             parts.append(kv)
         self.kv = torch.cat(parts, dim=3)

@@ -216,7 +216,7 @@ def overlap_scores(text: str, answers: Sequence[str]) -> dict[str, float]:
     return {"rouge_l": float(rouge), "chrf": min(1.0, chrf / 100)}
 
 
-class Remembering:
+class CachingEmbedder:
     """An embedder that embeds a text once: the arms of an experiment share chunks and questions."""
 
     def __init__(self, embedder: Embedder) -> None:

@@ -31,7 +31,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _DRAWS_AT_ONCE = 1 << 20  # keeps the bootstrap within some 30 MB for up to a million documents
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower-case ``text``, drop ASCII punctuation, then a/an/the, and join the words with single spaces.
 
     The order is SQuAD's and has its quirks: ``"U.S."`` becomes ``"us"``, ``"4-5"`` becomes ``"45"`` and the lone letter
@@ -41,9 +41,9 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 when the normalised prediction equals a normalised gold answer, else 0.0.
+    """1.0 when the normalized prediction equals a normalized gold answer, else 0.0.
 
-    Without a gold answer (the question has none), 1.0 for a prediction that normalises to nothing, as in SQuAD 2.0.
+    Without a gold answer (the question has none), 1.0 for a prediction that normalizes to nothing, as in SQuAD 2.0.
     """
     return _best(lambda predicted, gold: float(predicted == gold), prediction, answers)
 
@@ -57,7 +57,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 when the words of a normalised gold answer occur in a row in the normalised prediction, else 0.0.
+    """1.0 when the words of a normalized gold answer occur in a row in the normalized prediction, else 0.0.
 
     Whole words: ``"7"`` is not in ``"17 bar"``. Without a gold answer, 1.0 for an empty prediction only.
     """
@@ -74,11 +74,11 @@ def _word_f1(predicted: str, gold: str) -> float:
 
 
 def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
-    """Highest score over the gold answers; those that normalise to nothing count only when there is no other."""
+    """Highest score over the gold answers; those that normalize to nothing count only when there is no other."""
     if isinstance(answers, str):
         raise TypeError("answers is one string: give a list of gold answers")
-    golds = [gold for gold in map(normalise_answer, answers) if gold] or [""]
-    predicted = normalise_answer(prediction)
+    golds = [gold for gold in map(normalize_answer, answers) if gold] or [""]
+    predicted = normalize_answer(prediction)
     return max(score(predicted, gold) for gold in golds)
 
 

@@ -17,7 +17,7 @@ def write(file: Path, value: object) -> None:
     partial.replace(file)
 
 
-def kept(file: Path, make: Callable[[], Any]) -> Any:
+def cached_json(file: Path, make: Callable[[], Any]) -> Any:
     """What was made before and written to this file, else what ``make`` makes now."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -25,8 +25,8 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def begun_with(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError if the folder was begun with other settings."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    if changed := [k for k, v in kept(file, lambda: now).items() if now.get(k) != v]:
+    if changed := [k for k, v in cached_json(file, lambda: now).items() if now.get(k) != v]:
         raise ConfigError(f"{folder} was begun with another {', '.join(changed)}; give another --output")

@@ -143,7 +143,7 @@ class Reference:
             for name, shift in zip(seen, self.layout.shifts(sizes), strict=True):
                 kv = self.cartridges[name][layer]
                 p = kv.shape[2]
-                keys.append(self.rope.turn(kv[0], torch.full((p,), shift), layer))
+                keys.append(self.rope.shift(kv[0], torch.full((p,), shift), layer))
                 values.append(kv[1])
                 positions.append(torch.arange(p) + self.layout.header + shift)
             own = slice(start, start + length)

@@ -93,7 +93,7 @@ class _Own:
 _Part = _Prefix | _Own
 
 
-class Merged:
+class CpuAttention:
     """The context of a training step over packed conversations (batch size 1)."""
 
     def __init__(
@@ -157,7 +157,7 @@ class Merged:
 
     def turned(self, keys: Tensor, by: int, layer: int) -> Tensor:
         """Keys [H, P, C] moved by so many positions; gradients are moved back by as many."""
-        return self.rope.turn(keys, torch.full(keys.shape[1:2], by), layer) if by else keys
+        return self.rope.shift(keys, torch.full(keys.shape[1:2], by), layer) if by else keys
 
     def scores(self, number: int, query: Tensor, keys: Tensor, window: int | None) -> Tensor:
         """Of the number-th part's rows, less their reference, -inf where they may not see."""
@@ -202,7 +202,7 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class _Attention(torch.autograd.Function):
-    """Merged softmax attention of packed tokens: query [Q, N, D], key and value [H, N, D] -> [N, Q, D].
+    """CpuAttention softmax attention of packed tokens: query [Q, N, D], key and value [H, N, D] -> [N, Q, D].
 
     Gradients flow to query, key, value and to the layers of learning cartridges, [2, H, P, D + SPARE] each, in their order.
     """
@@ -213,7 +213,7 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        context: Merged,
+        context: CpuAttention,
         layer: int,
         scale: float,
         window: int | None,
@@ -270,7 +270,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _exponentials(
-    context: Merged, asked: Tensor, own: Tensor, layer: int, window: int | None
+    context: CpuAttention, asked: Tensor, own: Tensor, layer: int, window: int | None
 ) -> tuple[list[Tensor], Tensor]:
     """Every part's weights, exponentials of scores, and float32 [Q, N, D + SPARE]: what they give, and their sums."""
     total, found = torch.zeros(asked.shape, dtype=torch.float32, device=asked.device), []
@@ -282,7 +282,7 @@ def _exponentials(
     return found, total
 
 
-def _maximum(context: Merged, asked: Tensor, own: Tensor, layer: int, window: int | None) -> Tensor:
+def _maximum(context: CpuAttention, asked: Tensor, own: Tensor, layer: int, window: int | None) -> Tensor:
     """Every row's highest score, [Q, N]."""
     plain = asked.clone()
     plain[..., -SPARE] = 0

@@ -28,7 +28,7 @@ def padded(count: int, block: int = BLOCK) -> int:
     return -(-count // step) * step
 
 
-class Flex:
+class GpuAttention:
     """The context of a training step over packed conversations (batch size 1). No conversation may need turned keys."""
 
     def __init__(

@@ -89,7 +89,7 @@ class Decoding:
         for layer, kv in enumerate(pool.layers):
             k, v = kv[0][:, cols].transpose(0, 1), kv[1][:, cols].transpose(0, 1)  # [B or 1, H, S, D]
             if bool(turned.any()):
-                k = self.rope.turn(k, turned[:, None], layer)
+                k = self.rope.shift(k, turned[:, None], layer)
             self.prefix.append((k, v))
         # For the shares: which cartridge each prefix column belongs to (0 is header or padding).
         owner_of = torch.zeros(pool.size, dtype=torch.long)

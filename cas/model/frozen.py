@@ -221,7 +221,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def kv_of(self, ids: Tensor) -> Tensor:
-        keeper = _Keeper()
+        keeper = KVRecorder()
         self.forward(ids, torch.arange(ids.shape[1])[None], keeper, rows=1)
         return torch.stack([torch.stack(keeper.kv[layer]) for layer in sorted(keeper.kv)])
 
@@ -366,7 +366,7 @@ class FrozenModel:
         self.forward(ids, torch.zeros_like(ids), near)
         self.forward(ids, torch.full_like(ids, 37), far)
         for layer in near.layers:
-            turned = rope.turn(near.layers[layer]["key"], torch.tensor([37]), layer).float()
+            turned = rope.shift(near.layers[layer]["key"], torch.tensor([37]), layer).float()
             expected = far.layers[layer]["key"].float()
             tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
             if (turned - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
@@ -375,7 +375,7 @@ class FrozenModel:
                 )
 
 
-class _Keeper(_Probe):
+class KVRecorder(_Probe):
     """Keeps every layer's keys and values."""
 
     def __init__(self) -> None:

@@ -52,7 +52,7 @@ class Rope:
 
     frequencies: tuple[Tensor, ...]
 
-    def turn(self, keys: Tensor, by: Tensor, layer: int) -> Tensor:
+    def shift(self, keys: Tensor, by: Tensor, layer: int) -> Tensor:
         """Move keys that are already rotated by ``by`` further positions (RoPE angles add).
 
         Args:

@@ -16,7 +16,7 @@ from cas.data.collection import Collection, Question
 from cas.evaluation.arms import answered, overlap_scores
 from cas.evaluation.metrics import interval
 from cas.evaluation.recording import Prediction
-from cas.evaluation.resume import kept
+from cas.evaluation.resume import cached_json
 from cas.model.decoding import Prompt
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
@@ -115,7 +115,7 @@ class Arms:
 
         for budget in self.budgets:
             if budget <= max(self.config.tune_up_to, self.budgets[0]) and questions:
-                found[budget] = kept(parts / f"tune-{budget}.json", partial(search, budget, best))
+                found[budget] = cached_json(parts / f"tune-{budget}.json", partial(search, budget, best))
                 best = Setting(**found[budget]["best"])
             else:
                 found[budget] = {"best": asdict(best), "tried": []}

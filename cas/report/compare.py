@@ -81,8 +81,8 @@ def main() -> int:
 
 def compare(config: Config) -> int:
     """Tune, ask, time, write the report."""
-    from cas.evaluation.arms import Remembering
-    from cas.evaluation.resume import begun_with, kept
+    from cas.evaluation.arms import CachingEmbedder
+    from cas.evaluation.resume import cached_json, check_settings
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Arms
     from cas.report.costs import cost_of, timed
@@ -96,7 +96,7 @@ def compare(config: Config) -> int:
     recorded = unread.meta["model"]
     unread.close()
     output = Path(config.output)
-    begun_with(output, {k: v for k, v in asdict(config).items() if k not in ("output", "no_text", "name")})
+    check_settings(output, {k: v for k, v in asdict(config).items() if k not in ("output", "no_text", "name")})
     source = recorded["source"]
     model = FrozenModel.from_pretrained(
         source["name"], revision=source["revision"], device=config.device, system=recorded["system"]
@@ -106,22 +106,24 @@ def compare(config: Config) -> int:
     checked, asked = split(collection, config)
     metric = config.metric or ("exact_match" if model.reader else "contains")
     print(f"questions   {len(asked)} to test, {len(checked)} to tune on; {metric} decides", flush=True)
-    embedder = Remembering(SentenceEmbedder(config.embedder))
+    embedder = CachingEmbedder(SentenceEmbedder(config.embedder))
     rag = Rag(model, store.texts(), embedder)
     arms = Arms(config, model, store, collection, rag)
     parts = output / "parts"
     settings = arms.tuned(parts, checked, metric)
-    main_arm = kept(parts / "k.json", partial(arms.best_k, checked, metric)) if checked else f"cas{arms.ks()[-1]}"
+    main_arm = (
+        cached_json(parts / "k.json", partial(arms.best_k, checked, metric)) if checked else f"cas{arms.ks()[-1]}"
+    )
     predictions: list[Prediction] = []
     measured: dict[str, dict[str, float]] = {}
     for arm in arms.names():
-        done = kept(parts / f"{arm}.json", partial(arms.ask, arm, asked))
+        done = cached_json(parts / f"{arm}.json", partial(arms.ask, arm, asked))
         predictions += done["predictions"]
         measured |= done["measured"]
         print(f"measured    {arm}", flush=True)
     sample = Random(config.seed).sample(asked, min(config.timed, len(asked)))
-    measured |= kept(parts / "timed.json", partial(timed, arms, SentenceEmbedder(config.embedder), sample))
-    measured |= kept(parts / "retrieval.json", partial(arms.retrieval, asked))
+    measured |= cached_json(parts / "timed.json", partial(timed, arms, SentenceEmbedder(config.embedder), sample))
+    measured |= cached_json(parts / "retrieval.json", partial(arms.retrieval, asked))
     cost = cost_of(store)
     return write(
         config, model, store, collection, asked, predictions, measured, settings, cost, metric, main_arm, arms.notes

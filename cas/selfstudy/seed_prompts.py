@@ -19,7 +19,7 @@ _EXAMPLE_WORDS = frozenset(["marrow", "bridge", "ines", "calloway", "arches"])
 
 
 @dataclass(frozen=True)
-class Seed:
+class SeedPrompt:
     """One kind: how it is asked for, examples of ours about :data:`EXAMPLE`, the openings that start its questions, and
     what is added to a question when it is answered. ``{word}`` in an opening stands for each telling word of the sentence."""
 
@@ -43,7 +43,7 @@ class Seed:
 
 
 SEEDS = (
-    Seed(
+    SeedPrompt(
         kind="question",
         request="Write questions about the sentence.",
         examples=(
@@ -64,7 +64,7 @@ SEEDS = (
             "How many {word}",
         ),
     ),
-    Seed(
+    SeedPrompt(
         kind="structuring",
         request="Write requests that ask for one detail of the sentence in a fixed form.",
         examples=(
@@ -74,7 +74,7 @@ SEEDS = (
         ),
         openings=("Give the {word}", "Name the {word}", "State the number of", "List the"),
     ),
-    Seed(
+    SeedPrompt(
         kind="summarisation",
         request="Write requests to sum up what the sentence says.",
         examples=(
@@ -85,7 +85,7 @@ SEEDS = (
         openings=("Say in one sentence", "Describe the {word}", "Tell me briefly about the {word}", "Sum up"),
         style="",
     ),
-    Seed(
+    SeedPrompt(
         kind="use case",
         request="Write questions of people who need what the sentence says for something they do.",
         examples=(
@@ -102,7 +102,7 @@ SEEDS = (
             "I want to know where",
         ),
     ),
-    Seed(
+    SeedPrompt(
         kind="creative",
         request="Write playful questions about the sentence.",
         examples=(
@@ -121,7 +121,7 @@ SEEDS = (
 )
 
 # The embedded reader writes one question about a sentence when it gets "kind: sentence", and answers no style but its own.
-READER_SEEDS = tuple(Seed(kind=kind, request="", examples=(), openings=("",), style="") for kind in KINDS)
+READER_SEED_PROMPTS = tuple(SeedPrompt(kind=kind, request="", examples=(), openings=("",), style="") for kind in KINDS)
 
 # Words that say nothing about what a question is about.
 _SMALL = frozenset(

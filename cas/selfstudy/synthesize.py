@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from budget.manager import give_back
+from budget.manager import trim_host_memory
 from cas.answering.prompts import question_tokens
 from cas.config import SelfStudy
 from cas.data.collection import Collection, Document
@@ -37,11 +37,11 @@ from cas.model.decoding import Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations, read_unit, write_unit
-from cas.selfstudy.seed_prompts import READER_SEEDS, SEEDS, Seed, bad_answer, bad_question, loops, normal
+from cas.selfstudy.seed_prompts import READER_SEED_PROMPTS, SEEDS, SeedPrompt, bad_answer, bad_question, loops, normal
 from cas.store.store import Store
 from retrieval.chunk import split_sentences, with_title
 
-CALLS_ABOUT_A_SILENT_ONE = 5
+MAX_RETRIES_PER_DOCUMENT = 5
 ROWS = 128  # questions or answers about a chunk that are decoded side by side
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -92,7 +92,7 @@ def synthesize(
     teacher = _Teacher(model, documents, settings)
     have, dropped = 0, Counter[str]()
     # When enough is kept, documents about which nothing is yet get calls of their own, but not for ever.
-    patience = {} if once else dict.fromkeys(teacher.ids, CALLS_ABOUT_A_SILENT_ONE)
+    patience = {} if once else dict.fromkeys(teacher.ids, MAX_RETRIES_PER_DOCUMENT)
     unit = 0
     with store.training():  # one writer of units at a time
         while teacher.calls(unit) if once else have < teacher.wanted or any(patience.values()):
@@ -118,9 +118,9 @@ def synthesize(
             else:
                 started = time.monotonic()
                 found, counts = teacher.unit(unit)
-                give_back()
+                trim_host_memory()
                 write_unit(file, found, counts, made_with)
-                store.spent("self-study", time.monotonic() - started)
+                store.log_duration("self-study", time.monotonic() - started)
             for number in teacher.calls(unit) if teacher.only else ():
                 one = teacher.only[number % len(teacher.only)]
                 patience[one] = max(0, patience[one] - 1)
@@ -140,7 +140,7 @@ class _Call:
 
     document: Document
     chunk: str
-    seed: Seed
+    seed: SeedPrompt
     pairs: tuple[tuple[str, str], ...]
     temperatures: tuple[float, ...]  # every row is written once at each
 
@@ -235,7 +235,7 @@ class _Teacher:
         """What call ``number`` asks; notes it as tried. Pairs of sentence and opening that were tried come again only when
         none is left, and are then sampled instead of greedy."""
         s, random = self.settings, Random(f"{self.settings.seed}/call/{number}")
-        seeds = READER_SEEDS if self.model.reader else SEEDS
+        seeds = READER_SEED_PROMPTS if self.model.reader else SEEDS
         if self.plan:
             planned = self.plan[number]
             document, texts = self.documents[planned.document], [text for text, _ in self.sentences[planned.document]]

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cas.config import Initialisation
+from cas.config import Initialization
 from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
 from cas.store.records import (
@@ -73,7 +73,7 @@ class Store(Database):
         Raises: StoreMismatch if the folder holds a store; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
-        if positions not in get_args(Positions) or initialisation not in get_args(Initialisation):
+        if positions not in get_args(Positions) or initialisation not in get_args(Initialization):
             raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
         folder = Path(folder)
         if (folder / _FILE).exists():
@@ -248,9 +248,9 @@ class Store(Database):
                 ids = encoded[document.id]
                 p = cartridge_size(len(ids), meta["tokens"], meta["ratio"], meta["span"])
                 seed = int(document.hash[:15], 16) ^ meta["seed"]
-                from cas.training.initialization import initialise
+                from cas.training.initialization import initialize
 
-                kv = initialise(model, ids, p, meta["initialisation"], seed)
+                kv = initialize(model, ids, p, meta["initialisation"], seed)
                 version, kv_hash, _ = self._unnamed[document.id] = self._put(
                     document.id, 0, {"kv": kv.cpu()}, document.title
                 )
@@ -362,7 +362,7 @@ class Store(Database):
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 
-    def spent(self, what: str, seconds: float) -> None:
+    def log_duration(self, what: str, seconds: float) -> None:
         """Note in ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""
         with (self.folder / "seconds.jsonl").open("a") as log:
             log.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")

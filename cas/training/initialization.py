@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cas.config import Initialisation
+from cas.config import Initialization
 from cas.model.attention import causal_mask
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 TOKENS = 4096  # of conversations that a document is matched on
 LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
 RIDGE = 1.0  # of the mean squared weight: values that few questions ask for stay as they were, and answer nobody else
-SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialisation (2508.17032)
+SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialization (2508.17032)
 
 
-def initialise(model: FrozenModel, document_ids: Sequence[int], p: int, how: Initialisation, seed: int) -> Tensor:
+def initialize(model: FrozenModel, document_ids: Sequence[int], p: int, how: Initialization, seed: int) -> Tensor:
     """The start of a cartridge: float32 [L, 2, H, p, D].
 
     ``first``: KV of the document's first p tokens behind the header (2506.06266, section 3.2).
     ``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
-    (Sampled Chunk Initialisation, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
+    (Sampled Chunk Initialization, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
     ``matched``: ``first``, until there are conversations (:mod:`cas.training.initialization`).
 
     A document shorter than p is repeated until it is long enough.
@@ -60,7 +60,7 @@ def initialise(model: FrozenModel, document_ids: Sequence[int], p: int, how: Ini
     return model.prefill([*model.template.header_ids, *ids[:p]])[:, :, :, model.layout_header :].float()
 
 
-def fit_starts(
+def fit_matched_cartridges(
     store: Store,
     conversations: Conversations,
     stop: Callable[[], bool] = lambda: False,
@@ -92,7 +92,7 @@ def fit_starts(
             store.commit(rows, None)
     store.commit(rows, None)
     if todo:
-        store.spent("starts", time.monotonic() - started)
+        store.log_duration("starts", time.monotonic() - started)
     return done == len(todo)
 
 
@@ -146,7 +146,7 @@ class _Matching:
         self, layer: int, h: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         """One key head: query [C, Q, T, D] of its query heads, key and value [C, T, D] -> its KV [2, p, D], output as query."""
-        header, turn = self.model.layout_header, self.model.rope.turn
+        header, turn = self.model.layout_header, self.model.rope.shift
         query, key, value = query.float() * scale, key.float(), value.float()
         keys, values = self.prefix[layer, :, h].float()
         own = query @ key[:, None].mT  # the same wherever the conversation stands

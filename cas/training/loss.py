@@ -29,12 +29,12 @@ def distillation_loss(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> 
         return (log_p.exp() * (log_p - (top - logits.logsumexp(1, keepdim=True)))).sum(1)
     # The rest by itself, not as 1 - sum(q): that difference has no correct digit once the student is sure.
     rest = logits.scatter(1, top_ids, -torch.inf).logsumexp(1)
-    normaliser = torch.logaddexp(top.logsumexp(1), rest)
-    log_q = top - normaliser[:, None]
+    normalizer = torch.logaddexp(top.logsumexp(1), rest)
+    log_q = top - normalizer[:, None]
     p_rest = (-torch.expm1(log_p.logsumexp(1))).clamp(min=0.0)
     unseen = p_rest > 0
     log_p_rest = torch.where(unseen, p_rest, 1.0).log()
-    rest_term = torch.where(unseen, p_rest * (log_p_rest - (rest - normaliser)), 0.0)
+    rest_term = torch.where(unseen, p_rest * (log_p_rest - (rest - normalizer)), 0.0)
     return (log_p.exp() * (log_p - log_q)).sum(1) + rest_term
 
 
@@ -85,8 +85,8 @@ def _loss_and_gradient(logits: Tensor, top_ids: Tensor, log_p: Tensor) -> tuple[
     highest = rest.amax(1, keepdim=True).clamp_min(torch.finfo(rest.dtype).min)
     sums = rest.sub_(highest).exp_().sum(1, keepdim=True)
     log_rest = sums.log() + highest
-    normaliser = torch.logaddexp(top.logsumexp(1, keepdim=True), log_rest)
-    log_q, log_q_rest = top - normaliser, log_rest - normaliser
+    normalizer = torch.logaddexp(top.logsumexp(1, keepdim=True), log_rest)
+    log_q, log_q_rest = top - normalizer, log_rest - normalizer
     p = log_p.exp()
     whole = top_ids.shape[1] == logits.shape[1]
     p_rest = torch.zeros_like(sums) if whole else (-torch.expm1(log_p.logsumexp(1, keepdim=True))).clamp(min=0.0)

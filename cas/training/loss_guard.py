@@ -19,7 +19,7 @@ END_AFTER = 12  # spoilt steps in a row of all
 
 
 @dataclass
-class Rescue:
+class LossGuard:
     """What has gone wrong so far; part of a checkpoint. ``skipped`` steps in all, ``in_a_row`` up to now, ``spoilt`` in a row by
     cartridge; ``back``: cartridges that went back, in all."""
 

@@ -104,7 +104,7 @@ class Schedule:
                 examples.append(Example(target, index, tuple(sorted(visible))))
         return Step(targets, tuple(examples))
 
-    def coming(
+    def next_rotation(
         self, step: int, pool: Sequence[str], drawn: Mapping[str, int]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Pool and guests from the first rotation after this step on: what may be read meanwhile."""

@@ -23,14 +23,14 @@ from budget.manager import Manager
 from cas.config import Training
 from cas.errors import ConfigError
 from cas.model.attention import AttentionContext, Batch, packed_positions
-from cas.model.attention_cpu import Merged
-from cas.model.attention_gpu import Flex
+from cas.model.attention_cpu import CpuAttention
+from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
-from cas.training.initialization import fit_starts
+from cas.training.initialization import fit_matched_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
-from cas.training.loss_guard import Rescue
+from cas.training.loss_guard import LossGuard
 from cas.training.metrics_log import Report, StepLog
 from cas.training.optim import adam_step, learning_rate
 from cas.training.rounds import guests_among, members, refuse_changes
@@ -83,7 +83,7 @@ class Trainer:
         )
         per_step = self.schedule.targets * t.per_target
         self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
-        self._limits, self.recompute, self.rescue = (device_bytes, host_bytes), recompute, Rescue()
+        self._limits, self.recompute, self.rescue = (device_bytes, host_bytes), recompute, LossGuard()
         self.ahead = model.device.type == "cuda"  # a CPU has no time to spare beside the steps
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
@@ -92,7 +92,7 @@ class Trainer:
         Returns: whether the last step was reached. Raises: RunError when no step can be taken any more (:mod:`cas.training.loss_guard`).
         """
         with self.store.training():
-            if not fit_starts(self.store, self.conversations, stop):
+            if not fit_matched_cartridges(self.store, self.conversations, stop):
                 return False
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
@@ -103,7 +103,7 @@ class Trainer:
                         pool, guests = self.schedule.rotate(step, pool, self._drawn)
                         self.manager.rotate(pool, guests)
                         if self.manager.ahead and step + self.training.rotate_every < end:
-                            self.manager.prefetch(*self.schedule.coming(step, pool, self._drawn))
+                            self.manager.prefetch(*self.schedule.next_rotation(step, pool, self._drawn))
                     work = self.schedule.step(step, pool, guests, self._drawn)
                     loss, tokens, lr = self.train_step(step, work)
                     seconds = time.perf_counter() - started
@@ -206,8 +206,8 @@ class Trainer:
     def _attention(self, batch: Batch, cartridges: Mapping[str, Tensor]) -> AttentionContext:
         header, dtype = self.model.header_kv, self.model.dtype
         if self.model.device.type == "cuda" and self.layout.policy != "sequential":
-            return Flex(batch, header, cartridges, self.layout, dtype)
-        return Merged(batch, header, cartridges, self.layout, self.model.rope, dtype)
+            return GpuAttention(batch, header, cartridges, self.layout, dtype)
+        return CpuAttention(batch, header, cartridges, self.layout, self.model.rope, dtype)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class Trainer:
         self._settings.pop("checkpoint_every")
         refuse_changes(self.store, self._settings)
         state = state or {"step": 0, "pool": (), "guests": ()}
-        self.rescue = Rescue(**state.get("rescue", {}))
+        self.rescue = LossGuard(**state.get("rescue", {}))
         step, pool, guests = int(state["step"]), tuple(state["pool"]), tuple(state["guests"])
         # A new one every time: the old one may hold what a failed run did after the checkpoint.
         self.manager = Manager(self.store, self.model.device, *self._limits, ahead=self.ahead)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import torch
 
-from budget.manager import give_back
+from budget.manager import trim_host_memory
 from cas.config import TrainConfig
 from cas.errors import BudgetError
 from cas.evaluation.arms import PeakMemory
@@ -130,5 +130,5 @@ def largest_pool(work: Work) -> Iterator[Sample]:
 def _anonymous() -> int:
     """Bytes of memory of this process once what is free is given back."""
     gc.collect()
-    give_back()
+    trim_host_memory()
     return PeakMemory.now()

@@ -22,7 +22,7 @@ from cas.data.collection import Collection, Document
 from cas.data.worlds import world
 from cas.model.attention import Batch
 from cas.model.attention_cpu import _similar
-from cas.model.attention_gpu import Flex
+from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.model.loading import Source
 from cas.model.positions import Layout
@@ -293,7 +293,7 @@ def alone(batch: Batch, model: FrozenModel) -> Any:
     """The fastest plain attention there is: on a GPU our kernel without a prefix."""
     if model.device.type != "cuda":
         return Alone(batch)
-    return Flex(batch, model.header_kv[:, :, :, :0], {}, Layout("offset", 0, 0), model.dtype)
+    return GpuAttention(batch, model.header_kv[:, :, :, :0], {}, Layout("offset", 0, 0), model.dtype)
 
 
 def frozen(model: FrozenModel) -> Callable[[Sequence[Conversation]], None]:

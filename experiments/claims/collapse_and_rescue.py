@@ -132,14 +132,14 @@ def main() -> int:
 def experiment(config: Config) -> int:
     """Train and ask under every arm, seed by seed; write the results, print tables and verdicts."""
     from cas.evaluation.recording import flags, table, write_run
-    from cas.evaluation.resume import begun_with
+    from cas.evaluation.resume import check_settings
     from cas.model.frozen import FrozenModel
 
     if config.documents < 2 * OTHERS or config.documents % 2:
         raise ConfigError(f"--documents {config.documents}: an even number of at least {2 * OTHERS}")
     if unknown := sorted({*config.only} - {TEXTS, *TRAININGS, *MONOLITHIC}):
         raise ConfigError(f"--only {' '.join(unknown)}: choose from {', '.join([TEXTS, *TRAININGS, *MONOLITHIC])}")
-    begun_with(Path(config.output), settings_of(config))
+    check_settings(Path(config.output), settings_of(config))
     model = FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
     trained: dict[str, Any] = {}
@@ -221,12 +221,12 @@ def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
 
 def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, Any], list[Prediction]]:
     """What was trained for a seed, and the answers under every arm."""
-    from cas.evaluation.arms import Remembering, run_arms, unseen
-    from cas.evaluation.resume import kept, write
+    from cas.evaluation.arms import CachingEmbedder, run_arms, unseen
+    from cas.evaluation.resume import cached_json, write
     from cas.selfstudy.conversations import Conversations
     from cas.selfstudy.synthesize import SelfStudy, synthesize
-    from cas.training.initialization import fit_starts
-    from experiments.claims.joint_vs_isolated import said
+    from cas.training.initialization import fit_matched_cartridges
+    from experiments.claims.joint_vs_isolated import log_arm
     from retrieval import SentenceEmbedder
 
     folder = Path(config.output) / f"seed-{seed}"
@@ -238,18 +238,22 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     study = SelfStudy(conversations=config.conversations, seed=seed)
     with base_store(config, model, seed) as base:
         conversations = synthesize(model, collection, base, study, progress=shown("self-study"))
-        questions, embedder = unseen(collection.questions, conversations), Remembering(SentenceEmbedder())
-        asking = partial(run_arms, model, embedder=embedder, seed=seed, progress=said)
+        questions, embedder = unseen(collection.questions, conversations), CachingEmbedder(SentenceEmbedder())
+        asking = partial(run_arms, model, embedder=embedder, seed=seed, progress=log_arm)
         with base.training():
-            fit_starts(base, conversations, progress=shown("starts"))
+            fit_matched_cartridges(base, conversations, progress=shown("starts"))
         found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
         predictions: list[Prediction] = []
         if not config.only or TEXTS in config.only:
-            best, scores = kept(folder / "rag.json", partial(best_chunks, model, base, collection, checked, embedder))
+            best, scores = cached_json(
+                folder / "rag.json", partial(best_chunks, model, base, collection, checked, embedder)
+            )
             found["rag"] = {"best": best, "validation": scores}
-            predictions += kept(folder / "text.json", partial(asking, base, collection, questions, [*TEXT, best]))
+            predictions += cached_json(
+                folder / "text.json", partial(asking, base, collection, questions, [*TEXT, best])
+            )
             starts = partial(asking, base, collection, questions, ASKED["start"], prefix="start_")
-            predictions += kept(folder / "start.json", starts)
+            predictions += cached_json(folder / "start.json", starts)
 
     def trained_and_asked(arm: str) -> dict[str, Any]:
         """What training an arm took, and its answers."""
@@ -267,7 +271,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
             return {"took": took, "answers": asking(store, collection, some, arms, prefix=f"{arm}_")}
 
     for arm in (arm for arm in [*TRAININGS, *MONOLITHIC] if not config.only or arm in config.only):
-        done = kept(folder / f"{arm}.json", partial(trained_and_asked, arm))
+        done = cached_json(folder / f"{arm}.json", partial(trained_and_asked, arm))
         found[arm] = done["took"]
         predictions += done["answers"]
     if config.only:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 RATIOS = (2, 4, 8, 16, 32, 88)  # the last leaves 4 positions, which is the least
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A joint training of every size."""
     found: list[Prediction] = []
     for ratio in RATIOS:
@@ -38,13 +38,13 @@ CLAIM = Claim(
         ("ratio16_oracle", "ratio88_oracle"),
     ],
     shown=[
-        Shown(
+        Criterion(
             "as on FinQA, 88x loses at least 20 points to 2x",
             "ratio2_oracle_minus_ratio88_oracle",
             "least",
             20,
         ),
-        Shown("16x loses at most 5 points to 2x", "ratio2_oracle_minus_ratio16_oracle", "most", 5),
+        Criterion("16x loses at most 5 points to 2x", "ratio2_oracle_minus_ratio16_oracle", "most", 5),
     ],
 )
 

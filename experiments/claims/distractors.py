@@ -6,10 +6,10 @@ import sys
 from typing import Any
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Gradients for distractors, on and off; a small pool with guests and without."""
     found: list[Prediction] = []
     small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
@@ -49,13 +49,13 @@ CLAIM = Claim(
         ("pool6_guests10_loaded10", "pool6_loaded10"),
     ],
     shown=[
-        Shown(
+        Criterion(
             "gradients of distractors help when ten are loaded",
             "distractor_gradients_loaded10_minus_joint_loaded10",
             "least",
             0,
         ),
-        Shown(
+        Criterion(
             "guests help a small pool when ten are loaded",
             "pool6_guests10_loaded10_minus_pool6_loaded10",
             "least",

@@ -7,15 +7,15 @@ from contextlib import closing
 from typing import Any
 
 from cas.evaluation.recording import Prediction
-from cas.evaluation.resume import kept
+from cas.evaluation.resume import cached_json
 from cas.selfstudy.conversations import Conversations
 from cas.training import rounds as living
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 OLD, NEW = 20, 2
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Twenty trained, then two more among them; and all twenty-two at once."""
     before, after = lab.collection.select(OLD), lab.collection.select(OLD + NEW)
     fresh = [d.id for d in after.documents[OLD:]]
@@ -28,7 +28,7 @@ def run(lab: Lab) -> list[Prediction]:
             answers = lab.ask(store, "before_old_", ["oracle", "loaded10"], old, before)
             return {"answers": answers, "tokens": sum(row.trained_tokens for row in store.rows().values())}
 
-    earlier = kept(asked, first)
+    earlier = cached_json(asked, first)
     with closing(lab.started("grown", before)) as store:
         living.update(store, after)
     found: list[Prediction] = earlier["answers"]
@@ -71,20 +71,20 @@ CLAIM = Claim(
         ("whole_new_oracle", "grown_new_oracle"),
     ],
     shown=[
-        Shown("a tenth more documents cost about a tenth", "cost.share", "most", 0.12),
-        Shown(
+        Criterion("a tenth more documents cost about a tenth", "cost.share", "most", 0.12),
+        Criterion(
             "old documents lose at most 2 points with ten loaded",
             "before_old_loaded10_minus_grown_old_loaded10",
             "most",
             2,
         ),
-        Shown(
+        Criterion(
             "they lose at most 2 points to training all at once",
             "whole_old_loaded10_minus_grown_old_loaded10",
             "most",
             2,
         ),
-        Shown(
+        Criterion(
             "new documents lose at most 2 points to training all at once",
             "whole_new_loaded10_minus_grown_new_loaded10",
             "most",

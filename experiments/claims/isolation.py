@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAME = {0.5: "joint", 1.0: "isolated"}
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A training for every share."""
     found: list[Prediction] = []
     for share in SHARES:
@@ -38,19 +38,19 @@ CLAIM = Claim(
         ("isolation75_loaded10", "isolation0_loaded10"),
     ],
     shown=[
-        Shown(
+        Criterion(
             "at 0.75, ten loaded answer more than after isolated training",
             "isolation75_loaded10_minus_isolation100_loaded10",
             "least",
             0,
         ),
-        Shown(
+        Criterion(
             "at 0.75, the own cartridge alone loses at most 2 points",
             "isolation75_oracle_minus_isolation100_oracle",
             "least",
             -2,
         ),
-        Shown(
+        Criterion(
             "0.75 is at least as good as 0.5 with ten loaded",
             "isolation75_loaded10_minus_isolation50_loaded10",
             "least",

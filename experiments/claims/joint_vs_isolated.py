@@ -296,9 +296,9 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
         arms = ARMS if arm == "isolated" else (*TEXT_ARMS, *ARMS)
         own = [a for a in arms if a in ARMS]
         if arm == "joint":
-            predictions += run_arms(model, store, documents, questions, TEXT_ARMS, seed=config.seed, progress=said)
+            predictions += run_arms(model, store, documents, questions, TEXT_ARMS, seed=config.seed, progress=log_arm)
         predictions += run_arms(
-            model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=said
+            model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=log_arm
         )
         store.close()
     run = write_run(
@@ -338,7 +338,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     return 0
 
 
-def said(arm: str) -> None:
+def log_arm(arm: str) -> None:
     """Tell that an arm is measured."""
     print(f"measured {arm}", file=sys.stderr, flush=True)
 

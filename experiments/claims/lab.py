@@ -23,15 +23,15 @@ from cas.config import READER, parse
 from cas.data.collection import Collection, Question
 from cas.data.worlds import Shape, world
 from cas.errors import ConfigError
-from cas.evaluation.arms import Remembering, run_arms, unseen
+from cas.evaluation.arms import CachingEmbedder, run_arms, unseen
 from cas.evaluation.metrics import interval
 from cas.evaluation.recording import Prediction, flags, write_run
-from cas.evaluation.resume import begun_with, kept
+from cas.evaluation.resume import cached_json, check_settings
 from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import SelfStudy, synthesize
 from cas.store.store import Store
-from cas.training.initialization import fit_starts
+from cas.training.initialization import fit_matched_cartridges
 from cas.training.trainer import Trainer, Training
 from experiments.claims.collapse_and_rescue import shown, train
 from retrieval import SentenceEmbedder
@@ -76,7 +76,7 @@ def key(figure: str) -> str:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Criterion:
     """What a claim says of a figure (exact match, unless it has a dot): the bound of its 95 % interval is at ``least`` or at ``most``
     so much."""
 
@@ -97,21 +97,21 @@ class Shown:
 @dataclass(frozen=True)
 class Claim:
     """One row. ``run`` trains and asks for one seed and returns the answers; figures that are no answers go to
-    :meth:`Lab.measure`. ``table``: label and figure, as the results show them."""
+    :meth:`ClaimContext.measure`. ``table``: label and figure, as the results show them."""
 
     name: str
     title: str
     paper: str
     ours: str
-    run: Callable[[Lab], list[Prediction]]
+    run: Callable[[ClaimContext], list[Prediction]]
     table: Sequence[tuple[str, str]]
-    shown: Sequence[Shown]
+    shown: Sequence[Criterion]
     compare: Sequence[tuple[str, str]] = ()
     not_run: str = ""  # the reason, if it cannot be run
 
 
 @dataclass
-class Lab:
+class ClaimContext:
     """The world of a seed, and what was trained in it."""
 
     config: Config
@@ -126,9 +126,9 @@ class Lab:
         """Where the trainings of this seed stand."""
         return Path(self.config.output) / "shared" / f"seed-{self.seed}" / self.part
 
-    def elsewhere(self, part: str, collection: Collection) -> Lab:
+    def elsewhere(self, part: str, collection: Collection) -> ClaimContext:
         """The same for another collection."""
-        return Lab(self.config, self.model, self.seed, part, collection)
+        return ClaimContext(self.config, self.model, self.seed, part, collection)
 
     @cached_property
     def collection(self) -> Collection:
@@ -136,9 +136,9 @@ class Lab:
         return self.given or world(self.seed, self.config.documents, name="small_worlds", shape=SMALL)
 
     @cached_property
-    def embedder(self) -> Remembering:
+    def embedder(self) -> CachingEmbedder:
         """One embedder for all that retrieve."""
-        return Remembering(SentenceEmbedder())
+        return CachingEmbedder(SentenceEmbedder())
 
     @cached_property
     def conversations(self) -> Conversations:
@@ -148,7 +148,7 @@ class Lab:
                 self.model, self.collection, base, SelfStudy(seed=self.seed), progress=shown("self-study")
             )
             with base.training():
-                fit_starts(base, told, progress=shown("starts"))
+                fit_matched_cartridges(base, told, progress=shown("starts"))
         return told
 
     @cached_property
@@ -180,7 +180,7 @@ class Lab:
                 for i in (i for i, row in rows.items() if row.version == 0 and i in have):
                     store.write_tensors(i, {"kv": base.cartridge(i)})
                 store.commit(rows, None)
-            fit_starts(store, told)
+            fit_matched_cartridges(store, told)
         return store
 
     @contextmanager
@@ -259,20 +259,20 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
     """Run a claim, write its results, print its table and verdicts."""
     folder = Path(config.output) / claim.name
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "seeds")}
-    begun_with(Path(config.output) / "shared", settings)
+    check_settings(Path(config.output) / "shared", settings)
     model = model or FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
     measured: dict[str, list[tuple[float, str]]] = {}
     hashes = []
 
-    def one_seed(lab: Lab) -> dict[str, Any]:
+    def one_seed(lab: ClaimContext) -> dict[str, Any]:
         predictions = claim.run(lab)
         return {"predictions": predictions, "measured": lab.measured}
 
     for seed in config.seeds:
-        lab = Lab(config, model, seed)
+        lab = ClaimContext(config, model, seed)
         hashes.append(lab.collection.hash)
-        part = kept(folder / f"seed-{seed}.json", lambda lab=lab: one_seed(lab))  # type: ignore[misc]
+        part = cached_json(folder / f"seed-{seed}.json", lambda lab=lab: one_seed(lab))  # type: ignore[misc]
         predictions += part["predictions"]
         for name, values in part["measured"].items():
             measured.setdefault(name, []).extend((v, d) for v, d in values)

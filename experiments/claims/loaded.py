@@ -6,13 +6,13 @@ import sys
 from typing import Any
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import FIRST_TOKENS, Claim, Lab, Shown, main_of
+from experiments.claims.lab import FIRST_TOKENS, Claim, ClaimContext, Criterion, main_of
 
 SEEN = (0, 2, 5, 10, 20)  # most distractors in training; 0 is isolated training
 LOADED = (2, 5, 10, 20)
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A training from first tokens, as in the paper, for every most number of distractors."""
     found: list[Prediction] = []
     for most in SEEN:
@@ -48,26 +48,26 @@ CLAIM = Claim(
         ("seen20_loaded20", "seen2_loaded20"),
     ],
     shown=[
-        Shown(
+        Criterion(
             "isolated cartridges lose at least 20 points with 20 loaded",
             "seen0_oracle_minus_seen0_loaded20",
             "least",
             20,
         ),
-        Shown(
+        Criterion(
             "joint training with 20 wins at least 20 back",
             "seen20_loaded20_minus_seen0_loaded20",
             "least",
             20,
         ),
-        Shown("and loses at most 3 itself", "seen20_oracle_minus_seen20_loaded20", "most", 3),
-        Shown(
+        Criterion("and loses at most 3 itself", "seen20_oracle_minus_seen20_loaded20", "most", 3),
+        Criterion(
             "trained with 20 is better than with 2 when 20 are loaded",
             "seen20_loaded20_minus_seen2_loaded20",
             "least",
             0,
         ),
-        Shown("and than with 10", "seen20_loaded20_minus_seen10_loaded20", "least", 0),
+        Criterion("and than with 10", "seen20_loaded20_minus_seen10_loaded20", "least", 0),
     ],
 )
 

@@ -13,11 +13,11 @@ from cas.evaluation.recording import Prediction
 from cas.model.decoding import Prompt
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import SMALL, Claim, Lab, Shown, main_of
+from experiments.claims.lab import SMALL, Claim, ClaimContext, Criterion, main_of
 from retrieval import with_title
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """All cartridges of it loaded, one monolithic cartridge, and the text as far as it fits."""
     window = lab.model.geometry.max_positions
     documents = 2 * (window // 350)  # about twice the window
@@ -69,13 +69,13 @@ CLAIM = Claim(
     ],
     compare=[("joint_loaded", "truncated"), ("monolithic_loaded", "truncated"), ("joint_loaded", "monolithic_loaded")],
     shown=[
-        Shown(
+        Criterion(
             "the monolithic cartridge is better than the truncated text",
             "monolithic_loaded_minus_truncated",
             "least",
             0,
         ),
-        Shown("all cartridges loaded are too", "joint_loaded_minus_truncated", "least", 0),
+        Criterion("all cartridges loaded are too", "joint_loaded_minus_truncated", "least", 0),
     ],
 )
 

@@ -21,7 +21,7 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.training.loss import distillation_loss
 from cas.training.optim import learning_rate
-from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, Lab, Shown, main_of
+from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 from retrieval import with_title
 
 DOCUMENTS = 4
@@ -29,7 +29,7 @@ BATCH = 64  # conversations a step
 RATES = {"prefix": (0.02, 0.05, 0.1), "lora": (0.001, 0.003, 0.01)}
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Both on the conversations about four documents, each at its best rate by held-out loss; then questions about these and, with
     its text in context, about another document."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -84,7 +84,7 @@ def run(lab: Lab) -> list[Prediction]:
     return found
 
 
-def prefix(lab: Lab, told: Sequence[Conversation], positions: int, steps: int, lr: float) -> Any:
+def prefix(lab: ClaimContext, told: Sequence[Conversation], positions: int, steps: int, lr: float) -> Any:
     """A training of one cartridge for all four documents."""
     collection = lab.collection.select(DOCUMENTS).merged()
     alone: dict[str, Any] = {"pool": 1, "targets": 1, "per_target": BATCH, "isolation": 1.0, "steps": steps, "lr": lr}
@@ -93,17 +93,17 @@ def prefix(lab: Lab, told: Sequence[Conversation], positions: int, steps: int, l
 
 
 @torch.no_grad()
-def prefix_loss(lab: Lab, held: Sequence[Conversation], kv: dict[str, torch.Tensor], layout: Any) -> float:
+def prefix_loss(lab: ClaimContext, held: Sequence[Conversation], kv: dict[str, torch.Tensor], layout: Any) -> float:
     """Mean distillation loss of conversations that were not trained, nats a token."""
     from cas.model.attention import Batch, packed_positions
-    from cas.model.attention_cpu import Merged
+    from cas.model.attention_cpu import CpuAttention
 
     model, total, count = lab.model, 0.0, 0
     for start in range(0, len(held), BATCH):
         some = held[start : start + BATCH]
         tokens = [c.tokens(model) for c in some]
         batch = Batch(tuple(map(len, tokens)), (tuple(kv),) * len(some))
-        context = Merged(batch, model.header_kv, kv, layout, model.rope, model.dtype)
+        context = CpuAttention(batch, model.header_kv, kv, layout, model.rope, model.dtype)
         places = packed_positions(batch, {n: x.shape[3] for n, x in kv.items()}, layout)
         rows = torch.cat(
             [
@@ -130,7 +130,7 @@ def lora_elements(hf: Any) -> int:
     )
 
 
-def tune(lab: Lab, hf: Any, told: Sequence[Conversation], steps: int, lr: float) -> None:
+def tune(lab: ClaimContext, hf: Any, told: Sequence[Conversation], steps: int, lr: float) -> None:
     """Adam on the adapters alone, over as many conversations as the prefix sees, with the same schedule."""
     weights = [p for name, p in hf.named_parameters() if "lora_" in name]
     for p in weights:
@@ -150,14 +150,14 @@ def tune(lab: Lab, hf: Any, told: Sequence[Conversation], steps: int, lr: float)
 
 
 @torch.no_grad()
-def lora_loss(lab: Lab, hf: Any, held: Sequence[Conversation]) -> float:
+def lora_loss(lab: ClaimContext, hf: Any, held: Sequence[Conversation]) -> float:
     """As :func:`prefix_loss`."""
     parts = [held[i : i + BATCH] for i in range(0, len(held), BATCH)]
     losses = torch.cat([_losses(some, _logits(lab, hf, some)) for some in parts])
     return float(losses.mean())
 
 
-def _logits(lab: Lab, hf: Any, some: Sequence[Conversation]) -> torch.Tensor:
+def _logits(lab: ClaimContext, hf: Any, some: Sequence[Conversation]) -> torch.Tensor:
     """Logits at the places of answers, [N, V], of conversations behind the header alone."""
     header = list(lab.model.template.header_ids)
     tokens = [torch.tensor(header + c.tokens(lab.model)) for c in some]
@@ -198,8 +198,8 @@ CLAIM = Claim(
         ("prefix_unrelated", "lora_unrelated"),
     ],
     shown=[
-        Shown("the prefix answers more of its own questions", "prefix_loaded_minus_lora", "least", 0),
-        Shown("the prefix harms unrelated text less", "prefix_unrelated_minus_lora_unrelated", "least", 0),
+        Criterion("the prefix answers more of its own questions", "prefix_loaded_minus_lora", "least", 0),
+        Criterion("the prefix harms unrelated text less", "prefix_unrelated_minus_lora_unrelated", "least", 0),
     ],
 )
 

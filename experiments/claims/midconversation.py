@@ -13,16 +13,16 @@ from cas.data.collection import Question
 from cas.evaluation.arms import answered
 from cas.evaluation.recording import Prediction
 from cas.model.attention import Batch, packed_positions
-from cas.model.attention_cpu import Merged
+from cas.model.attention_cpu import CpuAttention
 from cas.model.decoding import Prompt
 from cas.model.positions import Layout
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
 class Keeping:
     """An attention context that keeps the keys and values of the own tokens."""
 
-    def __init__(self, inner: Merged) -> None:
+    def __init__(self, inner: CpuAttention) -> None:
         self.inner, self.kv = inner, list[Tensor]()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -31,15 +31,15 @@ class Keeping:
 
 
 @torch.no_grad()
-def turn_kv(lab: Lab, layout: Layout, tokens: list[int], kv: Tensor) -> Tensor:
+def turn_kv(lab: ClaimContext, layout: Layout, tokens: list[int], kv: Tensor) -> Tensor:
     """KV [L, 2, H, T, D] of a first turn that sees one cartridge."""
     model, batch = lab.model, Batch((len(tokens),), (("own",),))
-    context = Keeping(Merged(batch, model.header_kv, {"own": kv}, layout, model.rope, model.dtype))
+    context = Keeping(CpuAttention(batch, model.header_kv, {"own": kv}, layout, model.rope, model.dtype))
     model.hidden(torch.tensor([tokens]), packed_positions(batch, {"own": kv.shape[3]}, layout), context, rows=slice(0))
     return torch.stack(context.kv)
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A question about one document and its answer, then one about another whose cartridge comes only now."""
     found: list[Prediction] = []
     model, end = lab.model, list(lab.model.template.end_ids)
@@ -96,8 +96,8 @@ CLAIM = Claim(
     ],
     compare=[("recomputed", "kept"), ("kept", "first_cartridge_alone"), ("without_first_turn", "recomputed")],
     shown=[
-        Shown("keeping loses at most 2 points", "recomputed_minus_kept", "most", 2),
-        Shown("the added cartridge is what answers", "kept_minus_first_cartridge_alone", "least", 20),
+        Criterion("keeping loses at most 2 points", "recomputed_minus_kept", "most", 2),
+        Criterion("the added cartridge is what answers", "kept_minus_first_cartridge_alone", "least", 20),
     ],
 )
 

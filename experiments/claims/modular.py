@@ -8,12 +8,12 @@ from typing import Any
 
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 K = 4
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """One cartridge of as many positions as four are retrieved, one of as many as all have, and the modular ones."""
     items = [replace(c, document="collection") for per in lab.conversations.by_document.values() for c in per]
     told, found = Conversations(items, {}), list[Prediction]()
@@ -47,13 +47,13 @@ CLAIM = Claim(
     ],
     compare=[("joint_retrieved4_hybrid", "monolithic_loaded"), ("joint_loaded", "monolithic_total_loaded")],
     shown=[
-        Shown(
+        Criterion(
             "four retrieved answer at least 10 points more than one of their size",
             "joint_retrieved4_hybrid_minus_monolithic_loaded",
             "least",
             10,
         ),
-        Shown(
+        Criterion(
             "all loaded answer at least 10 points more than one of their size",
             "joint_loaded_minus_monolithic_total_loaded",
             "least",

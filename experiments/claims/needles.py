@@ -6,13 +6,13 @@ import sys
 
 from cas.data.niah import MULTI_KEY, MULTI_VALUE, TRACKING, niah
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 KINDS = {"key": MULTI_KEY, "values": MULTI_VALUE, "chain": TRACKING}
 WORDS = 300
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Haystacks as documents: their text, the own cartridge, ten loaded."""
     hay = lab.elsewhere("needles", niah(lab.seed, WORDS, lab.config.documents))
     found: list[Prediction] = []
@@ -43,9 +43,9 @@ CLAIM = Claim(
     ],
     compare=[(f"{name}_full_document", f"{name}_oracle") for name in KINDS],
     shown=[
-        Shown("multi-key is found by at least 95 %", "key_oracle", "least", 95),
-        Shown("and costs at most 4 points to the text", "key_full_document_minus_key_oracle", "most", 4),
-        Shown(
+        Criterion("multi-key is found by at least 95 %", "key_oracle", "least", 95),
+        Criterion("and costs at most 4 points to the text", "key_full_document_minus_key_oracle", "most", 4),
+        Criterion(
             "variable tracking is at least as good as with the text",
             "chain_full_document_minus_chain_oracle",
             "most",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import FIRST_TOKENS, Claim, Lab, Shown, main_of
+from experiments.claims.lab import FIRST_TOKENS, Claim, ClaimContext, Criterion, main_of
 
 OBJECTIVES = ("distillation", "next-token")
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Both objectives, from first tokens as in the paper and from matched starts."""
     found: list[Prediction] = []
     for start in ("matched", "first"):
@@ -40,7 +40,7 @@ CLAIM = Claim(
         for arm in ("oracle", "loaded10")
     ],
     shown=[
-        Shown(
+        Criterion(
             f"distillation is better, from {said}",
             f"{start}_distillation_oracle_minus_{start}_next-token_oracle",
             "least",

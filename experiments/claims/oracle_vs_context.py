@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """The joint training, and the text."""
     with lab.trained("joint") as store:
         return [*lab.ask(store, "", ["no_context", "full_document"]), *lab.ask(store, "joint_", ["oracle"])]
@@ -28,8 +28,8 @@ CLAIM = Claim(
     ],
     compare=[("full_document", "joint_oracle"), ("joint_oracle", "no_context")],
     shown=[
-        Shown("the text is at most 6 points better", "full_document_minus_joint_oracle", "most", 6),
-        Shown("the cartridge knows what the model does not", "joint_oracle_minus_no_context", "least", 20),
+        Criterion("the text is at most 6 points better", "full_document_minus_joint_oracle", "most", 6),
+        Criterion("the cartridge knows what the model does not", "joint_oracle_minus_no_context", "least", 20),
     ],
 )
 

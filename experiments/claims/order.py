@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 POLICIES = ("fixed", "offset", "sequential")
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Ten loaded, in order of id, reversed, and without the own one; a training under every policy of positions."""
     found: list[Prediction] = []
     for policy in POLICIES:
@@ -51,14 +51,14 @@ CLAIM = Claim(
         ("fixed_loaded10", "sequential_loaded10"),
     ],
     shown=[
-        Shown("`fixed`: no order is better", "fixed_loaded10_minus_fixed_loaded10_reversed", "most", 0.5),
-        Shown(
+        Criterion("`fixed`: no order is better", "fixed_loaded10_minus_fixed_loaded10_reversed", "most", 0.5),
+        Criterion(
             "`sequential`: no order is better",
             "sequential_loaded10_minus_sequential_loaded10_reversed",
             "most",
             0.5,
         ),
-        Shown("others alone answer at most 5 points more than nothing", "absent10_minus_no_context", "most", 5),
+        Criterion("others alone answer at most 5 points more than nothing", "absent10_minus_no_context", "most", 5),
     ],
 )
 

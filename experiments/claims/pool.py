@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 POOLS: dict[str, dict[str, Any]] = {  # as many conversations a step under all
     "pool6": {"pool": 6, "targets": 6, "per_target": 21},
@@ -24,7 +24,7 @@ SAID = {
 }
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A training for every pool and rotation."""
     found: list[Prediction] = []
     for name, settings in POOLS.items():
@@ -48,14 +48,14 @@ CLAIM = Claim(
         (f"{name}_{arm}", f"pool24_{arm}") for name in POOLS if name != "pool24" for arm in ("oracle", "loaded10")
     ],
     shown=[
-        Shown(
+        Criterion(
             "half the cartridges in the pool lose at most 2 points, ten loaded",
             "pool12_loaded10_minus_pool24_loaded10",
             "least",
             -2,
         ),
-        Shown("and alone", "pool12_oracle_minus_pool24_oracle", "least", -2),
-        Shown("a quarter too, ten loaded", "pool6_loaded10_minus_pool24_loaded10", "least", -2),
+        Criterion("and alone", "pool12_oracle_minus_pool24_oracle", "least", -2),
+        Criterion("a quarter too, ten loaded", "pool6_loaded10_minus_pool24_loaded10", "least", -2),
     ],
 )
 

@@ -7,12 +7,12 @@ from random import Random
 
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 SHARES = (8, 4, 2, 1)  # one in so many of all conversations
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """A share of every document's conversations, in as many steps."""
     found: list[Prediction] = []
     for share in SHARES:
@@ -50,8 +50,8 @@ CLAIM = Claim(
     ],
     compare=[("joint_oracle", f"one_in_{s}_oracle") for s in SHARES if s > 1],
     shown=[
-        Shown("all are better than one in 8", "joint_oracle_minus_one_in_8_oracle", "least", 0),
-        Shown("one in 2 loses at most 2 points", "joint_oracle_minus_one_in_2_oracle", "most", 2),
+        Criterion("all are better than one in 8", "joint_oracle_minus_one_in_8_oracle", "least", 0),
+        Criterion("one in 2 loses at most 2 points", "joint_oracle_minus_one_in_2_oracle", "most", 2),
     ],
 )
 

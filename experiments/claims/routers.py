@@ -14,9 +14,9 @@ from cas.data.worlds import world
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversation
 from cas.store.store import Store
-from cas.training.initialization import initialise
+from cas.training.initialization import initialize
 from cas.training.trainer import Trainer
-from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, Lab, Shown, main_of
+from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 
 POSITIONS = 20  # the same for all, so that keys can be swapped
 
@@ -31,14 +31,14 @@ class ValuesOnly(Trainer):
         return super().loss(conversations, visible, frozen)
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Keys and values trained; values alone over own keys; values alone over the keys of one unrelated text for all."""
     found: list[Prediction] = []
     made: dict[str, Any] = {"tokens": POSITIONS, "initialisation": "first"}
 
     def share_keys(store: Store) -> None:
         text = world(900 + lab.seed, 2, shape=SMALL).documents[0].text
-        keys = initialise(lab.model, lab.model.encode(text), POSITIONS, "first", 0)[:, 0].cpu()
+        keys = initialize(lab.model, lab.model.encode(text), POSITIONS, "first", 0)[:, 0].cpu()
         with store.training():
             rows = store.rows()
             for i in rows:
@@ -100,10 +100,12 @@ CLAIM = Claim(
         ("both_loaded10", "shared_loaded10"),
     ],
     shown=[
-        Shown("keys move less than half of their size", "keys.drift", "most", 0.5),
-        Shown("another document's keys cost at most 7 points", "both_oracle_minus_swapped_oracle", "most", 7),
-        Shown("frozen keys cost at most 5 points", "both_oracle_minus_values_oracle", "most", 5),
-        Shown("shared keys cost at most 5 points with ten loaded", "both_loaded10_minus_shared_loaded10", "most", 5),
+        Criterion("keys move less than half of their size", "keys.drift", "most", 0.5),
+        Criterion("another document's keys cost at most 7 points", "both_oracle_minus_swapped_oracle", "most", 7),
+        Criterion("frozen keys cost at most 5 points", "both_oracle_minus_values_oracle", "most", 5),
+        Criterion(
+            "shared keys cost at most 5 points with ten loaded", "both_loaded10_minus_shared_loaded10", "most", 5
+        ),
     ],
 )
 

@@ -6,10 +6,10 @@ import sys
 
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """All kinds, and plain questions alone, in as many steps; the starts are fitted to the same kinds."""
     found: list[Prediction] = []
     with lab.trained("joint") as store:
@@ -34,8 +34,8 @@ CLAIM = Claim(
     ],
     compare=[("five_oracle", "one_oracle"), ("five_loaded10", "one_loaded10")],
     shown=[
-        Shown("five kinds are better, own cartridge", "five_oracle_minus_one_oracle", "least", 0),
-        Shown("and with ten loaded", "five_loaded10_minus_one_loaded10", "least", 0),
+        Criterion("five kinds are better, own cartridge", "five_oracle_minus_one_oracle", "least", 0),
+        Criterion("and with ten loaded", "five_loaded10_minus_one_loaded10", "least", 0),
     ],
 )
 

@@ -9,8 +9,8 @@ from typing import Any
 from cas.data.worlds import world
 from cas.evaluation.recording import Prediction
 from cas.store.store import Store
-from cas.training.initialization import initialise
-from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, Lab, Shown, main_of
+from cas.training.initialization import initialize
+from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 
 STARTS = {
     "matched": "keys and values fitted to self-study (ours)",
@@ -22,7 +22,7 @@ STARTS = {
 QUARTERS = (0, 1, 2, 4)
 
 
-def unrelated(lab: Lab) -> Callable[[Store], None]:
+def unrelated(lab: ClaimContext) -> Callable[[Store], None]:
     """Gives every cartridge the KV of a text that has nothing to do with it."""
 
     def prepare(store: Store) -> None:
@@ -30,13 +30,13 @@ def unrelated(lab: Lab) -> Callable[[Store], None]:
         rows, ids = store.rows(), lab.model.encode(text)
         with store.training():
             for i, row in rows.items():
-                store.write_tensors(i, {"kv": initialise(lab.model, ids, row.p, "first", 0).cpu()})
+                store.write_tensors(i, {"kv": initialize(lab.model, ids, row.p, "first", 0).cpu()})
             store.commit(rows, None)
 
     return prepare
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Every start under the same training; what it answers after none, a quarter, half and all of it."""
     found: list[Prediction] = []
     for start in STARTS:
@@ -83,25 +83,25 @@ CLAIM = Claim(
         ("matched_at25_oracle", "first_at100_oracle"),
     ],
     shown=[
-        Shown(
+        Criterion(
             "first tokens are better than unrelated text",
             "first_at100_oracle_minus_unrelated_at100_oracle",
             "least",
             0,
         ),
-        Shown(
+        Criterion(
             "and at least 10 points better than noise",
             "first_at100_oracle_minus_random_at100_oracle",
             "least",
             10,
         ),
-        Shown(
+        Criterion(
             "sampled chunks are better than first tokens after a quarter",
             "sampled_at25_oracle_minus_first_at25_oracle",
             "least",
             0,
         ),
-        Shown(
+        Criterion(
             "a fitted start is better after a quarter than first tokens at the end",
             "matched_at25_oracle_minus_first_at100_oracle",
             "least",

@@ -7,10 +7,10 @@ import sys
 from cas.evaluation.recording import Prediction
 from experiments.benchmarks.serving import decode_many
 from experiments.benchmarks.work import Work
-from experiments.claims.lab import Claim, Lab, Shown, main_of
+from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Accuracy of text and cartridge, then decoding for as many users as fit, in turn."""
     found: list[Prediction] = []
     with lab.trained("joint") as store:
@@ -42,9 +42,9 @@ CLAIM = Claim(
     ],
     compare=[("full_document", "joint_oracle")],
     shown=[
-        Shown("at least 10 times less memory", "memory.ratio", "least", 10),
-        Shown("more tokens a second from the same memory", "decode.ratio", "least", 1),
-        Shown("at in-context quality (at most 4 points below)", "full_document_minus_joint_oracle", "most", 4),
+        Criterion("at least 10 times less memory", "memory.ratio", "least", 10),
+        Criterion("more tokens a second from the same memory", "decode.ratio", "least", 1),
+        Criterion("at in-context quality (at most 4 points below)", "full_document_minus_joint_oracle", "most", 4),
     ],
 )
 

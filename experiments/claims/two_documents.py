@@ -9,10 +9,10 @@ from cas.data.collection import Question
 from cas.data.worlds import TWO, make_records, two
 from cas.evaluation.arms import answered
 from cas.evaluation.recording import Prediction
-from experiments.claims.lab import SMALL, Claim, Lab, Shown, main_of
+from experiments.claims.lab import SMALL, Claim, ClaimContext, Criterion, main_of
 
 
-def questions(lab: Lab) -> list[Question]:
+def questions(lab: ClaimContext) -> list[Question]:
     """Every question of this world that needs two documents, in one wording of tests."""
     found = []
     for group in range(lab.config.documents // 2):
@@ -25,7 +25,7 @@ def questions(lab: Lab) -> list[Question]:
     return found[: lab.config.questions]
 
 
-def run(lab: Lab) -> list[Prediction]:
+def run(lab: ClaimContext) -> list[Prediction]:
     """Both cartridges, either one, both texts; after joint and after isolated training."""
     asked, found = questions(lab), list[Prediction]()
     for name, share in (("joint", 0.5), ("isolated", 1.0)):
@@ -69,10 +69,12 @@ CLAIM = Claim(
         ("full_document", "joint_oracle"),
     ],
     shown=[
-        Shown("isolated: both are better than the first alone", "isolated_oracle_minus_isolated_first", "least", 0),
-        Shown("isolated: both are better than the second alone", "isolated_oracle_minus_isolated_second", "least", 0),
-        Shown("joint: both are better than the first alone", "joint_oracle_minus_joint_first", "least", 0),
-        Shown("joint: both are better than the second alone", "joint_oracle_minus_joint_second", "least", 0),
+        Criterion("isolated: both are better than the first alone", "isolated_oracle_minus_isolated_first", "least", 0),
+        Criterion(
+            "isolated: both are better than the second alone", "isolated_oracle_minus_isolated_second", "least", 0
+        ),
+        Criterion("joint: both are better than the first alone", "joint_oracle_minus_joint_first", "least", 0),
+        Criterion("joint: both are better than the second alone", "joint_oracle_minus_joint_second", "least", 0),
     ],
 )
 

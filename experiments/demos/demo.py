@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> int:
     """Train, measure, print, and write ``summary.json``."""
     from cas.answering.answerer import Answerer
     from cas.data.collection import Collection
-    from cas.evaluation.arms import PeakMemory, Remembering, run_arms, unseen
+    from cas.evaluation.arms import CachingEmbedder, PeakMemory, run_arms, unseen
     from cas.evaluation.recording import flags, table, write_run
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.conversations import Conversations
@@ -96,7 +96,7 @@ def demo(config: DemoConfig) -> int:
         trained = time.monotonic()
         store = Store.open(folder, model)
         questions = unseen(collection.questions, conversations)
-        embedder = Remembering(SentenceEmbedder())
+        embedder = CachingEmbedder(SentenceEmbedder())
         told: dict[str, Any] = {"embedder": embedder, "seed": config.seed, "progress": measured}
         predictions = run_arms(model, store, collection, questions, TEXT, **told)
         predictions += run_arms(model, store, collection, questions, JOINT, prefix="joint_", **told)
@@ -123,9 +123,9 @@ def demo(config: DemoConfig) -> int:
         ],
         metric_names=["exact_match"],
         extra_metrics={
-            "self_study_and_training_s": once(trained - started),
-            "wall_s": once(time.monotonic() - started),
-            "peak_anonymous_bytes": once(memory.peak),
+            "self_study_and_training_s": single_measurement(trained - started),
+            "wall_s": single_measurement(time.monotonic() - started),
+            "peak_anonymous_bytes": single_measurement(memory.peak),
         },
         keep_answers=True,
     )
@@ -137,7 +137,7 @@ def demo(config: DemoConfig) -> int:
     print()
     show_answers(Answerer(model, store, embedder), questions)
     arms = dict.fromkeys(p["arm"] for p in predictions)
-    summarise(
+    summarize(
         folder,
         {
             "documents": len(collection),
@@ -164,7 +164,7 @@ def isolated_store(
     """The sample's cartridges, each trained on the joint training's conversations with no other visible."""
     from cas.selfstudy.conversations import Conversations
     from cas.store.store import Store
-    from cas.training.initialization import fit_starts
+    from cas.training.initialization import fit_matched_cartridges
     from cas.training.trainer import Trainer
     from experiments.claims.joint_vs_isolated import progress
 
@@ -178,7 +178,7 @@ def isolated_store(
     about = Conversations([c for d in sample.documents for c in conversations.by_document.get(d.id, ())], {})
     if start == "matched":
         with store.training():
-            fit_starts(store, about)
+            fit_matched_cartridges(store, about)
     training = replace(settings.part(Training), isolation=1.0, guests=0)
     progress(Trainer(model, store, about, training), arm)
     return store
@@ -194,7 +194,7 @@ def show_answers(answerer: Answerer, questions: Sequence[Question]) -> None:
         print(f"{question.question}  (right: {' or '.join(question.answers)})\n  {answer.text}\n  from {shares}\n")
 
 
-def summarise(folder: Path, summary: dict[str, Any]) -> None:
+def summarize(folder: Path, summary: dict[str, Any]) -> None:
     """Write ``summary.json`` whole, and say where it is, how long all took and how much memory."""
     from cas.evaluation.resume import write
 
@@ -208,7 +208,7 @@ def measured(arm: str) -> None:
     print(f"measured    {arm}", flush=True)
 
 
-def once(value: float) -> dict[str, float]:
+def single_measurement(value: float) -> dict[str, float]:
     """A figure that was measured one time."""
     return {"mean": round(value, 1), "low": round(value, 1), "high": round(value, 1), "n": 1}
 

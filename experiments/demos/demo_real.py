@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
-from cas.config import Initialisation, TrainConfig, parse
+from cas.config import Initialization, TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
@@ -30,7 +30,7 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
-    initialisation: Initialisation = "matched"
+    initialisation: Initialization = "matched"
     """What cartridges start from."""
     seed: int = 0
     """Seed of everything random."""
@@ -51,7 +51,7 @@ def demo(config: DemoConfig) -> int:
     from cas.selfstudy.conversations import Conversations
     from cas.store.store import Store
     from cas.train import train
-    from experiments.demos.demo import measured, once, show_answers, summarise
+    from experiments.demos.demo import measured, show_answers, single_measurement, summarize
 
     started = time.monotonic()
     folder = Path(config.output)
@@ -109,16 +109,16 @@ def demo(config: DemoConfig) -> int:
         compare=[("oracle", "no_context"), ("loaded", "no_context"), ("full_document", "oracle")],
         metric_names=list(METRICS),
         extra_metrics={
-            "self_study_and_training_s": once(trained - started),
-            "wall_s": once(time.monotonic() - started),
-            "peak_anonymous_bytes": once(memory.peak),
+            "self_study_and_training_s": single_measurement(trained - started),
+            "wall_s": single_measurement(time.monotonic() - started),
+            "peak_anonymous_bytes": single_measurement(memory.peak),
         },
         keep_answers=True,
     )
     print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
     show_answers(Answerer(model, store), questions)
     rows = store.rows().values()
-    summarise(
+    summarize(
         folder,
         {
             "documents": len(rows),

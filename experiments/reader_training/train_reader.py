@@ -130,7 +130,9 @@ def make_model(config: Config, tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    hf.config.cas_reader = True  # the format of its questions is its own: cas.selfstudy.seed_prompts.READER_SEEDS
+    hf.config.cas_reader = (
+        True  # the format of its questions is its own: cas.selfstudy.seed_prompts.READER_SEED_PROMPTS
+    )
     look_up(hf, config)
     return hf
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 import cas.evaluation.metrics
 from cas.errors import ConfigError, UserError
-from cas.evaluation.metrics import Estimate, contains, exact_match, f1, interval, normalise_answer, paired_difference
+from cas.evaluation.metrics import Estimate, contains, exact_match, f1, interval, normalize_answer, paired_difference
 
 WORDS = st.lists(st.sampled_from(["the", "a", "red", "valve", "Valve", "7", "bar", "-", "."]), max_size=7).map(" ".join)
 TEXTS = st.one_of(WORDS, st.text(max_size=20))
 
 
 @pytest.mark.parametrize(
-    ("text", "normalised"),
+    ("text", "normalized"),
     [
         ("The  Red\tvalve!", "red valve"),
         ("an apple, a pear; the end.", "apple pear end"),
@@ -30,8 +30,8 @@ TEXTS = st.one_of(WORDS, st.text(max_size=20))
         (" ... ", ""),
     ],
 )
-def test_normalise_answer(text: str, normalised: str) -> None:
-    assert normalise_answer(text) == normalised
+def test_normalise_answer(text: str, normalized: str) -> None:
+    assert normalize_answer(text) == normalized
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_exact_match_implies_the_others_and_order_of_answers_is_irrelevant(predi
 
 @given(WORDS, WORDS)
 def test_contains_against_a_slow_search(prediction: str, answer: str) -> None:
-    words, gold = normalise_answer(prediction).split(), normalise_answer(answer).split()
+    words, gold = normalize_answer(prediction).split(), normalize_answer(answer).split()
     found = any(words[i : i + len(gold)] == gold for i in range(len(words)) if gold) or words == gold == []
     assert contains(prediction, [answer]) == found
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cas.model.attention import Batch
-from cas.model.attention_gpu import Flex
+from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.training.schedule import Step
@@ -34,7 +34,10 @@ def test_the_frozen_rival_is_the_model_itself(tiny: Callable[..., FrozenModel]) 
         ids = torch.randint(3, 384, (1, sum(batch.lengths)), generator=torch.Generator().manual_seed(0))
         positions = torch.cat([torch.arange(n) for n in batch.lengths])[None]
         empty = model.header_kv[:, :, :, :0]
-        for rival in (Alone(batch), Flex(batch, empty, {}, Layout("offset", 0, 0), model.dtype)):  # on a CPU, on a GPU
+        for rival in (
+            Alone(batch),
+            GpuAttention(batch, empty, {}, Layout("offset", 0, 0), model.dtype),
+        ):  # on a CPU, on a GPU
             with torch.no_grad():
                 logits = model.forward(ids, positions, rival)[0]
             for start, n in zip(batch.starts(), batch.lengths, strict=True):

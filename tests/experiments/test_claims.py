@@ -21,7 +21,7 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import synthesize
 from experiments.claims import lab as claims
-from experiments.claims.lab import NAMES, Claim, Config, Lab, Shown, cell, key, load, report, run
+from experiments.claims.lab import NAMES, Claim, ClaimContext, Config, Criterion, cell, key, load, report, run
 from retrieval import HashEmbedder
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -39,7 +39,7 @@ def test_a_verdict_is_on_the_whole_interval() -> None:
         ("most", 2, 2, "confirmed"),
     ):
         figures = {"a_minus_b.exact_match": {"mean": (low + high) / 2, "low": low, "high": high, "n": 4}}
-        assert Shown("", "a_minus_b", side, 2).verdict(figures) == verdict
+        assert Criterion("", "a_minus_b", side, 2).verdict(figures) == verdict
     assert cell({"mean": 12.34, "low": 1, "high": 20}) == "12.3 [1.0, 20.0]"
     assert cell({"mean": 0.123, "low": 0.1, "high": 0.2}) == "0.12 [0.10, 0.20]"
 
@@ -70,7 +70,7 @@ def test_the_page_follows_from_the_recorded_runs(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def lab(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch) -> ClaimContext:
     """A small world of a model that knows nothing, whose self-study is made up."""
     model = tiny("llama")
 
@@ -82,10 +82,10 @@ def lab(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.Mo
     monkeypatch.setattr(claims, "SentenceEmbedder", HashEmbedder)
     assert synthesize is not claims.synthesize
     config = Config(output=str(tmp_path), documents=4, seeds=(0, 1), epochs=1.0, questions=6, ratio=64.0)
-    return Lab(config, model, 0)
+    return ClaimContext(config, model, 0)
 
 
-def test_a_training_is_made_once_whoever_asks(lab: Lab) -> None:
+def test_a_training_is_made_once_whoever_asks(lab: ClaimContext) -> None:
     with lab.trained("joint", pool=3, targets=2, per_target=4) as store:
         first = {i: store.cartridge(i) for i in store.rows()}
         assert any(row.steps for row in store.rows().values())
@@ -107,16 +107,16 @@ def test_a_training_is_made_once_whoever_asks(lab: Lab) -> None:
         assert all((started.cartridge(i) == base.cartridge(i)).all() for i in base.rows())
 
 
-def test_a_claim_is_run_written_and_gone_on_with(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_claim_is_run_written_and_gone_on_with(lab: ClaimContext, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
 
-    def body(lab: Lab) -> list[Prediction]:
+    def body(lab: ClaimContext) -> list[Prediction]:
         calls.append(lab.seed)
         lab.measure("steps.each", [1.0, 3.0])
         with lab.trained("joint", pool=3, targets=2, per_target=4) as store:
             return lab.ask(store, "", ["oracle", "no_context"], max_new_tokens=4)
 
-    shown = [Shown("nothing is known", "oracle", "most", 50), Shown("steps", "steps.each", "least", 5)]
+    shown = [Criterion("nothing is known", "oracle", "most", 50), Criterion("steps", "steps.each", "least", 5)]
     table = [("own", "oracle"), ("steps", "steps.each")]
     claim = Claim("order", "Order", "said in 2606.04557", "", body, table, shown, [("oracle", "no_context")])
     found = run(claim, lab.config, lab.model)

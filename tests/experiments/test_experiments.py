@@ -224,13 +224,13 @@ def test_predictions_get_the_names_of_the_claims() -> None:
 
 
 def test_a_folder_is_gone_on_with_under_its_settings_alone(tmp_path: Path) -> None:
-    from cas.evaluation.resume import begun_with
+    from cas.evaluation.resume import check_settings
     from experiments.claims.collapse_and_rescue import Config, settings_of
 
     config = Config(output=str(tmp_path / "run"), seeds=(0,), questions=20)
     folder = Path(config.output)
-    begun_with(folder, settings_of(config))
-    begun_with(folder, settings_of(replace(config, seeds=(0, 1, 2))))
+    check_settings(folder, settings_of(config))
+    check_settings(folder, settings_of(replace(config, seeds=(0, 1, 2))))
     for other in ({"questions": None}, {"ratio": 8.0}, {"lrs": (0.03,)}, {"seeds": (1,)}):
         with pytest.raises(ConfigError, match="was begun with another"):
-            begun_with(folder, settings_of(replace(config, **other)))  # type: ignore[arg-type]
+            check_settings(folder, settings_of(replace(config, **other)))  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokeni
 from torch import Tensor
 
 from cas.model.attention import Batch, Reference, causal_mask, packed_positions
-from cas.model.attention_cpu import Merged
-from cas.model.attention_gpu import Flex
+from cas.model.attention_cpu import CpuAttention
+from cas.model.attention_gpu import GpuAttention
 from cas.model.decoding import Decoding, Prompt
 from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout, Positions
@@ -31,9 +31,9 @@ def packed(
     if path == "reference":
         context = Reference(batch, header, cartridges, layout, model.rope)
     elif path == "flex":
-        context = Flex(batch, header, cartridges, layout, model.dtype, block=16)
+        context = GpuAttention(batch, header, cartridges, layout, model.dtype, block=16)
     else:
-        context = Merged(batch, header, cartridges, layout, model.rope, model.dtype)
+        context = CpuAttention(batch, header, cartridges, layout, model.rope, model.dtype)
     positions = packed_positions(batch, {name: kv.shape[3] for name, kv in cartridges.items()}, layout)
     return model.forward(ids, positions, context)[0].float()
 
@@ -106,7 +106,7 @@ def test_a_prefill_cut_in_two_composes_to_the_whole(kind: str, tiny: Callable[..
     first, second = kv[:, :, :, :cut], kv[:, :, :, cut:].clone()
     for layer in range(model.geometry.layers):  # back to where a cartridge is stored: directly behind the header
         by = torch.full((second.shape[3],), -cut)
-        second[layer, 0] = model.rope.turn(second[layer, 0], by, layer)
+        second[layer, 0] = model.rope.shift(second[layer, 0], by, layer)
     cartridges = {"first": first, "second": second}
     layout = Layout("sequential", len(header), span=64)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_flex_blocks_are_those_that_the_mask_fills(block: int, policy: Any, tiny
     model = tiny("llama")
     batch, _ = conversations()
     long = Batch((*batch.lengths, 100), (*batch.visible, ("b", "d")))
-    context = Flex(
+    context = GpuAttention(
         long,
         model.header_kv,
         tiny_cartridges(model, SIZES),
@@ -278,7 +278,7 @@ def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dt
             values["unseen"] = values["unseen"].repeat_interleave(10, dim=3)[:, :, :, : 16 * (seed + 1)]
         sizes = {name: kv.shape[3] for name, kv in values.items()}
         found = {}
-        for path in (Reference, Flex):
+        for path in (Reference, GpuAttention):
             leaves = {name: kv.clone().requires_grad_() for name, kv in values.items()}
             last: Any = model.rope if path is Reference else model.dtype
             context = path(batch, model.header_kv, leaves, layout, last)
@@ -286,7 +286,7 @@ def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dt
             logits = model.forward(ids, positions, context)[0].float()
             logits.log_softmax(-1)[:, 7].mean().backward()
             found[path] = logits.detach(), leaves["b"].grad
-        (mine, my_grad), (truth, grad) = found[Flex], found[Reference]
+        (mine, my_grad), (truth, grad) = found[GpuAttention], found[Reference]
         assert close(mine, truth, 1e-2 if dtype == torch.float32 else 0.05)  # TF32 in the kernel
         assert my_grad is not None and grad is not None
         assert torch.cosine_similarity(my_grad.flatten(), grad.flatten(), dim=0) > 0.98
@@ -305,10 +305,10 @@ def test_scores_far_above_those_of_the_header(factor: float, tiny: Callable[...,
     query = torch.randn(1, 4, 44, 12, generator=generator)
     key, value = torch.randn(2, 1, 2, 44, 12, generator=generator)
     found: list[list[Tensor]] = []
-    for path in (Merged, Reference):
+    for path in (CpuAttention, Reference):
         inputs = [x.clone().requires_grad_() for x in (query, key, value, values["a"], values["b"])]
         cartridges = {"a": inputs[3], "b": inputs[4]}
-        more: Any = (model.dtype,) if path is Merged else ()
+        more: Any = (model.dtype,) if path is CpuAttention else ()
         context: Any = path(batch, model.header_kv, cartridges, layout, model.rope, *more)
         out = context.attend(0, *inputs[:3], 1.0, None)
         out.square().sum().backward()
@@ -333,7 +333,7 @@ def test_gradients_are_the_same_bits_every_time(tiny: Callable[..., FrozenModel]
     try:
         for _ in range(5):
             leaf = a.clone().requires_grad_()
-            context = Merged(batch, model.header_kv, {"a": leaf}, layout, model.rope, model.dtype)
+            context = CpuAttention(batch, model.header_kv, {"a": leaf}, layout, model.rope, model.dtype)
             context.attend(0, query, key, value, 1.0, None).square().sum().backward()
             gradients.append(leaf.grad)
     finally:

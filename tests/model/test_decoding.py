@@ -235,7 +235,7 @@ class Eager:
         sizes = [r.cartridges[name].shape[3] for name in r.batch.visible[0]]
         for name, shift in zip(r.batch.visible[0], r.layout.shifts(sizes), strict=True):
             kv = r.cartridges[name][layer, 0]
-            keys.append(r.rope.turn(kv, torch.full((kv.shape[1],), shift), layer))
+            keys.append(r.rope.shift(kv, torch.full((kv.shape[1],), shift), layer))
             positions.append(torch.arange(kv.shape[1]) + r.layout.header + shift)
         own = torch.arange(query.shape[2]) + r.layout.token_start(sizes)
         k = torch.cat([*keys, key[0]], dim=1).repeat_interleave(query.shape[1] // key.shape[1], 0)

@@ -19,7 +19,7 @@ from cas.errors import ConfigError, ModelError, UserError
 from cas.model.attention import causal_mask
 from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout, Rope, cartridge_size
-from cas.training.initialization import initialise
+from cas.training.initialization import initialize
 
 SOURCE = Source("folder", "tiny")
 
@@ -151,9 +151,9 @@ def test_turned_keys_are_the_keys_of_other_positions(kind: str, tiny: Callable[.
     model.forward(ids, positions, near)
     model.forward(ids, positions + 301, far)
     for layer in range(3):
-        turned = model.rope.turn(near.keys[layer], torch.full_like(positions[0], 301), layer)
+        turned = model.rope.shift(near.keys[layer], torch.full_like(positions[0], 301), layer)
         torch.testing.assert_close(turned, far.keys[layer], atol=2e-4, rtol=1e-4)
-        back = model.rope.turn(turned, torch.full_like(positions[0], -301), layer)
+        back = model.rope.shift(turned, torch.full_like(positions[0], -301), layer)
         torch.testing.assert_close(back, near.keys[layer], atol=1e-5, rtol=1e-5)
 
 
@@ -165,10 +165,10 @@ def test_turn_by_hand() -> None:
     pairs = torch.complex(keys[..., 0:2], keys[..., 2:4])
     turned = pairs * torch.exp(1j * by[:, None] * torch.tensor([1.0, 0.1]))
     expected = torch.cat([turned.real, turned.imag, keys[..., 4:]], dim=-1)
-    result = rope.turn(keys, by, 0)
+    result = rope.shift(keys, by, 0)
     torch.testing.assert_close(result, expected)
     assert torch.equal(result[:, 0], keys[:, 0])
-    assert rope.turn(keys.bfloat16(), by, 0).dtype == torch.bfloat16
+    assert rope.shift(keys.bfloat16(), by, 0).dtype == torch.bfloat16
 
 
 def test_layout_places_keys_and_tokens() -> None:
@@ -229,11 +229,11 @@ def test_first_initialisation_is_a_piece_of_prefill(kind: str, tiny: Callable[..
     document, header = model.encode(TEXTS["lamp"]), model.layout_header
     whole = model.prefill([*model.template.header_ids, *document])[:, :, :, header:]
     for p in (16, 32, len(document)):
-        kv = initialise(model, document, p, "first", seed=0)
+        kv = initialize(model, document, p, "first", seed=0)
         assert kv.dtype == torch.float32 and not kv.requires_grad
         torch.testing.assert_close(kv, whole[:, :, :, :p], atol=1e-5, rtol=1e-5)
     # A document shorter than its cartridge is repeated.
-    kv = initialise(model, document[:5], 16, "first", seed=0)
+    kv = initialize(model, document[:5], 16, "first", seed=0)
     repeated = model.prefill([*model.template.header_ids, *(document[:5] * 4)[:16]])[:, :, :, header:]
     torch.testing.assert_close(kv, repeated)
 
@@ -260,7 +260,7 @@ def test_sampled_initialisation_reads_chunks_in_order(tiny: Callable[..., Frozen
     place = {token: i for i, token in enumerate(document)}
     starts = set()
     for seed in range(8):
-        kv = initialise(reader, document, 192, "sampled", seed)
+        kv = initialize(reader, document, 192, "sampled", seed)
         assert kv.shape[3] == 192 and kv.dtype == torch.float32
         assert reader.read[: len(header)] == header
         places = [place[token] for token in reader.read[len(header) :]]
@@ -268,25 +268,25 @@ def test_sampled_initialisation_reads_chunks_in_order(tiny: Callable[..., Frozen
         assert all(chunk == list(range(chunk[0], chunk[0] + 64)) for chunk in chunks)
         assert chunks[0][0] <= chunks[1][0] <= chunks[2][0]
         starts |= {chunk[0] for chunk in chunks}
-        again = initialise(reader, document, 192, "sampled", seed)
+        again = initialize(reader, document, 192, "sampled", seed)
         assert torch.equal(kv, again)
     assert len(starts) > 12
     for p in (16, 80, 144):  # smaller than a chunk; not a multiple of one
-        kv = initialise(reader, document, p, "sampled", 3)
+        kv = initialize(reader, document, p, "sampled", 3)
         assert kv.shape[3] == p and len(reader.read) == len(header) + p
     # A document no longer than its cartridge is read from its start.
-    initialise(reader, document[:64], 64, "sampled", 3)
+    initialize(reader, document[:64], 64, "sampled", 3)
     assert reader.read == header + document[:64]
-    assert initialise(reader, document[:7], 32, "sampled", 3).shape[3] == 32
+    assert initialize(reader, document[:7], 32, "sampled", 3).shape[3] == 32
 
 
 def test_random_initialisation_has_the_spread_of_the_header(tiny: Callable[..., FrozenModel]) -> None:
     model = tiny("qwen3")
-    kv = initialise(model, [5, 6, 7], 2048, "random", seed=1)
+    kv = initialize(model, [5, 6, 7], 2048, "random", seed=1)
     assert kv.shape == (3, 2, 2, 2048, 16) and kv.dtype == torch.float32
     torch.testing.assert_close(kv.std(dim=3), model.header_kv.std(dim=3), rtol=0.1, atol=0)
-    assert torch.equal(kv, initialise(model, [8], 2048, "random", seed=1))  # of the seed alone
-    assert not torch.equal(kv, initialise(model, [5, 6, 7], 2048, "random", seed=2))
+    assert torch.equal(kv, initialize(model, [8], 2048, "random", seed=1))  # of the seed alone
+    assert not torch.equal(kv, initialize(model, [5, 6, 7], 2048, "random", seed=2))
 
 
 # -- the chat template --------------------------------------------------------------------------------------------------

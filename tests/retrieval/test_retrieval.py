@@ -30,7 +30,7 @@ from retrieval import (
     recall_at_k,
     reciprocal_rank,
     split_sentences,
-    summarise,
+    summarize,
     with_title,
 )
 
@@ -496,12 +496,12 @@ def test_metrics_by_hand() -> None:
     assert [hit_at_k(ranked, {"a", "b"}, k) for k in (1, 2)] == [0.0, 1.0]
     assert reciprocal_rank(ranked, {"b", "c"}) == 1 / 3
     assert reciprocal_rank(ranked, {"missing"}) == 0.0
-    summary = summarise([ranked, ["x", "y"]], [{"a", "b"}, {"x"}], ks=(1, 2))
+    summary = summarize([ranked, ["x", "y"]], [{"a", "b"}, {"x"}], ks=(1, 2))
     assert summary == {"recall@1": 0.5, "recall@2": 0.75, "mrr": 0.75}
-    assert list(summarise([ranked], [["a"]])) == ["recall@1", "recall@4", "recall@10", "mrr"]
+    assert list(summarize([ranked], [["a"]])) == ["recall@1", "recall@4", "recall@10", "mrr"]
     for bad in (([], []), ([ranked], []), ([ranked], [set()]), ([ranked], ["a"])):
         with pytest.raises(ValueError):
-            summarise(*bad)
+            summarize(*bad)
     with pytest.raises(ValueError, match="k must be"):
         hit_at_k(ranked, ["a"], 0)
 

@@ -66,7 +66,7 @@ def test_fusion_is_a_mean_of_shares() -> None:
 
 
 def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
-    from cas.evaluation.arms import Remembering
+    from cas.evaluation.arms import CachingEmbedder
 
     plain, asked = HashEmbedder(32), list[str]()
 
@@ -75,7 +75,7 @@ def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
             asked.extend(texts)
             return super().embed(texts)
 
-    embedder = Remembering(Counting(32))
+    embedder = CachingEmbedder(Counting(32))
     for texts in (["a", "b", "a"], [], ["c", "b"]):
         np.testing.assert_array_equal(embedder.embed(texts), plain.embed(texts))
     assert asked == ["a", "b", "c"] and embedder.name == plain.name

@@ -27,7 +27,7 @@ from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
 from cas.model.frozen import FrozenModel, Source
 from cas.store.records import Row, hashed
 from cas.store.store import Store
-from cas.training.initialization import initialise
+from cas.training.initialization import initialize
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_documents_get_their_initial_cartridges(store: Store, model: FrozenModel
         assert (row.version, row.drawn, row.steps, row.trained_tokens, row.state_hash) == (0, 0, 0, 0, None)
         kv = store.cartridge(document.id)
         assert kv.dtype == torch.float32 and kv.shape == (3, 2, 2, 16, 12)
-        assert torch.equal(kv, initialise(model, ids, 16, "first", 0))
+        assert torch.equal(kv, initialize(model, ids, 16, "first", 0))
     assert store.texts() == [(d.id, d.title, d.text) for d in collection.documents]
     assert (store.layout.header, store.layout.span, store.layout.policy) == (model.layout_header, 16, "fixed")
     assert store.run_state() is None
@@ -185,9 +185,9 @@ def test_adding_goes_on_where_it_stopped(tmp_path: Path, model: FrozenModel, mon
             if len(done) == last:
                 raise KeyboardInterrupt
             done.append(1)
-            return initialise(*arguments)
+            return initialize(*arguments)
 
-        monkeypatch.setattr("cas.training.initialization.initialise", counted)
+        monkeypatch.setattr("cas.training.initialization.initialize", counted)
 
     until(66)
     with pytest.raises(KeyboardInterrupt):

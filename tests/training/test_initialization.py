@@ -14,7 +14,7 @@ from helpers_store import make_store
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
-from cas.training.initialization import _Matching, fit_starts, initialise, matched
+from cas.training.initialization import _Matching, fit_matched_cartridges, initialize, matched
 from cas.training.trainer import Trainer, Training
 
 
@@ -88,7 +88,7 @@ def test_it_answers_better_than_the_first_tokens(kind: str, policy: str, tiny: C
     asked, others = asked[:32], asked[32:]
     layout = Layout(policy, model.layout_header, 16)  # type: ignore[arg-type]
     kv = matched(model, layout, ids, 16, asked, seed=0)
-    assert loss(model, kv, layout, others) < 0.8 * loss(model, initialise(model, ids, 16, "first", 0), layout, others)
+    assert loss(model, kv, layout, others) < 0.8 * loss(model, initialize(model, ids, 16, "first", 0), layout, others)
 
 
 def test_padding_changes_nothing(tiny: Callable[..., FrozenModel]) -> None:
@@ -118,23 +118,23 @@ def test_fitting_goes_on_where_it_stopped_and_leaves_the_trained_alone(
     whole, asked = begun("whole")
     first = {i: whole.cartridge(i) for i in whole.rows()}
     with whole.training():
-        assert fit_starts(whole, asked)
+        assert fit_matched_cartridges(whole, asked)
     fitted = {i: whole.cartridge(i) for i in whole.rows()}
     assert any(not torch.equal(first[i], fitted[i]) for i in first)
 
     halves, _ = begun("halves")
     calls: list[int] = []
     with halves.training():
-        assert not fit_starts(
+        assert not fit_matched_cartridges(
             halves, asked, stop=lambda: len(calls) == 1, progress=lambda done, total: calls.append(done)
         )
-        assert fit_starts(halves, asked)
+        assert fit_matched_cartridges(halves, asked)
     assert all(torch.equal(halves.cartridge(i), fitted[i]) for i in fitted)
 
     Trainer(model, whole, asked, Training(steps=3, targets=1, per_target=2, rotate_every=1)).run()
     trained = {i: whole.cartridge(i) for i in whole.rows()}
     with whole.training():
-        assert fit_starts(whole, asked)
+        assert fit_matched_cartridges(whole, asked)
     assert all(torch.equal(whole.cartridge(i), trained[i]) for i in trained)
 
 
