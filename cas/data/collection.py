@@ -7,13 +7,10 @@ A JSON line is ``{"id", "title", "text"}`` for a document (the title may be miss
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
 import json
 import os
 import re
-import unicodedata
-import zlib
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,38 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+from cas.data.documents import Document, Question, one_line
+from cas.data.reading import find_files, name_of, read_documents, read_questions
 from cas.errors import CollectionError
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that gets one cartridge. A title is one line; without one it is the id."""
-
-    id: str
-    title: str
-    text: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "title", _one_line(self.title) or _one_line(self.id))
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 (hex) of title, newline, text: what the document says, whatever its id."""
-        return hashlib.sha256(f"{self.title}\n{self.text}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, its gold answers (any one is right) and the documents that hold them."""
-
-    id: str
-    document_ids: tuple[str, ...]
-    question: str
-    answers: tuple[str, ...]
-    choices: tuple[str, ...] | None = None
-    kind: str = "question"
 
 
 @dataclass(frozen=True)
@@ -105,10 +74,14 @@ class Collection:
             known = names and {name.partition(":")[0] for name in names} <= set(known_names())
             collection = _load_named(names, seed) if known else _read(Path(source))
             if questions is not None:
-                collection = replace(collection, questions=_read_questions(Path(questions), collection))
+                collection = collection.with_questions(Path(questions))
         except OSError as error:
-            raise CollectionError(f"{_one_line(str(error.filename or source))}: {error.strerror or error}") from error
+            raise CollectionError(f"{one_line(str(error.filename or source))}: {error.strerror or error}") from error
         return collection
+
+    def with_questions(self, file: Path) -> Collection:
+        """The same documents with the questions of a file. Raises CollectionError for one about an unknown document."""
+        return replace(self, questions=read_questions(file, self.__getitem__))
 
     def select(self, ids: Iterable[str] | int) -> Collection:
         """The given documents, or the first n by id, with the questions that need no other document."""
@@ -189,22 +162,8 @@ def save_jsonl(collection: Collection, folder: str | Path) -> None:
         os.replace(temporary, path)
 
 
-def _generated(name: str, size: str, seed: int) -> Collection:
-    """A collection that is a function of its seed."""
-    from cas.data.niah import WORDS, niah
-    from cas.data.worlds import world
-
-    if name == "million_tokens" and not size:
-        return world(seed)
-    if name == "niah" and (not size or size.isdecimal()):
-        try:
-            return niah(seed, int(size or WORDS))
-        except ValueError as error:
-            raise CollectionError(str(error)) from error
-    raise CollectionError(f"{name}:{size}: only niah takes a size, a number of words such as niah:8000")
-
-
-GENERATED = ("million_tokens", "niah")
+GENERATORS: dict[str, Callable[[str, int], Collection]] = {}
+"""Generated collections by name, made from (size, seed); :mod:`cas.data` registers them."""
 EXAMPLES = Path(__file__).parents[2] / "examples/harbour"
 
 
@@ -213,14 +172,14 @@ def known_names() -> list[str]:
     data = os.environ.get("CAS_DATA")
     folders = Path(data).iterdir() if data and Path(data).is_dir() else ()
     return sorted(
-        {*GENERATED, "examples", *(path.name for path in folders if path.is_dir() and not path.name.startswith("."))}
+        {*GENERATORS, "examples", *(path.name for path in folders if path.is_dir() and not path.name.startswith("."))}
     )
 
 
 def _named(name: str, seed: int) -> Collection:
     plain, _, size = name.partition(":")
-    if plain in GENERATED:
-        return _generated(plain, size, seed)
+    if plain in GENERATORS:
+        return GENERATORS[plain](size, seed)
     return _read(EXAMPLES if name == "examples" else Path(os.environ.get("CAS_DATA", "")) / name)
 
 
@@ -240,138 +199,15 @@ def _load_named(names: Iterable[str], seed: int) -> Collection:
     return Collection("+".join(parts), tuple(documents), tuple(questions), skipped)
 
 
-def _one_line(text: str) -> str:
-    """Every run of control characters, line breaks among them, becomes one space."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
-
-
-def _checked_id(id: str) -> str:
-    """The id itself. Ids become file names and lines on a terminal, so ValueError refuses what would do harm there."""
-    control = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in id)
-    if control or not id.strip() or len(id) > 300 or id.startswith("/") or ".." in id.split("/"):
-        raise ValueError(f"bad id {id[:40]!a}: 1-300 characters, no control characters, no leading '/', no '..' part")
-    return id
-
-
-def _either(folder: Path, stem: str) -> Path | None:
-    """``stem.jsonl``, else ``stem.jsonl.gz``, else None."""
-    return next((path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()), None)
-
-
 def _read(path: Path) -> Collection:
     """The collection in a folder or a ``.jsonl[.gz]`` file."""
-    name = re.sub(r"\.jsonl(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
-    if path.is_dir():
-        packed, questions = _either(path, "documents"), _either(path, "questions")
-    elif path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
-        packed, questions = path, _either(path.parent, f"{name}.questions") or _either(path.parent, "questions")
-    else:
+    files = find_files(path)
+    if files is None:
         known = f"known are {', '.join(known_names())} (examples: in a source checkout only); a path works too"
         if near := difflib.get_close_matches(str(path), known_names(), n=1):
             known = f"did you mean {near[0]}? {known}"
-        raise CollectionError(f"{_one_line(str(path))}: no folder, .jsonl[.gz] or known name; {known}")
-    skipped: list[str] = []
-    found = _read_rows(packed, _document) if packed else _read_texts(path, skipped)
-    documents: list[Document] = []
-    first: dict[str, str] = {}  # text -> where it was seen first
-    for where, document in found.items():
-        text = document.text
-        if not text.strip():
-            skipped.append(f"{where}: empty — skipped")
-        elif "\0" in text or 2 * len(re.findall(r"[\x00-\x08\x0b\x0e-\x1f]", text)) > len(text):
-            skipped.append(f"{where}: binary, not text — skipped")
-        elif first.setdefault(text, where) != where:
-            skipped.append(f"{where}: same text as {first[text]} — skipped")
-        else:
-            documents.append(document)
-    if not documents:
-        reason = f"{len(skipped)} left out, such as {skipped[0]}" if skipped else "it needs *.txt, *.md or JSON lines"
-        raise CollectionError(f"{path}: no document to read; {reason}")
-    collection = Collection(name, tuple(documents), (), tuple(skipped))
-    return replace(collection, questions=_read_questions(questions, collection)) if questions else collection
-
-
-def _document(row: dict[str, Any], number: int) -> Document:
-    return Document(_checked_id(_string(row, "id")), _string(row, "title", default=""), _string(row, "text"))
-
-
-def _read_texts(folder: Path, skipped: list[str]) -> dict[str, Document]:
-    """{relative path: document} of the text files in a folder, in the order of their paths."""
-    found: dict[str, Document] = {}
-    taken: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in (".txt", ".md") or not path.is_file():
-            continue
-        where, data = _one_line(relative.as_posix()), path.read_bytes()
-        try:
-            id = _checked_id(relative.with_suffix("").as_posix())
-            if taken.setdefault(id, where) != where:
-                raise ValueError(f"{taken[id]} and {where} share the id {id!r}")
-            text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            at = f"not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); save it as UTF-8"
-            skipped.append(f"{where}: {'binary, not text' if 0 in data else at} — skipped")
-            continue
-        except ValueError as error:
-            raise CollectionError(f"{folder}: {error}; rename the file") from error
-        heading = re.search(r"^#[ \t]+(\S.*)", text, flags=re.MULTILINE)
-        found[where] = Document(id, heading[1] if heading else re.sub(r"[-_]+", " ", path.stem), text)
-    return found
-
-
-def _read_rows(path: Path, parse: Callable[[dict[str, Any], int], Any]) -> dict[str, Any]:
-    """{"file line 3": what ``parse(object, line number)`` makes of that line}; its ValueErrors get file and line."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CollectionError(f"{path}: broken gzip file ({_one_line(str(error))})") from error
-    found: dict[str, Any] = {}
-    taken: dict[str, int] = {}
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-            if not isinstance(row, dict):
-                raise ValueError("expected a JSON object")
-            item = parse(row, number)
-            if taken.setdefault(item.id, number) != number:
-                raise ValueError(f"id {item.id!r} is taken by line {taken[item.id]}")
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON, {error.msg}" if isinstance(error, json.JSONDecodeError) else _one_line(str(error))
-            raise CollectionError(f"{path} line {number}: {reason}") from error
-        found[f"{path.name} line {number}"] = item
-    return found
-
-
-def _string(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    value = default if row.get(key) is None else row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} is missing" if value is None else f"{key!r} must be a string")
-    value.encode()  # JSON can spell lone surrogates, which no file takes: UnicodeEncodeError, a ValueError
-    return value
-
-
-def _strings(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = row.get(key)
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
-        raise ValueError(f"{key!r} must be a list of one or more strings, none of them empty")
-    return tuple(_string({key: value}, key) for value in values)
-
-
-def _read_questions(path: Path, collection: Collection) -> tuple[Question, ...]:
-    """Questions of a file about known documents; one without an id is called ``q<line>``."""
-
-    def parse(row: dict[str, Any], number: int) -> Question:
-        id, document_ids = _checked_id(_string(row, "id", default=f"q{number}")), _strings(row, "document_ids")
-        for name in document_ids:
-            collection[name]  # raises CollectionError, which is a ValueError, if there is none
-        question, answers = _string(row, "question"), _strings(row, "answers")
-        if not question.strip():
-            raise ValueError("'question' is empty")
-        choices = None if row.get("choices") is None else _strings(row, "choices")
-        return Question(id, document_ids, question, answers, choices, _string(row, "kind", default="question"))
-
-    return tuple(_read_rows(path, parse).values())
+        raise CollectionError(f"{one_line(str(path))}: no folder, .jsonl[.gz] or known name; {known}")
+    packed, questions = files
+    documents, skipped = read_documents(path, packed)
+    collection = Collection(name_of(path), tuple(documents), (), tuple(skipped))
+    return collection.with_questions(questions) if questions else collection

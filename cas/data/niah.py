@@ -12,7 +12,8 @@ from __future__ import annotations
 from itertools import pairwise
 from random import Random
 
-from cas.data.collection import Collection, Document, Question
+from cas.data.collection import Collection
+from cas.data.documents import Document, Question
 from cas.data.lexicon import ANIMALS, COLLECTED, FILLERS, FIRST, LAST
 from cas.data.worlds import listed
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from cas.data.collection import Collection, Document, Question
+from cas.data.collection import Collection
+from cas.data.documents import Document, Question
 from cas.data.lexicon import (
     CONTESTS,
     EVENT,
