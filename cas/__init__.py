@@ -16,6 +16,7 @@ _HOMES = {
     "FrozenModel": "cas.model.frozen",
     "Store": "cas.store.store",
     "Trainer": "cas.training.trainer",
+    "compose": "cas.answering.compose",
     "synthesize": "cas.selfstudy.synthesize",
     "CasError": "cas.errors",
 }
@@ -23,6 +24,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from cas.answering.answerer import Answerer as Answerer
+    from cas.answering.compose import compose as compose
     from cas.data.collection import Collection as Collection
     from cas.data.collection import Document as Document
     from cas.data.collection import Question as Question

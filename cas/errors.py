@@ -3,6 +3,23 @@
 The command lines catch :class:`CasError` once, print its one line and leave with ``exit_status``:
 2 for a mistake the user can mend (nothing was written), 1 for a check or a run that failed.
 Breaches of our own invariants are asserts, never one of these.
+
+::
+
+    CasError                    exit status 1
+    ├── UserError               exit status 2; also a ValueError
+    │   ├── ConfigError         settings
+    │   ├── CollectionError     documents
+    │   ├── ModelError          the language model
+    │   ├── EmbedderError       the embedding model
+    │   ├── BudgetError         memory or disk too small
+    │   └── StoreProblem        a store that cannot be used as asked
+    │       ├── StoreMissing    there is none
+    │       ├── StoreExists     there is one already
+    │       ├── StoreLocked     a trainer, or this process, has it open
+    │       └── StoreMismatch   made with another model, format or settings
+    ├── StoreError              a store that is damaged or cannot be written
+    └── RunError                a run that failed
 """
 
 from __future__ import annotations
@@ -36,8 +53,28 @@ class BudgetError(UserError):
     """A memory or disk budget that cannot hold what was asked for; the message has the figures."""
 
 
-class StoreMismatch(UserError):
-    """A store made with another model, format or settings, or in use by another trainer."""
+class EmbedderError(UserError):
+    """An embedding model that cannot be found or loaded; the message has the reason."""
+
+
+class StoreProblem(UserError):
+    """A store that cannot be used as asked."""
+
+
+class StoreMissing(StoreProblem):
+    """A folder that holds no store."""
+
+
+class StoreExists(StoreProblem):
+    """A folder that holds a store already, where a new one was asked for."""
+
+
+class StoreLocked(StoreProblem):
+    """A store that another trainer, or this process, has open."""
+
+
+class StoreMismatch(StoreProblem):
+    """A store made with another model, format or settings."""
 
 
 class StoreError(CasError):

@@ -23,42 +23,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def query(config: QueryConfig) -> int:
     """Answer one question, or those typed at a prompt."""
-    from cas.answering.answerer import Answerer
+    from cas.answering.answerer import Answerer, load_embedder
     from cas.model.frozen import FrozenModel
     from cas.store.store import Store
-    from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store)
-    unread = Store.open(folder)
-    recorded, rows = unread.meta["model"], unread.rows().values()
-    unread.close()
-    if not rows:
-        raise UserError(f"{folder} has no cartridges yet; go on with its training")
-    if untrained := sum(row.steps == 0 for row in rows):
-        print(
-            f"warning: {untrained} of {len(rows)} cartridges are not trained yet; go on with cas.train", file=sys.stderr
-        )
-    if config.question is not None and not config.question.strip():
-        raise UserError("the question is empty")
-    if config.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: at least 1")
-    model = FrozenModel.from_pretrained(
-        recorded["source"]["name"],
-        revision=recorded["source"]["revision"],
-        dtype=config.dtype,
-        device=config.device,
-        system=recorded["system"],
-    )
-    store = Store.open(folder, model)
-    try:
-        embedder = None if config.documents else SentenceEmbedder(config.embedder)
-    except EmbedderUnavailable as error:
-        raise UserError(str(error)) from error
-    answerer = Answerer(model, store, embedder)
-    if config.question is not None:
-        _answer(answerer, config, config.question)
-        return 0
-    return _prompt(answerer, config)
+    with Store.open(folder) as store:
+        rows = store.rows().values()
+        if not any(row.initialized for row in rows):
+            raise UserError(f"{folder} has no cartridges yet; go on with its training")
+        if untrained := sum(row.steps == 0 for row in rows):
+            print(
+                f"warning: {untrained} of {len(rows)} cartridges are not trained yet; go on with cas.train",
+                file=sys.stderr,
+            )
+        if config.question is not None and not config.question.strip():
+            raise UserError("the question is empty")
+        if config.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {config.max_new_tokens}: at least 1")
+        model = FrozenModel.from_store(store, dtype=config.dtype, device=config.device)
+        embedder = None if config.documents else load_embedder(config.embedder)
+        answerer = Answerer(model, store, embedder)
+        if config.question is not None:
+            _answer(answerer, config, config.question)
+            return 0
+        return _prompt(answerer, config)
 
 
 def _prompt(answerer: Answerer, config: QueryConfig) -> int:

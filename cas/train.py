@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +42,10 @@ def train(config: TrainConfig, again: str) -> int:
     training, study = config.part(Training), config.part(SelfStudy)  # nonsense is refused before anything is loaded
     if config.tokens is not None and config.ratio is not None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
-    from cas.answering.answerer import open_index
+    from cas.answering.answerer import load_embedder, open_index
     from cas.data.collection import Collection, split_long
     from cas.model.frozen import FrozenModel
     from cas.training.rounds import refuse_changes, update
-    from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     folder = store_folder(config.store, config.collection)
     documents = Collection.load(config.collection, seed=config.collection_seed)
@@ -72,10 +70,7 @@ def train(config: TrainConfig, again: str) -> int:
         documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
     round = _round(folder, config, documents)
     plan = make_plan(config, model, round.learners, ratio, round.pool, round.frozen) if round.learners else None
-    try:
-        SentenceEmbedder(config.embedder)  # not only when hours of training are done
-    except EmbedderUnavailable as error:
-        raise ConfigError(str(error)) from error
+    load_embedder(config.embedder)  # fails now rather than after hours of training
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model       {model.source.name} ({model.source.kind}, {dtype}, {model.device})")
     print("\n".join([*round.lines(), *(plan.lines() if plan else ())]), flush=True)
@@ -94,7 +89,7 @@ def train(config: TrainConfig, again: str) -> int:
             if conversations is None or not finished:
                 print(f"interrupted, saved; go on with:\n  {again}", file=sys.stderr)
                 return interrupt.exit_status
-    open_index(store, SentenceEmbedder(config.embedder))
+    open_index(store, load_embedder(config.embedder))
     if round.later:
         print(f"collection  {round.later}; train that with the same command")
     print(f'store       {folder}; ask it: python -m cas.query --store {shlex.quote(str(folder))} --retrieve-k 4 "..."')
@@ -138,13 +133,12 @@ def _joint_training(
     interrupt: console.Interrupt,
 ) -> bool:
     """Train to the end (true) or until interrupted (false)."""
-    from cas.training.initialization import fit_matched_cartridges
+    from cas.training.initialization import initialize_cartridges
     from cas.training.trainer import Trainer
 
-    if config.initialisation == "matched":  # the trainer would do it too, but silently
-        with store.training(), console.Display("starts") as display:
-            if not fit_matched_cartridges(store, conversations, interrupt, display.show):
-                return False
+    with console.Display("starts") as display:  # the trainer would do it too, but without progress
+        if not initialize_cartridges(model, store, conversations, interrupt, display.show):
+            return False
     trainer = Trainer(
         model,
         store,
@@ -213,9 +207,9 @@ def _round(folder: Path, config: TrainConfig, documents: Collection) -> _Round:
     from cas.store.store import Store
     from cas.training.rounds import begun, changes, finished, learners, stored
 
-    if not (folder / "cartridges.lmdb").exists():
+    if not Store.exists(folder):
         return _Round(documents, pool=config.pool)
-    with closing(Store.open(folder)) as store:
+    with Store.open(folder) as store:
         found, rows = changes(store, documents), store.rows()
         pool = config.pool or (store.run_state() or {}).get("settings", {}).get("pool")
         if found and begun(store) and not finished(store):
@@ -312,9 +306,9 @@ def _recorded(folder: Path, config: TrainConfig, model: str) -> str:
     """The model: what the command says, else what an existing store was begun with, else ``model``."""
     from cas.store.store import Store
 
-    if config.model or not (folder / "cartridges.lmdb").exists():
+    if config.model or not Store.exists(folder):
         return config.model or model
-    with closing(Store.open(folder)) as store:
+    with Store.open(folder) as store:
         return str(store.meta["model"]["source"]["name"])
 
 
@@ -329,11 +323,12 @@ def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio
         "initialisation": config.initialisation,
         "seed": config.seed,
     }
-    if not (folder / "cartridges.lmdb").exists():
+    if not Store.exists(folder):
         store = Store.create(folder, model, span=config.span, **wanted)
         _save_config(folder, config)
         return store
-    store = Store.open(folder, model, write=True)
+    store = Store.open(folder, write=True)
+    store.check_model(model)
     if config.span is not None:
         wanted["span"] = config.span
     changed = [f"{k} {store.meta[k]} (now {v})" for k, v in wanted.items() if store.meta[k] != v]

@@ -20,8 +20,9 @@ from conftest import tiny_model
 from cas.data.collection import Collection, Document
 from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversation, Conversations
-from cas.store.records import Row, hashed
+from cas.store.records import Records, Row, hashed
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
 from cas.training.trainer import Trainer
 
 WORDS = (
@@ -87,13 +88,14 @@ def converse(
 def make_store(folder: Path, model: FrozenModel, documents: Collection, **settings: Any) -> Store:
     """A store with the documents' initial cartridges, 16 positions each unless told otherwise."""
     store = Store.create(folder, model, **({"tokens": 16, "initialisation": "first"} | settings))
-    store.add_documents(documents)
+    store.add_documents(documents, model.count_tokens)
+    initialize_cartridges(model, store)
     return store
 
 
 def stored_keys(store: Store) -> set[str]:
     """Every key in the environment."""
-    with store._env.begin() as txn:
+    with store.records.environment.begin() as txn:
         return {bytes(key).decode() for key in txn.cursor().iternext(values=False)}
 
 
@@ -145,11 +147,11 @@ def ingredients() -> tuple[FrozenModel, Collection, Conversations]:
 def scenario(folder: Path, on_step: Callable[[int], None] | None = None) -> None:
     """What the command line does: create or open the store, add the documents, train to the end."""
     model, documents, conversations = ingredients()
-    if (folder / "cartridges.lmdb").exists():
-        store = Store.open(folder, model, write=True)
+    if Store.exists(folder):
+        store = Store.open(folder, write=True)
     else:
         store = Store.create(folder, model, tokens=16)
-    store.add_documents(documents)
+    store.add_documents(documents, model.count_tokens)
     step = (lambda report: on_step(report.step)) if on_step else None
     trainer = Trainer(model, store, conversations, host_bytes=HOST_BYTES, on_step=step, **SETTINGS)
     assert trainer.run()
@@ -165,9 +167,9 @@ def killed_scenario(folder: Path, where: str, number: int) -> None:
     """The scenario, killed at a step, or at the ``number``-th write transaction: before it, when everything is written
     but not committed, or after it; or before or after the ``number``-th checkpoint's commit."""
     writes = commits = 0
-    original_write, original_commit = Store._write, Store.commit
+    original_write, original_commit = Records.write, Store.commit
 
-    def write(self: Store, action: Callable[[Any], Any]) -> Any:
+    def write(self: Records, action: Callable[[Any], Any]) -> Any:
         nonlocal writes
         writes += 1
 
@@ -193,7 +195,7 @@ def killed_scenario(folder: Path, where: str, number: int) -> None:
         if where == "after commit" and commits == number and run_state is not None:
             die()
 
-    Store._write, Store.commit = write, commit  # type: ignore[method-assign]
+    Records.write, Store.commit = write, commit  # type: ignore[method-assign]
     scenario(folder, on_step=lambda step: die() if where == "step" and step == number else None)
     if where == "never":
         (folder.parent / "writes").write_text(str(writes))

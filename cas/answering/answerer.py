@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cas.answering.prompts import cartridges as cartridge_prompt
-from cas.errors import UserError
+from cas.errors import EmbedderError, UserError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.store.store import Store
@@ -54,12 +54,19 @@ class Answer:
         return asdict(self)
 
 
-def open_index(store: Store, embedder: Embedder | None = None) -> ChunkIndex:
-    """The retrieval index beside a store, brought up to date with the store's documents."""
-    if embedder is None:
-        from retrieval import SentenceEmbedder
+def load_embedder(name: str | None = None) -> Embedder:
+    """The embedding model of that name, or the default one. Raises EmbedderError with the reason if it cannot be loaded."""
+    from retrieval import EmbedderUnavailable, SentenceEmbedder
 
-        embedder = SentenceEmbedder()
+    try:
+        return SentenceEmbedder() if name is None else SentenceEmbedder(name)
+    except EmbedderUnavailable as error:
+        raise EmbedderError(str(error)) from error
+
+
+def open_index(store: Store, embedder: Embedder | None = None) -> ChunkIndex:
+    """The retrieval index beside a store, updated to the documents that have a cartridge now."""
+    embedder = embedder or load_embedder()
     folder = store.folder / "index"
     documents = store.texts()
     try:
@@ -77,6 +84,7 @@ class Answerer:
     """Answers questions from a store. Keeps the last few cartridges it loaded in memory."""
 
     def __init__(self, model: FrozenModel, store: Store, embedder: Embedder | None = None, keep: int = 16) -> None:
+        store.check_model(model)
         self.model, self.store, self._embedder = model, store, embedder
         self._index: ChunkIndex | None = None
         self._words: WordIndex | None = None

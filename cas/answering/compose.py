@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,23 @@ from cas.errors import ModelError
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 
+if TYPE_CHECKING:
+    from cas.store.store import Store
+
+
+def compose(model: FrozenModel, store: Store, documents: Sequence[str]) -> Composed:
+    """Header and these documents' cartridges as one KV cache, in the order given.
+
+    Raises: StoreMismatch for another model than the store's; CollectionError for a document without cartridge.
+    """
+    store.check_model(model)
+    return Composed(model, store.layout, {d: store.cartridge(d) for d in documents})
+
 
 class Composed:
     """A set of loaded cartridges, in the order given.
 
-    Attributes: kv: [L, 2, H, header + sum p, D] in the model's dtype, keys turned to where the layout places them.
+    Attributes: kv: [L, 2, H, header + sum p, D] in the model's dtype, keys shifted to where the layout places them.
         start: position of the first token behind them.
     """
 

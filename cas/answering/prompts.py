@@ -17,11 +17,6 @@ from cas.selfstudy.seed_prompts import BRIEF
 from retrieval.chunk import with_title
 
 
-def question_tokens(model: FrozenModel, question: str) -> tuple[int, ...]:
-    """Footer, question, suffix: what follows the document in every arm."""
-    return (*model.template.footer_ids, *model.encode(question), *model.template.suffix_ids)
-
-
 def brief(model: FrozenModel) -> str:
     """What asks for a short answer, behind a question: instruct models need it, the embedded reader knows no other."""
     return "" if model.reader else BRIEF
@@ -29,7 +24,7 @@ def brief(model: FrozenModel) -> str:
 
 def no_context(model: FrozenModel, question: str) -> Prompt:
     """The question alone."""
-    return Prompt(question_tokens(model, question))
+    return Prompt(model.question_tokens(question))
 
 
 def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Prompt:
@@ -37,7 +32,7 @@ def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Pro
 
     Raises: UserError if that is longer than the model's window.
     """
-    tokens = (*model.encode("\n\n".join(texts)), *question_tokens(model, question))
+    tokens = (*model.encode("\n\n".join(texts)), *model.question_tokens(question))
     room = model.geometry.max_positions - model.layout_header
     if len(tokens) >= room:
         raise UserError(
@@ -64,4 +59,4 @@ def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor
 
 def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:
     """Loaded cartridges, ordered by document id as in training (the order changes nothing under `fixed` and `offset`)."""
-    return Prompt(question_tokens(model, question), tuple(sorted(ids)))
+    return Prompt(model.question_tokens(question), tuple(sorted(ids)))

@@ -128,9 +128,7 @@ def groups(
     for ids in dict.fromkeys(tuple(sorted(q.document_ids)) for q in questions):
         about = [q for q in questions if tuple(sorted(q.document_ids)) == ids]
         text = prompting.whole_documents(model, [collection[i] for i in ids])
-        prompts = [
-            Prompt(prompting.question_tokens(model, q.question + prompting.brief(model)), ("text",)) for q in about
-        ]
+        prompts = [Prompt(model.question_tokens(q.question + prompting.brief(model)), ("text",)) for q in about]
         yield about, prompts, {"text": text}, behind_the_text
 
 
@@ -155,6 +153,7 @@ def run_arms(
         prefix: put before the arm's name in the predictions.
     ``log_perplexity``: minus the mean log-probability (nats per token) of the first gold answer and the end of the turn.
     """
+    store.check_model(model)
     kv = dict(cartridges) if cartridges is not None else {name: store.cartridge(name) for name in store.rows()}
     kv = {name: tensor.to(model.device, model.dtype) for name, tensor in kv.items()}
     predictions: list[Prediction] = []

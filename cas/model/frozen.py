@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ class Geometry:
     def elements(self, p: int) -> int:
         """Numbers in a cartridge of p positions."""
         return self.layers * 2 * self.kv_heads * p * self.head_dim
+
+
+class HasMeta(Protocol):
+    """A store, as far as loading its model needs it."""
+
+    meta: dict[str, Any]
 
 
 class _Probe:
@@ -128,11 +134,39 @@ class FrozenModel:
         hf, tokenizer, source = load(name, revision, kind)
         return cls(hf.to(place), tokenizer, source, system)
 
+    @classmethod
+    def from_store(
+        cls,
+        store: HasMeta,
+        model: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> FrozenModel:
+        """Load the model that a store was made with, with the system text that it recorded.
+
+        Args: model, revision: load this instead; :meth:`cas.Store.check_model` tells whether it is the same.
+            dtype, device: as in :meth:`from_pretrained`.
+        Raises: ModelError with the reason.
+        """
+        recorded = store.meta["model"]
+        if model is None:
+            model, revision = recorded["source"]["name"], revision or recorded["source"]["revision"]
+        return cls.from_pretrained(model, revision=revision, dtype=dtype, device=device, system=recorded["system"])
+
     # -- what may be asked of it ------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens around it."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens of plain text."""
+        return len(self.encode(text))
+
+    def question_tokens(self, question: str) -> tuple[int, ...]:
+        """Footer, question and suffix: what stands behind a document, or the cartridges in its place."""
+        return (*self.template.footer_ids, *self.encode(question), *self.template.suffix_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

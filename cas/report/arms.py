@@ -45,10 +45,12 @@ class Arms:
         self.settings: dict[int, Setting] = {}
         self.notes: list[str] = []
         self.others = {
-            name: Store.open(folder, model)
+            name: Store.open(folder)
             for name, folder in (("isolated", config.isolated), ("monolithic", config.monolithic))
             if folder is not None
         }
+        for other in self.others.values():
+            other.check_model(model)
         mean = sum(self.sizes.values()) / len(self.sizes)
         equal = {round(k * mean) for k in self.ks()}
         self.budgets = sorted(b for b in {*config.budgets, *equal} if b < self.room)
@@ -197,7 +199,7 @@ class Arms:
                     tokens += self.model.encode(("\n\n" if tokens else "") + with_title(d.title, d.text))
             if len(tokens) > self.room and arm != "truncated":
                 self.note("full_document: documents beyond the model's window are cut there")
-            prompts = [Prompt(prompting.question_tokens(self.model, self.put(q.question)), ("text",)) for q in about]
+            prompts = [Prompt(self.model.question_tokens(self.put(q.question)), ("text",)) for q in about]
             yield about, prompts, tokens[: self.room]
 
     # -- measuring ----------------------------------------------------------------------------------------------------

@@ -92,16 +92,11 @@ def compare(config: Config) -> int:
 
     if not config.store:
         raise ConfigError("give --store: the folder that cas.train wrote")
-    unread = Store.open(config.store)
-    recorded = unread.meta["model"]
-    unread.close()
+    store = Store.open(config.store)
     output = Path(config.output)
     check_settings(output, {k: v for k, v in asdict(config).items() if k not in ("output", "no_text", "name")})
-    source = recorded["source"]
-    model = FrozenModel.from_pretrained(
-        source["name"], revision=source["revision"], device=config.device, system=recorded["system"]
-    )
-    store = Store.open(config.store, model)
+    model = FrozenModel.from_store(store, device=config.device)
+    store.check_model(model)
     collection = collection_of(config, model, store)
     checked, asked = split(collection, config)
     metric = config.metric or ("exact_match" if model.reader else "contains")

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from budget.manager import trim_host_memory
-from cas.answering.prompts import question_tokens
 from cas.config import SelfStudy
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError, RunError
@@ -56,13 +55,14 @@ def synthesize(
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; goes on where an earlier call stopped.
 
-    Also gives new documents their initial cartridges (:meth:`Store.add_documents`). A document about which nothing worth
+    Also records new documents in the store (:meth:`Store.add_documents`). A document about which nothing worth
     keeping is written, in calls of its own too, is missing from the result.
 
     Args: settings, or its fields as ``options``; progress: called with (kept, wanted) after every unit, or with (asked, to be
     asked) where everything is asked once.
     Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
     """
+    store.check_model(model)
     settings = settings or SelfStudy(**options)
     folder = store.conversations
     about = {k: v for k, v in vars(settings).items() if k != "conversations"}
@@ -87,7 +87,7 @@ def synthesize(
         raise ConfigError(
             f"{store.folder} was trained on conversations that are no longer in {folder}; give another --store"
         )
-    store.add_documents(documents)
+    store.add_documents(documents, model.count_tokens)
     folder.mkdir(exist_ok=True)
     teacher = _Teacher(model, documents, settings)
     have, dropped = 0, Counter[str]()
@@ -301,7 +301,7 @@ class _Teacher:
         """The prompts that the questions of a call are written behind, and the KV that they share."""
         model = self.model
         if model.reader:
-            asked = [question_tokens(model, f"{call.seed.kind}: {sentence}") for sentence, _ in call.pairs]
+            asked = [model.question_tokens(f"{call.seed.kind}: {sentence}") for sentence, _ in call.pairs]
             return self._kv(call.chunk, ()), [Prompt(tokens, ("call",)) for tokens in asked]
         instruction = [*model.template.footer_ids, *model.encode(call.seed.instruction())]
         prompts = [

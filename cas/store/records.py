@@ -1,4 +1,4 @@
-"""What lies under a store: records in an LMDB environment, its transactions, and what can go wrong with them."""
+"""Records and tensors of a store in one LMDB file: transactions, checksums, and the errors they can raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cas.errors import CollectionError, StoreError
+from cas.errors import CollectionError, StoreError, StoreLocked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,83 +24,119 @@ READS = (2, FORMAT)  # 2: records have no checksum
 
 @dataclass(frozen=True)
 class Row:
-    """One document of the store. ``version`` names the blobs that count; ``drawn`` conversations and ``steps`` Adam
-    steps were trained; ``tokens`` are the document's; ``trained_tokens`` the conversations'; ``round``: of :mod:`cas.training.rounds`."""
+    """One document of the store.
+
+    Attributes:
+        tokens: of the document; p: positions of its cartridge.
+        version: which stored tensors count. -1: none yet. 0: initial values that do not depend on conversations. Higher:
+            initial values fitted to conversations, or trained ones.
+        kv_hash, state_hash: checksums of the cartridge (None: not initialized yet) and of its optimizer state (None: untrained).
+        drawn, steps, trained_tokens: conversations, Adam steps and conversation tokens it was trained on.
+        round: the round it was added in (:mod:`cas.training.rounds`).
+    """
 
     id: str
     title: str
     hash: str
     tokens: int
     p: int
-    version: int
-    kv_hash: int
+    version: int = -1
+    kv_hash: int | None = None
     state_hash: int | None = None
     drawn: int = 0
     steps: int = 0
     trained_tokens: int = 0
     round: int = 0
 
+    @property
+    def initialized(self) -> bool:
+        """Whether there is a cartridge."""
+        return self.kv_hash is not None
 
-class Database:
-    """A folder with one LMDB environment. ``_read`` and ``_write`` are its transactions."""
 
-    def __init__(self, folder: Path, environment: Any) -> None:
-        self.folder, self._env = folder, environment
+class Records:
+    """One LMDB file with records (JSON and a checksum), texts, and tensors (safetensors files). Open one with :meth:`open`.
+
+    :meth:`read` and :meth:`write` are its transactions; methods that take ``txn`` run inside one.
+    """
+
+    def __init__(self, file: Path, environment: Any) -> None:
+        self.folder, self.environment = file.parent, environment
         self._lock = threading.RLock()  # a map must not grow under another thread's transaction
-        self._meta: dict[str, Any] | None = None
         self._buffer = bytearray()
+
+    @classmethod
+    def open(cls, file: Path, write: bool) -> Records:
+        """Open an LMDB file, or make it where ``write`` is given.
+
+        Raises: StoreLocked if this process has it open already; StoreError if it is no LMDB file, or not a whole one.
+        """
+        import lmdb
+
+        existing = file.stat().st_size if file.exists() else 0
+        try:
+            # The map is address space, not disk; it doubles when it is full.
+            environment = lmdb.open(
+                str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512,
+                lock=True, metasync=False,  # a version that no checkpoint names may be lost in a power cut; a checkpoint syncs
+            )  # fmt: skip
+        except lmdb.Error as error:
+            if "already open in this process" in str(error):
+                raise StoreLocked(
+                    f"{file.parent} is open already in this process; go on using that store, or close it first: store.close()"
+                ) from error
+            raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
+        if (missing := _size(environment) - file.stat().st_size) > 0:  # reading a missing page would end the process
+            environment.close()
+            raise StoreError(
+                f"{file}: the last {missing:,} bytes are missing; copy it again whole, or train into a new --store"
+            )
+        return cls(file, environment)
 
     def close(self) -> None:
         """Release the file."""
-        self._env.close()
+        self.environment.close()
+
+    # -- transactions -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _read(self, in_place: bool = False) -> Iterator[Any]:
+    def read(self, in_place: bool = False) -> Iterator[Any]:
         """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile. ``in_place``: values are
-        views into the file, good until the end of the transaction."""
+        views into the file, valid until the end of the transaction. Raises: StoreError if the file cannot be read."""
+        import lmdb
+
         with self._lock:
-            yield from self._reading(in_place)
-
-    def _reading(self, in_place: bool) -> Iterator[Any]:
-        import lmdb
-
-        try:
             try:
-                txn = self._env.begin(buffers=in_place)
-            except lmdb.MapResizedError:  # that trainer has grown the map
-                self._env.set_mapsize(0)
-                txn = self._env.begin(buffers=in_place)
-            with txn:
-                yield txn
-        except lmdb.Error as error:
-            raise StoreError(f"{self.folder}: cannot be read ({error})") from error
+                try:
+                    txn = self.environment.begin(buffers=in_place)
+                except lmdb.MapResizedError:  # that trainer has grown the map
+                    self.environment.set_mapsize(0)
+                    txn = self.environment.begin(buffers=in_place)
+                with txn:
+                    yield txn
+            except lmdb.Error as error:
+                raise StoreError(f"{self.folder}: cannot be read ({error})") from error
 
-    def _sync(self) -> None:
-        """Wait until everything written is on the disk."""
-        import lmdb
+    def write(self, action: Callable[[Any], _T]) -> _T:
+        """Run ``action(txn)`` in one write transaction; where the map is full, it grows and the action runs again.
 
-        try:
-            self._env.sync(True)
-        except lmdb.Error as error:
-            raise StoreError(f"{self.folder}: cannot be written ({error})") from error
-
-    def _write(self, action: Callable[[Any], _T]) -> _T:
-        """One write transaction; a full map grows, a full disk is said in one line."""
+        Raises: StoreError if the disk is full or the file cannot be written.
+        """
         import lmdb
 
         with self._lock:
             while True:
                 try:
-                    with self._env.begin(write=True) as txn:
-                        done = action(txn)
+                    with self.environment.begin(write=True) as txn:
+                        result = action(txn)
                     # LMDB does not write a trailing page that a transaction took and gave back.
-                    if (size := _pages(self._env)) > os.stat(self._env.path()).st_size:
-                        os.truncate(self._env.path(), size)
-                    return done
+                    if (size := _size(self.environment)) > os.stat(self.environment.path()).st_size:
+                        os.truncate(self.environment.path(), size)
+                    return result
                 except lmdb.MapFullError:
-                    self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                    self.environment.set_mapsize(self.environment.info()["map_size"] * 2)
                 except lmdb.MapResizedError:
-                    self._env.set_mapsize(0)
+                    self.environment.set_mapsize(0)
                 except lmdb.DiskError as error:
                     raise StoreError(
                         f"{self.folder}: the disk is full; free some space and run the same command again"
@@ -108,107 +144,121 @@ class Database:
                 except lmdb.Error as error:
                     raise StoreError(f"{self.folder}: cannot be written ({error})") from error
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What was fixed at creation."""
-        if self._meta is None:
-            with self._read() as txn:
-                self._meta = self._parse(txn.get(b"meta"))
-        return self._meta
+    def sync(self) -> None:
+        """Wait until everything written is on the disk. Raises: StoreError if that fails."""
+        import lmdb
 
-    def _broken(self, what: str) -> StoreError:
+        try:
+            self.environment.sync(True)
+        except lmdb.Error as error:
+            raise StoreError(f"{self.folder}: cannot be written ({error})") from error
+
+    # -- records ----------------------------------------------------------------------------------------------------
+
+    def damaged(self, what: str) -> StoreError:
+        """The error that says so and names the command that finds all damage."""
         return StoreError(f"{self.folder}: {what}; run: python -m cas verify --store {self.folder}")
 
-    def _parse(self, value: bytes | None) -> dict[str, Any]:
+    def parse(self, value: bytes | None) -> dict[str, Any]:
+        """A record. Raises StoreError if it is missing or damaged."""
         try:
-            found = dict(json.loads(bytes(value or b"")))
+            fields = dict(json.loads(bytes(value or b"")))
         except (ValueError, TypeError) as error:
-            raise self._broken("a record is damaged") from error
-        expected = found.pop("checksum", None)  # stores of format 2 have none
-        if expected is not None and expected != checksum(to_json(found)):
-            raise self._broken("a record is damaged")
-        return found
+            raise self.damaged("a record is damaged") from error
+        expected = fields.pop("checksum", None)  # stores of format 2 have none
+        if expected is not None and expected != checksum(to_json(fields)):
+            raise self.damaged("a record is damaged")
+        return fields
 
-    def _blob(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> Any:
-        """Bytes of a safetensors file, in place where the transaction reads in place; its checksum is right."""
-        blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
-        if blob is None or checksum(blob) != wanted:
-            what = "is missing" if blob is None else "fails its checksum"
-            raise self._broken(f"{kind} of {name!r} {what}")
-        return blob
+    def parse_row(self, value: bytes | None) -> Row:
+        """A document's record. Raises StoreError if it is damaged."""
+        try:
+            return Row(**self.parse(value))
+        except TypeError as error:
+            raise self.damaged("a record is damaged") from error
 
-    def _text(self, txn: Any, row: Row) -> str:
-        text = txn.get(text_key(row.id))
-        if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
-            raise self._broken(f"the text of {row.id!r} is missing or damaged")
-        return str(text.decode())
-
-    def _row(self, value: bytes | None, document: str = "") -> Row:
+    def row(self, txn: Any, document: str) -> Row:
+        """The record of a document. Raises CollectionError for an unknown id."""
+        value = txn.get(row_key(document))
         if value is None:
             raise CollectionError(
                 f"{self.folder} has no cartridge {document!r}; see: python -m cas ls --store {self.folder}"
             )
-        try:
-            return Row(**self._parse(value))
-        except TypeError as error:
-            raise self._broken("a record is damaged") from error
+        return self.parse_row(value)
 
-    def _put(self, name: str, version: int, tensors: Mapping[str, Tensor], title: str) -> tuple[int, int, int | None]:
-        model = self.meta["model"]
-        about = {
-            "format": FORMAT,
-            "id": name,
-            "title": title,
-            "model": model["source"]["name"],
-            "fingerprint": model["fingerprint"],
-            "rope": model["rope"],
-            "header": len(model["header_ids"]),
-            "positions": self.meta["positions"],
-        }
-        kv_key, state_key = blob_keys(name, version)
+    def text(self, txn: Any, row: Row) -> str:
+        """A document's text, checked against its hash."""
+        text = txn.get(text_key(row.id))
+        if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
+            raise self.damaged(f"the text of {row.id!r} is missing or damaged")
+        return str(text.decode())
+
+    # -- tensors ----------------------------------------------------------------------------------------------------
+
+    def blob(self, txn: Any, kind: str, name: str, version: int, expected: int | None) -> Any:
+        """Bytes of a safetensors file (``kind``: "kv" or "state") that has the expected checksum, in place where the transaction
+        reads in place. Raises CollectionError where no checksum is recorded since the cartridge is not initialized yet."""
+        if expected is None:
+            raise CollectionError(f"{self.folder}: {name!r} has no cartridge yet; go on with its training")
+        blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
+        if blob is None or checksum(blob) != expected:
+            what = "is missing" if blob is None else "fails its checksum"
+            raise self.damaged(f"{kind} of {name!r} {what}")
+        return blob
+
+    def tensors(self, txn: Any, kind: str, name: str, version: int, expected: int | None) -> dict[str, Tensor]:
+        """The tensors in a :meth:`blob`, float32 on the CPU."""
+        return parse_tensors(self.blob(txn, kind, name, version, expected))
+
+    def put_tensors(
+        self, name: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> tuple[int, int | None]:
+        """Write a version of a cartridge ("kv", with ``about`` as metadata) and of its optimizer state (all other tensors).
+
+        Returns: their checksums, None where there is no state.
+        """
         state = {k: t for k, t in tensors.items() if k != "kv"}
+        metadata = {"cartridge": to_json(about).decode()}
+        kv_key, state_key = blob_keys(name, version)
 
-        def write(txn: Any) -> tuple[int, int | None]:
-            sums: list[int | None] = [None, None]
-            for i, (key, some) in enumerate(((kv_key, {"kv": tensors["kv"]}), (state_key, state))):
-                if some:
-                    metadata = {} if i else {"cartridge": to_json(about).decode()}
-                    blob = dump_tensors(some, metadata, self._buffer)
-                    sums[i] = checksum(blob)
-                    txn.put(key, blob)
-                    blob.release()  # the next one may need a larger buffer
-            assert sums[0] is not None
-            return sums[0], sums[1]
+        def put(txn: Any, key: bytes, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+            blob = dump_tensors(values, metadata, self._buffer)
+            txn.put(key, blob)
+            result = checksum(blob)
+            blob.release()  # the next one may need a larger buffer
+            return result
 
-        return version, *self._write(write)
-
-    def _get(self, txn: Any, kind: str, name: str, version: int, wanted: int) -> dict[str, Tensor]:
-        return parse_tensors(self._blob(txn, kind, name, version, wanted))
+        return self.write(
+            lambda txn: (
+                put(txn, kv_key, {"kv": tensors["kv"]}, metadata),
+                put(txn, state_key, state, {}) if state else None,
+            )
+        )
 
     def verify(self) -> list[str]:
         """Read everything back; one line for each thing that is broken (none: the store is whole)."""
         broken = []
-        with self._read() as txn:
+        with self.read() as txn:
             keys = [key for key, _ in under(txn, b"row/")]
             for key in (b"meta", b"run"):
                 try:
-                    self._parse(txn.get(key, record({})))
+                    self.parse(txn.get(key, record({})))
                 except StoreError:
                     broken.append(f"{key.decode()}: the record is damaged")
         for key in keys:
-            with self._read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
+            with self.read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
                 try:
-                    row = self._row(txn.get(key))
+                    row = self.parse_row(txn.get(key))
                 except StoreError:
                     broken.append(f"{key.decode()}: the record is damaged")
                     continue
                 try:
-                    self._text(txn, row)
+                    self.text(txn, row)
                 except StoreError as error:
                     broken.append(str(error).rpartition("; run:")[0])
-                for kind, wanted in (("kv", row.kv_hash), ("state", row.state_hash)):
+                for kind, expected in (("kv", row.kv_hash), ("state", row.state_hash)):
                     try:
-                        tensors = {} if wanted is None else self._get(txn, kind, row.id, row.version, wanted)
+                        tensors = {} if expected is None else self.tensors(txn, kind, row.id, row.version, expected)
                     except StoreError as error:
                         broken.append(str(error).rpartition("; run:")[0])
                         continue
@@ -219,28 +269,7 @@ class Database:
         return broken
 
 
-def open_environment(file: Path, write: bool) -> Any:
-    """Open or make an LMDB file. Raises StoreError if it is none."""
-    import lmdb
-
-    existing = file.stat().st_size if file.exists() else 0
-    try:
-        # The map is address space, not disk; it doubles when it is full.
-        found = lmdb.open(
-            str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512, lock=True,
-            metasync=False,  # a version that no checkpoint names need not outlive a power cut; a checkpoint syncs
-        )  # fmt: skip
-    except lmdb.Error as error:
-        raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
-    if (missing := _pages(found) - file.stat().st_size) > 0:  # reading such a page of the map would end the process
-        found.close()
-        raise StoreError(
-            f"{file}: the last {missing:,} bytes are missing; copy it again whole, or train into a new --store"
-        )
-    return found
-
-
-def _pages(environment: Any) -> int:
+def _size(environment: Any) -> int:
     """Bytes that an LMDB file has by its own records."""
     return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
 
@@ -253,8 +282,8 @@ def checksum(blob: Any) -> int:
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str], into: bytearray) -> memoryview:
-    """float32 CPU tensors as a safetensors file with these metadata, in ``into``, which grows as needed and is used again:
-    fresh memory for every value would cost more than the copy."""
+    """float32 CPU tensors as a safetensors file with these metadata, written into the buffer ``into``, which grows as needed and
+    is reused: new memory for every value would cost more than the copy."""
     import numpy as np
 
     header_of: dict[str, Any] = {"__metadata__": dict(about)}
@@ -277,53 +306,53 @@ def dump_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str], into: 
 
 
 def parse_tensors(blob: Any) -> dict[str, Tensor]:
-    """The float32 tensors of a safetensors file, copied once. The file is a length, a JSON header and the data."""
+    """The float32 tensors of a safetensors file (a length, a JSON header, the data), copied once."""
     import numpy as np
     import torch
 
     view = memoryview(blob)
-    start, found = 8 + int.from_bytes(view[:8], "little"), {}
+    start, tensors = 8 + int.from_bytes(view[:8], "little"), {}
     for name, about in json.loads(bytes(view[8:start])).items():
         if name != "__metadata__":
             assert about["dtype"] == "F32", "stores hold float32"
             low, high = about["data_offsets"]
             data = np.frombuffer(view[start + low : start + high], np.float32).copy()
-            found[name] = torch.from_numpy(data).view(about["shape"])
-    return found
+            tensors[name] = torch.from_numpy(data).view(about["shape"])
+    return tensors
 
 
 def under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
     """Keys that begin with a prefix, and their values (empty if not wanted: a blob is large)."""
     with txn.cursor() as cursor:
-        found = cursor.set_range(prefix)
-        while found and cursor.key().startswith(prefix):
+        more = cursor.set_range(prefix)
+        while more and cursor.key().startswith(prefix):
             yield cursor.key(), cursor.value() if values else b""
-            found = cursor.next()
+            more = cursor.next()
 
 
 def hashed(document: str) -> str:
-    """Ids are anybody's text and LMDB keys are short: a hash stands for the id."""
+    """A hash that stands for an id in keys: ids may be any text, and LMDB keys are short."""
     return hashlib.blake2b(document.encode(), digest_size=12).hexdigest()
 
 
 def row_key(document: str) -> bytes:
-    """Where a document's row is."""
+    """Key of a document's row."""
     return f"row/{hashed(document)}".encode()
 
 
 def text_key(document: str) -> bytes:
-    """Where its text is."""
+    """Key of a document's text."""
     return f"text/{hashed(document)}".encode()
 
 
 def blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
-    """Where a version of its cartridge is, and of the optimiser state."""
+    """Keys of a version of a cartridge and of its optimizer state."""
     return f"kv/{hashed(name)}/{version}".encode(), f"state/{hashed(name)}/{version}".encode()
 
 
 def record(value: Mapping[str, Any]) -> bytes:
     """A record as it is stored: JSON with a checksum of all the rest."""
-    plain = json.loads(to_json(value))  # as it will be read
+    plain = json.loads(to_json(value))  # as reading will see it
     return to_json({**plain, "checksum": checksum(to_json(plain))})
 
 

@@ -1,11 +1,11 @@
-"""The store: one LMDB environment; every value is a whole safetensors file, exportable as it is.
+"""The store: cartridges, optimizer state and texts of one collection, in one LMDB file.
 
 Keys: ``meta`` (what the store is, fixed at creation), ``run`` (the trainer's state), ``row/<key>`` (one document:
 which version counts, checksums, figures), ``text/<key>`` (its text, for retrieval), ``kv/<key>/<version>`` and
-``state/<key>/<version>`` (blobs).
+``state/<key>/<version>`` (safetensors files, exportable as they are).
 
-Versions are written before the row that names them, and a checkpoint is one transaction that names a consistent set
-and deletes what it replaces. Killed at any instant, the rows name whole versions; readers never block the writer.
+Versions are written before the row that names them. A checkpoint is one transaction that names a consistent set and
+deletes what it replaces. If the process is killed at any instant, the rows name whole versions; readers never block the writer.
 """
 
 from __future__ import annotations
@@ -14,52 +14,55 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from cas.config import Initialization
-from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
+from cas.errors import CollectionError, ConfigError, StoreError, StoreExists, StoreLocked, StoreMismatch, StoreMissing
 from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
-from cas.store.records import (
-    FORMAT,
-    READS,
-    Database,
-    Row,
-    blob_keys,
-    open_environment,
-    record,
-    row_key,
-    text_key,
-    under,
-)
+from cas.store.records import FORMAT, READS, Records, Row, blob_keys, record, row_key, text_key, under
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cas.answering.compose import Composed
     from cas.data.collection import Collection
-    from cas.model.frozen import FrozenModel
 
 _FILE = "cartridges.lmdb"
 
 
-class Store(Database):
-    """Cartridges of one collection over one model. Make one with :meth:`create`, open one with :meth:`open`."""
+class DescribesItself(Protocol):
+    """A model, as far as a store has to know it."""
 
-    def __init__(self, folder: Path, environment: Any, model: FrozenModel | None) -> None:
-        super().__init__(folder, environment)
-        self.model = model
-        self._unnamed: dict[str, tuple[int, int, int | None]] = {}  # written since the last commit: version, checksums
+    def describe(self) -> dict[str, Any]:
+        """What a store records about its model (:meth:`cas.FrozenModel.describe`)."""
+        ...
 
-    # -- making and opening -----------------------------------------------------------------------------------------
+
+class Store:
+    """Cartridges of one collection, made with one model. Create one with :meth:`create`, open one with :meth:`open`; ``with``
+    closes it.
+
+    Attributes:
+        folder: where it is.
+        records: its LMDB file.
+        meta: what was fixed at creation, and the round.
+    """
+
+    def __init__(self, folder: Path, records: Records) -> None:
+        self.folder, self.records = folder, records
+        with records.read() as txn:
+            self.meta = records.parse(txn.get(b"meta"))
+        self._uncommitted: dict[str, tuple[int, int, int | None]] = {}  # version and checksums, by id
+
+    # -- creating and opening ---------------------------------------------------------------------------------------
 
     @classmethod
     def create(
         cls,
         folder: str | Path,
-        model: FrozenModel,
+        model: DescribesItself,
         *,
         tokens: int | None = None,
         ratio: float | None = None,
@@ -68,16 +71,20 @@ class Store(Database):
         initialisation: str = "matched",
         seed: int = 0,
     ) -> Store:
-        """A new, empty store for this model. ``span`` (the largest p) is fixed now, or by the first documents added.
+        """A new, empty store, open for writing. Of the model it records the description alone.
 
-        Raises: StoreMismatch if the folder holds a store; ConfigError for impossible settings.
+        Args:
+            tokens, ratio: size of a cartridge, as positions or as document tokens per position; exactly one of them.
+            span: the largest size; where it is not given, the first documents added fix it.
+            positions, initialisation: see :class:`cas.model.positions.Layout` and :mod:`cas.training.initialization`.
+        Raises: StoreExists if the folder holds a store; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
         if positions not in get_args(Positions) or initialisation not in get_args(Initialization):
             raise ConfigError(f"unknown positions {positions!r} or initialisation {initialisation!r}")
         folder = Path(folder)
-        if (folder / _FILE).exists():
-            raise StoreMismatch(
+        if cls.exists(folder):
+            raise StoreExists(
                 f"{folder} holds a store already; give another --store (or open this one with Store.open)"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,74 +98,87 @@ class Store(Database):
             "initialisation": initialisation,
             "seed": seed,
         }
-        # Under another name first: a store that exists says what it is.
+        # Under another name first, so that a store that exists has its meta record.
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
-        store = cls(folder, open_environment(partial, write=True), model)
-        store._write(lambda txn: txn.put(b"meta", record(meta)))
-        store._sync()
-        store.close()
+        with contextlib.closing(Records.open(partial, write=True)) as records:
+            records.write(lambda txn: txn.put(b"meta", record(meta)))
+            records.sync()
         partial.replace(folder / _FILE)
         Path(f"{partial}-lock").unlink()
-        return cls(folder, open_environment(folder / _FILE, write=True), model)
+        return cls(folder, Records.open(folder / _FILE, write=True))
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether a folder holds a store."""
+        return (Path(folder) / _FILE).exists()
 
     @classmethod
-    def open(cls, folder: str | Path, model: FrozenModel | None = None, *, write: bool = False) -> Store:
+    def open(cls, folder: str | Path, *, write: bool = False) -> Store:
         """Open an existing store, for reading or (``write``) for training.
 
-        Raises: StoreMismatch if there is none, or it has another format or was made with another model.
+        Raises: StoreMissing if there is none; StoreMismatch if it has another format; StoreLocked if this process has it open.
         """
         folder = Path(folder)
-        if not (folder / _FILE).exists():
-            raise StoreMismatch(
+        if not cls.exists(folder):
+            raise StoreMissing(
                 f"{folder} holds no store; train one: python -m cas.train --collection … --store {folder}"
             )
-        store = cls(folder, open_environment(folder / _FILE, write=write), model)
+        records = Records.open(folder / _FILE, write)
         try:
-            store._check()
-            if write and store.meta["format"] != FORMAT:  # an older version must not take our records for damaged ones
-                store._meta = {**store.meta, "format": FORMAT}
-                store._write(lambda txn: txn.put(b"meta", record(store.meta)))
+            store = cls(folder, records)
+            if (stored := store.meta.get("format")) not in READS:
+                raise StoreMismatch(
+                    f"{folder} has store format {stored}, this version reads {READS[0]} to {FORMAT}; "
+                    "train into a new --store"
+                )
+            if write and stored != FORMAT:  # an older version must not take our records for damaged ones
+                store.meta["format"] = FORMAT
+                records.write(lambda txn: txn.put(b"meta", record(store.meta)))
         except BaseException:
-            store.close()  # a process can hold a file open only once
+            records.close()  # a process can hold a file open only once
             raise
         return store
 
-    def _check(self) -> None:
-        """Raise StoreMismatch if this is not a store of our format, made with our model."""
-        folder, model, found = self.folder, self.model, self.meta.get("format")
-        if found not in READS:
+    def close(self) -> None:
+        """Release the file."""
+        self.records.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def check_model(self, model: DescribesItself) -> None:
+        """Raise StoreMismatch if the store was made with another model, system text or chat template."""
+        recorded, given = self.meta["model"], model.describe()
+        if any(recorded[key] != given[key] for key in ("fingerprint", "rope")):
             raise StoreMismatch(
-                f"{folder} has store format {found}, this version reads {READS[0]} to {FORMAT}; train into a new --store"
+                f"{self.folder} was made with {recorded['source']['name']} (fingerprint {recorded['fingerprint']}), "
+                f"not with {given['source']['name']} ({given['fingerprint']}); open it with the model it was made with"
             )
-        if model is None:
-            return
-        recorded = self.meta["model"]
-        if recorded["fingerprint"] != model.fingerprint or recorded["rope"] != model.rope_fingerprint:
+        if recorded["header_ids"] != given["header_ids"]:
             raise StoreMismatch(
-                f"{folder} was made with {recorded['source']['name']} (fingerprint {recorded['fingerprint']}), "
-                f"not with {model.source.name} ({model.fingerprint}); open it with the model it was made with"
-            )
-        if recorded["header_ids"] != list(model.template.header_ids):
-            raise StoreMismatch(
-                f"{folder} was made with another header (system text or chat template); open it with --system {recorded['system']!r}"
+                f"{self.folder} was made with another header (system text or chat template); "
+                f"open it with --system {recorded['system']!r}"
             )
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Hold the store as its only trainer; versions that no checkpoint names are removed first.
 
-        Raises: StoreMismatch if another trainer holds it.
+        Raises: StoreLocked if another trainer holds it.
         """
         with open(self.folder / "trainer.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreMismatch(
+                raise StoreLocked(
                     f"{self.folder}: another trainer is running on this store; wait for it or stop it"
                 ) from error
-            self._env.reader_check()  # a killed reader would pin the pages it was reading
-            self._collect()
+            self.records.environment.reader_check()  # a killed reader would pin the pages it was reading
+            self._delete_uncommitted()
             yield
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -172,25 +192,25 @@ class Store(Database):
 
     def rows(self) -> dict[str, Row]:
         """All documents by id, in order of id, as of the last checkpoint."""
-        with self._read() as txn:
-            rows = [self._row(value) for _, value in under(txn, b"row/")]
+        with self.records.read() as txn:
+            rows = [self.records.parse_row(value) for _, value in under(txn, b"row/")]
         return {row.id: row for row in sorted(rows, key=lambda row: row.id)}
 
     def row(self, document: str) -> Row:
         """One document's row. Raises CollectionError for an unknown id."""
-        with self._read() as txn:
-            return self._row(txn.get(row_key(document)), document)
+        with self.records.read() as txn:
+            return self.records.row(txn, document)
 
     def texts(self) -> list[tuple[str, str, str]]:
-        """(id, title, text) of every document, in order of id: what retrieval indexes."""
-        rows = self.rows().values()
-        with self._read() as txn:
-            return [(row.id, row.title, self._text(txn, row)) for row in rows]
+        """(id, title, text) of every document that has a cartridge, in order of id: what retrieval indexes."""
+        rows = [row for row in self.rows().values() if row.initialized]
+        with self.records.read() as txn:
+            return [(row.id, row.title, self.records.text(txn, row)) for row in rows]
 
     def text(self, document: str) -> str:
-        """One document's text. Raises CollectionError for an unknown id."""
-        with self._read() as txn:
-            return self._text(txn, self._row(txn.get(row_key(document)), document))
+        """One document's text, whether or not it has a cartridge. Raises CollectionError for an unknown id."""
+        with self.records.read() as txn:
+            return self.records.text(txn, self.records.row(txn, document))
 
     @property
     def round(self) -> int:
@@ -209,61 +229,57 @@ class Store(Database):
 
     def run_state(self) -> dict[str, Any] | None:
         """The trainer's state at the last checkpoint."""
-        with self._read() as txn:
+        with self.records.read() as txn:
             value = txn.get(b"run")
-        return None if value is None else self._parse(value)
+        return None if value is None else self.records.parse(value)
+
+    def verify(self) -> list[str]:
+        """Read everything back; one line for each thing that is broken (none: the store is whole)."""
+        return self.records.verify()
 
     # -- documents --------------------------------------------------------------------------------------------------
 
-    def add_documents(self, documents: Collection) -> None:
-        """Give every document that has none its initial cartridge; fixes the span the first time. Resumable.
+    def add_documents(self, documents: Collection, count_tokens: Callable[[str], int]) -> None:
+        """Record documents that the store does not have: text, token count and size of the cartridge, in one transaction.
 
+        The cartridges come later (:func:`cas.training.initialization.initialize_cartridges`). Fixes the span the first time.
+        Args: count_tokens: of a text, under the store's model (:meth:`cas.FrozenModel.count_tokens`).
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
-            StoreMismatch if a trainer holds the store.
+            StoreLocked if a trainer holds the store.
         """
-        model, rows = self.model, self.rows()
-        assert model is not None
+        rows, meta = self.rows(), dict(self.meta)
         for document in documents.documents:
             if document.id in rows and rows[document.id].hash != document.hash:
                 raise CollectionError(f"{document.id} has changed since it was trained; train into a new --store")
-        encoded = {d.id: model.encode(d.text) for d in documents.documents if d.id not in rows}
-        if not encoded:
+        new = [(d, count_tokens(d.text)) for d in documents.documents if d.id not in rows]
+        if not new:
             return
-        meta = dict(self.meta)
         if meta["span"] is None:
-            meta["span"] = max(cartridge_size(len(e), meta["tokens"], meta["ratio"], None) for e in encoded.values())
+            meta["span"] = max(cartridge_size(count, meta["tokens"], meta["ratio"], None) for _, count in new)
         needed = len(meta["model"]["header_ids"]) + meta["span"]
-        if needed >= model.geometry.max_positions:
+        window = meta["model"]["geometry"]["max_positions"]
+        if needed >= window:
             raise ConfigError(
-                f"cartridges of {meta['span']} positions need {needed} of the model's {model.geometry.max_positions}; "
+                f"cartridges of {meta['span']} positions need {needed} of the model's {window}; "
                 "raise --ratio or give --span"
             )
-        with self.training():
-            new = [d for d in documents.documents if d.id in encoded]
-            self._write(
-                lambda txn: [txn.put(b"meta", record(meta)), *(txn.put(text_key(d.id), d.text.encode()) for d in new)]
-            )
-            self._meta = meta
-            for n, document in enumerate(new, 1):
-                ids = encoded[document.id]
-                p = cartridge_size(len(ids), meta["tokens"], meta["ratio"], meta["span"])
-                seed = int(document.hash[:15], 16) ^ meta["seed"]
-                from cas.training.initialization import initialize
 
-                kv = initialize(model, ids, p, meta["initialisation"], seed)
-                version, kv_hash, _ = self._unnamed[document.id] = self._put(
-                    document.id, 0, {"kv": kv.cpu()}, document.title
-                )
-                rows[document.id] = Row(
-                    document.id, document.title, document.hash, len(ids), p, version, kv_hash, round=self.round
-                )
-                if n % 64 == 0:
-                    self.commit(rows, None)
-            self.commit(rows, None)
+        def write(txn: Any) -> None:
+            txn.put(b"meta", record(meta))
+            for document, count in new:
+                p = cartridge_size(count, meta["tokens"], meta["ratio"], meta["span"])
+                row = Row(document.id, document.title, document.hash, count, p, round=self.round)
+                txn.put(text_key(document.id), document.text.encode())
+                txn.put(row_key(document.id), record(asdict(row)))
+
+        with self.training():
+            self.records.write(write)
+            self.records.sync()
+            self.meta = meta
 
     def remove(self, documents: Sequence[str], new_round: bool) -> None:
-        """Take documents and their cartridges out, in one transaction; ``new_round``: the run so far is over, what is added from
-        now on is trained among the rest, which stays as it is."""
+        """Remove documents and their cartridges in one transaction. ``new_round``: the training so far is over; documents added
+        from now on are trained among the others, which stay as they are."""
         rows, meta = self.rows(), {**self.meta, "round": self.round + new_round}
 
         def write(txn: Any) -> None:
@@ -274,44 +290,60 @@ class Store(Database):
                 txn.delete(b"run")
             txn.put(b"meta", record(meta))
 
-        self._write(write)
-        self._sync()
-        self._meta = meta
+        self.records.write(write)
+        self.records.sync()
+        self.meta = meta
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
     def cartridge(self, document: str) -> Tensor:
-        """The trained KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified."""
-        with self._read(in_place=True) as txn:  # row and tensors in one transaction: a trainer may be at work
-            row = self._row(txn.get(row_key(document)), document)
-            return self._get(txn, "kv", document, row.version, row.kv_hash)["kv"]
+        """The KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified.
+
+        Raises: CollectionError for an unknown id or one without cartridge yet; StoreError for damage.
+        """
+        with self.records.read(in_place=True) as txn:  # row and tensors in one transaction: a trainer may be at work
+            row = self.records.row(txn, document)
+            return self.records.tensors(txn, "kv", document, row.version, row.kv_hash)["kv"]
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """(BackingStore) Newest written tensors, committed or not."""
-        if unnamed := self._unnamed.get(name):  # once: another thread may commit
-            version, kv_hash, state_hash = unnamed
+        kv_hash: int | None
+        if uncommitted := self._uncommitted.get(name):  # once: another thread may commit
+            version, kv_hash, state_hash = uncommitted
         else:
             row = self.row(name)
             version, kv_hash, state_hash = row.version, row.kv_hash, row.state_hash
-        with self._read(in_place=True) as txn:
-            tensors = self._get(txn, "kv", name, version, kv_hash)
+        with self.records.read(in_place=True) as txn:
+            tensors = self.records.tensors(txn, "kv", name, version, kv_hash)
             if state_hash is not None and (parts is None or set(parts) - {"kv"}):
-                tensors |= self._get(txn, "state", name, version, state_hash)
+                tensors |= self.records.tensors(txn, "state", name, version, state_hash)
         return tensors
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """(BackingStore) Write a new version that the next commit will name."""
-        row = self.row(name)
-        previous = self._unnamed.get(name)
-        version = (previous[0] if previous else row.version) + 1
-        self._unnamed[name] = self._put(name, version, tensors, row.title)
-        if previous is not None:
-            self._write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], version: int | None = None) -> None:
+        """(BackingStore) Write a new version that the next commit will name. ``version``: 0 for initial values that do not depend
+        on conversations (:class:`Row`), else the next one."""
+        row, previous = self.row(name), self._uncommitted.get(name)
+        if version is None:
+            version = max(previous[0] if previous else row.version, 0) + 1
+        model = self.meta["model"]
+        about = {
+            "format": FORMAT,
+            "id": name,
+            "title": row.title,
+            "model": model["source"]["name"],
+            "fingerprint": model["fingerprint"],
+            "rope": model["rope"],
+            "header": len(model["header_ids"]),
+            "positions": self.meta["positions"],
+        }
+        self._uncommitted[name] = version, *self.records.put_tensors(name, version, tensors, about)
+        if previous is not None and previous[0] != version:
+            self.records.write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
 
     def forget(self, name: str) -> None:
         """Drop a version that no commit has named: the last named one is the newest again."""
-        if unnamed := self._unnamed.pop(name, None):
-            self._write(lambda txn: [txn.delete(k) for k in blob_keys(name, unnamed[0])])
+        if uncommitted := self._uncommitted.pop(name, None):
+            self.records.write(lambda txn: [txn.delete(k) for k in blob_keys(name, uncommitted[0])])
 
     def commit(self, rows: Mapping[str, Row], run_state: Mapping[str, Any] | None) -> None:
         """One transaction: rows of everything written since the last commit, and the run state.
@@ -320,7 +352,7 @@ class Store(Database):
         """
 
         def write(txn: Any) -> None:
-            for name, (version, kv_hash, state_hash) in self._unnamed.items():
+            for name, (version, kv_hash, state_hash) in self._uncommitted.items():
                 key = row_key(name)
                 before = txn.get(key)
                 if before is not None:
@@ -333,25 +365,21 @@ class Store(Database):
             if run_state is not None:
                 txn.put(b"run", record(run_state))
 
-        self._write(write)
-        self._sync()
-        self._unnamed.clear()
+        self.records.write(write)
+        self.records.sync()
+        self._uncommitted.clear()
 
     # -- sharing ----------------------------------------------------------------------------------------------------
 
-    def compose(self, documents: Sequence[str]) -> Composed:
-        """The header and these cartridges as one KV cache, for our engine or for plain transformers."""
-        from cas.answering.compose import Composed
-
-        assert self.model is not None, "open the store with its model to compose"
-        return Composed(self.model, self.layout, {d: self.cartridge(d) for d in documents})
-
     def export(self, document: str, file: str | Path) -> None:
-        """Write a cartridge's stored safetensors bytes to a file, whole or not at all."""
+        """Write a cartridge's stored safetensors bytes to a file, whole or not at all.
+
+        Raises: CollectionError as :meth:`cartridge`; StoreError if the file cannot be written.
+        """
         file = Path(file)
-        with self._read() as txn:
-            row = self._row(txn.get(row_key(document)), document)
-            blob = self._blob(txn, "kv", document, row.version, row.kv_hash)
+        with self.records.read() as txn:
+            row = self.records.row(txn, document)
+            blob = self.records.blob(txn, "kv", document, row.version, row.kv_hash)
         partial = file.with_name(f"{file.name}.partial")
         try:
             with partial.open("wb") as handle:
@@ -363,19 +391,17 @@ class Store(Database):
             raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 
     def log_duration(self, what: str, seconds: float) -> None:
-        """Note in ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""
+        """Append to ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""
         with (self.folder / "seconds.jsonl").open("a") as log:
             log.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")
 
-    # -- LMDB -------------------------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
+    def _delete_uncommitted(self) -> None:
         """Delete versions that no row names: what a killed trainer wrote after its last checkpoint."""
-        self._unnamed.clear()
+        self._uncommitted.clear()
         named = {key for row in self.rows().values() for key in blob_keys(row.id, row.version)}
-        with self._read() as txn:
+        with self.records.read() as txn:
             stale = [
                 key for kind in (b"kv/", b"state/") for key, _ in under(txn, kind, values=False) if key not in named
             ]
         if stale:
-            self._write(lambda txn: [txn.delete(k) for k in stale])
+            self.records.write(lambda txn: [txn.delete(k) for k in stale])

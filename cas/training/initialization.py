@@ -1,9 +1,14 @@
-"""A start that already answers: keys picked from the document, values fitted so that attention gives what the document gave.
+"""The first values of cartridges, before training.
 
-The frozen model runs over self-study conversations with the whole document before them. In every layer and key head, p of the
-document's tokens are picked: those to which some token of a conversation paid most attention. Their keys are turned to stand as far from
-the question as they did, and their values are solved for by ridge regression: with them, attention over [header ; cartridge ;
-own tokens] shall return what it returned over [header ; document ; own tokens]. No gradient, one forward pass.
+``first``: KV of the document's first p tokens behind the header (2506.06266, section 3.2).
+``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
+(Sampled Chunk Initialization, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
+
+``matched``: keys picked from the document, values fitted so that attention gives what the document gave. The frozen model runs
+over self-study conversations with the whole document before them. In every layer and key head, p of the document's tokens are
+picked: those to which some token of a conversation paid most attention. Their keys are moved to stand as far from the question as
+they did, and their values are solved for by ridge regression: with them, attention over [header ; cartridge ; own tokens]
+approximates what it returned over [header ; document ; own tokens]. No gradient, one forward pass.
 """
 
 from __future__ import annotations
@@ -24,23 +29,21 @@ from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
 
 if TYPE_CHECKING:
+    from cas.store.records import Row
     from cas.store.store import Store
 
 TOKENS = 4096  # of conversations that a document is matched on
 LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
-RIDGE = 1.0  # of the mean squared weight: values that few questions ask for stay as they were, and answer nobody else
+RIDGE = (
+    1.0  # of the mean squared weight: values that few questions attend to are regularized toward their original values
+)
 SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialization (2508.17032)
 
 
 def initialize(model: FrozenModel, document_ids: Sequence[int], p: int, how: Initialization, seed: int) -> Tensor:
-    """The start of a cartridge: float32 [L, 2, H, p, D].
+    """First values of a cartridge that need no conversations: float32 [L, 2, H, p, D] on the model's device.
 
-    ``first``: KV of the document's first p tokens behind the header (2506.06266, section 3.2).
-    ``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
-    (Sampled Chunk Initialization, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
-    ``matched``: ``first``, until there are conversations (:mod:`cas.training.initialization`).
-
-    A document shorter than p is repeated until it is long enough.
+    ``matched`` gives the values of ``first``. A document shorter than p is repeated until it is long enough.
     """
     generator = torch.Generator().manual_seed(seed)
     header = model.header_kv
@@ -49,7 +52,7 @@ def initialize(model: FrozenModel, document_ids: Sequence[int], p: int, how: Ini
         noise = torch.randn(*header.shape[:3], p, header.shape[4], generator=generator)
         return (noise * spread.cpu()).to(model.device)
     ids = list(document_ids)
-    assert ids, "an empty document cannot start a cartridge"
+    assert ids, "an empty document cannot initialize a cartridge"
     while len(ids) < p:
         ids += ids
     if how == "sampled" and len(ids) > p:
@@ -60,38 +63,51 @@ def initialize(model: FrozenModel, document_ids: Sequence[int], p: int, how: Ini
     return model.prefill([*model.template.header_ids, *ids[:p]])[:, :, :, model.layout_header :].float()
 
 
-def fit_matched_cartridges(
+def initialize_cartridges(
+    model: FrozenModel,
     store: Store,
-    conversations: Conversations,
+    conversations: Conversations | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Give the cartridges of a ``matched`` store their start, once there are conversations about them. Resumable.
+    """Give every cartridge of a store that has no values its first ones, by the store's initialization. Resumable.
 
-    Nothing happens to those that were matched or trained, and in other stores. Call it inside ``store.training()``.
+    In a ``matched`` store, documents with conversations are matched, those that so far have values without conversations too;
+    other documents, and those of more than ``LONGEST`` tokens, get the values of ``first``. Trained cartridges stay as they are.
+
+    Args: stop: asked before each cartridge; progress: called with (done, total) after each.
     Returns: whether all are done; False after ``stop()``.
+    Raises: StoreMismatch for another model than the store's; StoreLocked if a trainer holds the store.
     """
-    if store.meta["initialisation"] != "matched":
+    store.check_model(model)
+    how, rows = store.meta["initialisation"], store.rows()
+    by_document = conversations.by_document if how == "matched" and conversations is not None else {}
+    room = model.geometry.max_positions - model.layout_header - 512  # conversations stand behind the document
+
+    def matchable(row: Row) -> bool:
+        return row.version < 1 and row.id in by_document and row.p < row.tokens <= min(LONGEST, room)
+
+    todo = [row for row in rows.values() if not row.initialized or matchable(row)]
+    if not todo:
         return True
-    model, rows, done = store.model, store.rows(), 0
-    assert model is not None
-    todo = [row for row in rows.values() if row.version == 0 and row.id in conversations.by_document]
-    started = time.monotonic()
-    for row in todo:
-        if stop():
-            break
-        ids = model.encode(store.text(row.id))
-        room = model.geometry.max_positions - model.layout_header - 512  # conversations stand behind the document
-        if row.p < len(ids) <= min(LONGEST, room):
-            seed = int(row.hash[:15], 16) ^ store.meta["seed"]
-            kv = matched(model, store.layout, ids, row.p, conversations.by_document[row.id], seed)
-            store.write_tensors(row.id, {"kv": kv.cpu()})
-        done += 1
-        progress(done, len(todo))
-        if done % 64 == 0:
-            store.commit(rows, None)
-    store.commit(rows, None)
-    if todo:
+    started, done = time.monotonic(), 0
+    with store.training():
+        for row in todo:
+            if stop():
+                break
+            ids, seed = model.encode(store.text(row.id)), int(row.hash[:15], 16) ^ store.meta["seed"]
+            if matchable(row):
+                kv = matched(model, store.layout, ids, row.p, by_document[row.id], seed)
+                store.write_tensors(row.id, {"kv": kv.cpu()})
+            else:
+                kv = initialize(model, ids, row.p, how, seed)
+                store.write_tensors(row.id, {"kv": kv.cpu()}, version=0)
+            done += 1
+            progress(done, len(todo))
+            if done % 64 == 0:
+                store.commit(rows, None)
+        store.commit(rows, None)
+    if by_document:
         store.log_duration("starts", time.monotonic() - started)
     return done == len(todo)
 
@@ -100,7 +116,7 @@ def fit_matched_cartridges(
 def matched(
     model: FrozenModel, layout: Layout, ids: Sequence[int], p: int, conversations: Sequence[Conversation], seed: int
 ) -> Tensor:
-    """The matched start of a cartridge of p positions for a document of more tokens than that.
+    """Matched values of a cartridge of p positions for a document of more tokens than that.
 
     Args: ids: of the document; conversations: about it, of which at most ``TOKENS`` tokens are taken, drawn by ``seed``.
     Returns: float32 [L, 2, H, p, D], keys after RoPE.
@@ -124,20 +140,20 @@ def matched(
 
 
 class _Matching:
-    """The context of that forward pass: attention to the whole document, and on the way every layer's cartridge."""
+    """Attention context of that forward pass: attends to the whole document, and computes every layer's cartridge."""
 
     def __init__(self, model: FrozenModel, prefix: Tensor, p: int, real: Tensor, start: int) -> None:
-        """``prefix``: KV of header and document; ``real`` [C, T]: what is not padding, of the C conversations; ``start``: where
-        their tokens will stand behind the cartridge."""
+        """``prefix``: KV of header and document; ``real`` bool [C, T]: tokens of the C conversations that are not padding;
+        ``start``: position of their first token behind the cartridge."""
         self.model, self.prefix, self.p, self.real = model, prefix, p, real
-        self.nearer = start - prefix.shape[3]  # by how much question and document's end move
+        self.nearer = start - prefix.shape[3]  # shift of the question and of the end of the document
         self.kv: list[Tensor] = []  # of every layer, [2, H, p, D]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         heads, out, groups = [], torch.empty_like(query), query.shape[1] // key.shape[1]
         for h in range(key.shape[1]):
-            mine = slice(h * groups, (h + 1) * groups)
-            kv, out[:, mine] = self._head(layer, h, query[:, mine], key[:, h], value[:, h], scale, window)
+            queries = slice(h * groups, (h + 1) * groups)
+            kv, out[:, queries] = self._head(layer, h, query[:, queries], key[:, h], value[:, h], scale, window)
             heads.append(kv)
         self.kv.append(torch.stack(heads, dim=1))
         return out.transpose(1, 2)
@@ -153,7 +169,7 @@ class _Matching:
         own = own.masked_fill(~_seen(own.shape[2], 0, own.shape[2], window).to(own.device), -torch.inf)
         weights = _weights(query, keys, own, window, len(keys))
         out = _output(weights, values, value)
-        # What is padding pays no attention that counts.
+        # Attention paid by padding does not count.
         paid = (weights[..., header : len(keys)] * self.real[:, None, :, None]).amax((0, 1, 2))
         chosen = paid.topk(self.p).indices.sort().values + header
         by = torch.full((self.p,), self.nearer)
@@ -171,12 +187,12 @@ class _Matching:
 
 
 def _seen(tokens: int, first: int, columns: int, window: int | None) -> Tensor:
-    """Who may see whom, bool [tokens, columns], of tokens at ``first``.. and keys at 0..."""
+    """Visibility, bool [tokens, columns], of keys at 0.. to tokens at ``first``.."""
     return causal_mask(torch.arange(tokens) + first, torch.arange(columns), window)
 
 
 def _weights(query: Tensor, keys: Tensor, own: Tensor, window: int | None, first: int) -> Tensor:
-    """Softmax over prefix keys [S, D] and own tokens [C, Q, T, T] of tokens that stand at ``first``..: [C, Q, T, S + T]."""
+    """Softmax over prefix keys [S, D] and scores of own tokens [C, Q, T, T], for tokens at ``first``..: [C, Q, T, S + T]."""
     scores = query @ keys.T
     if window is not None:
         scores = scores.masked_fill(~_seen(query.shape[2], first, len(keys), window).to(scores.device), -torch.inf)

@@ -92,8 +92,8 @@ def learners(store: Store, documents: Collection) -> Collection:
 
 def stored(store: Store) -> Collection:
     """The documents as the store has them."""
-    found = tuple(Document(i, title, text) for i, title, text in store.texts())
-    return Collection(store.folder.name, found, ())
+    documents = tuple(Document(i, row.title, store.text(i)) for i, row in store.rows().items())
+    return Collection(store.folder.name, documents, ())
 
 
 def members(store: Store) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -28,7 +28,7 @@ from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
-from cas.training.initialization import fit_matched_cartridges
+from cas.training.initialization import initialize_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
 from cas.training.loss_guard import LossGuard
 from cas.training.metrics_log import Report, StepLog
@@ -57,6 +57,7 @@ class Trainer:
         on_step: Callable[[Report], None] | None = None,
         **options: Any,
     ) -> None:
+        store.check_model(model)
         self.model, self.store, self.conversations = model, store, conversations
         self.training = t = training or Training(**options)
         self.on_step = on_step
@@ -91,9 +92,9 @@ class Trainer:
 
         Returns: whether the last step was reached. Raises: RunError when no step can be taken any more (:mod:`cas.training.loss_guard`).
         """
+        if not initialize_cartridges(self.model, self.store, self.conversations, stop):
+            return False
         with self.store.training():
-            if not fit_matched_cartridges(self.store, self.conversations, stop):
-                return False
             step, pool, guests = self._resume()
             end = self.steps if until is None else min(until, self.steps)
             with closing(self.manager), closing(StepLog(self.store.metrics, step)) as log:

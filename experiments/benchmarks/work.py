@@ -28,6 +28,7 @@ from cas.model.loading import Source
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations, write_unit
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
 from cas.training.schedule import Step
 from cas.training.trainer import Report, Trainer
@@ -62,7 +63,8 @@ class Work:
         """A store with so many initial cartridges of ``p`` positions each, in a folder that goes away."""
         with tempfile.TemporaryDirectory() as folder:
             store = Store.create(Path(folder) / "store", self.model, tokens=p or self.p, positions=policy)
-            store.add_documents(fictional(documents))
+            store.add_documents(fictional(documents), self.model.count_tokens)
+            initialize_cartridges(self.model, store)
             yield store
             store.close()
 

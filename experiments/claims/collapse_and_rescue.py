@@ -225,7 +225,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     from cas.evaluation.resume import cached_json, write
     from cas.selfstudy.conversations import Conversations
     from cas.selfstudy.synthesize import SelfStudy, synthesize
-    from cas.training.initialization import fit_matched_cartridges
+    from cas.training.initialization import initialize_cartridges
     from experiments.claims.joint_vs_isolated import log_arm
     from retrieval import SentenceEmbedder
 
@@ -240,8 +240,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
         conversations = synthesize(model, collection, base, study, progress=shown("self-study"))
         questions, embedder = unseen(collection.questions, conversations), CachingEmbedder(SentenceEmbedder())
         asking = partial(run_arms, model, embedder=embedder, seed=seed, progress=log_arm)
-        with base.training():
-            fit_matched_cartridges(base, conversations, progress=shown("starts"))
+        initialize_cartridges(model, base, conversations, progress=shown("starts"))
         found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
         predictions: list[Prediction] = []
         if not config.only or TEXTS in config.only:
@@ -335,8 +334,8 @@ def open_store(
     """A store of this experiment, made if it is not there."""
     from cas.store.store import Store
 
-    if (folder / "cartridges.lmdb").exists():
-        return Store.open(folder, model, write=True)
+    if Store.exists(folder):
+        return Store.open(folder, write=True)
     tokens = tokens or config.tokens
     ratio = None if tokens else config.ratio
     return Store.create(
@@ -363,11 +362,11 @@ def trainer_for(
     many = MONOLITHIC.get(arm)
     tokens = many * span(model, config, seed) if many else None
     store = open_store(folder, model, config, positions, seed, tokens, start)
-    store.add_documents(collection)
+    store.add_documents(collection, model.count_tokens)
     if start == "matched":
         with base_store(config, model, seed) as base, store.training():
             rows = store.rows()
-            for i in (i for i, row in rows.items() if row.version == 0):
+            for i in (i for i, row in rows.items() if row.version < 1):
                 store.write_tensors(i, {"kv": base.cartridge(i)})
             store.commit(rows, None)
     pool = min(config.pool, len(collection))

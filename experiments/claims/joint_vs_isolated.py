@@ -102,9 +102,9 @@ def experiment(config: Config) -> int:
         documents = excerpts(documents, config.excerpt_words)
     model = FrozenModel.from_pretrained(config.model)
     base = Path(config.output) / "base"
-    exists = (base / "cartridges.lmdb").exists()
+    exists = Store.exists(base)
     store = (
-        Store.open(base, model, write=True)
+        Store.open(base, write=True)
         if exists
         else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     )
@@ -171,11 +171,11 @@ def trainer_for(
     from cas.training.trainer import Trainer, Training
 
     folder = Path(config.output) / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    if (folder / "cartridges.lmdb").exists():
-        store = Store.open(folder, model, write=True)
+    if Store.exists(folder):
+        store = Store.open(folder, write=True)
     else:
         store = Store.create(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
-    store.add_documents(documents)
+    store.add_documents(documents, model.count_tokens)
     settings = Training(
         epochs=epochs,
         lr=lr,
@@ -292,7 +292,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     )
     predictions = []
     for arm, record in records.items():
-        store: Store = Store.open(Path(config.output) / record["store"], model)
+        store: Store = Store.open(Path(config.output) / record["store"])
         arms = ARMS if arm == "isolated" else (*TEXT_ARMS, *ARMS)
         own = [a for a in arms if a in ARMS]
         if arm == "joint":

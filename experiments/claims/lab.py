@@ -31,7 +31,7 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import SelfStudy, synthesize
 from cas.store.store import Store
-from cas.training.initialization import fit_matched_cartridges
+from cas.training.initialization import initialize_cartridges
 from cas.training.trainer import Trainer, Training
 from experiments.claims.collapse_and_rescue import shown, train
 from retrieval import SentenceEmbedder
@@ -147,8 +147,7 @@ class ClaimContext:
             told = synthesize(
                 self.model, self.collection, base, SelfStudy(seed=self.seed), progress=shown("self-study")
             )
-            with base.training():
-                fit_matched_cartridges(base, told, progress=shown("starts"))
+            initialize_cartridges(self.model, base, told, progress=shown("starts"))
         return told
 
     @cached_property
@@ -161,8 +160,8 @@ class ClaimContext:
 
     def _store(self, name: str, **made: Any) -> Store:
         folder = self.folder / name
-        if (folder / "cartridges.lmdb").exists():
-            return Store.open(folder, self.model, write=True)
+        if Store.exists(folder):
+            return Store.open(folder, write=True)
         made = {"initialisation": "matched", "seed": self.seed, **made}
         if "tokens" not in made:
             made.setdefault("ratio", self.config.ratio)
@@ -172,15 +171,15 @@ class ClaimContext:
         """A store, open for writing, whose cartridges have their start. ``made``: how it is created; matched starts of the usual
         size are copied, not fitted again."""
         told, store = self.conversations, self._store(name, **made)
-        store.add_documents(collection or self.collection)
+        store.add_documents(collection or self.collection, self.model.count_tokens)
         usual = {k: store.meta[k] for k in ("ratio", "tokens", "initialisation", "positions")}
         with closing(self._store("base")) as base, store.training():
             if usual == {k: base.meta[k] for k in usual} and store.layout == base.layout:
                 rows, have = store.rows(), base.rows()
-                for i in (i for i, row in rows.items() if row.version == 0 and i in have):
+                for i in (i for i, row in rows.items() if row.version < 1 and i in have):
                     store.write_tensors(i, {"kv": base.cartridge(i)})
                 store.commit(rows, None)
-            fit_matched_cartridges(store, told)
+        initialize_cartridges(self.model, store, told)
         return store
 
     @contextmanager

@@ -39,9 +39,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
     header, model = lab.model.layout_header, lab.model
     ids = model.encode(text)[: window - header - 128]
     kv = model.prefill([*model.template.header_ids, *ids])[:, :, :, header:]
-    prompts = [
-        Prompt(prompting.question_tokens(model, q.question + prompting.brief(model)), ("text",)) for q in long.questions
-    ]
+    prompts = [Prompt(model.question_tokens(q.question + prompting.brief(model)), ("text",)) for q in long.questions]
     layout = Layout("offset", header, 0)
     found += [
         lab.named(p) for p in answered(model, "truncated", long.questions, prompts, {"text": kv}, layout, lab.seed)

@@ -66,7 +66,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
     lab.measure("prefix.elements", [elements])
     lab.measure("lora.elements", [rank * lora_elements(lab.model.hf)])
     empty: dict[str, Any] = {}
-    asked = [Prompt(prompting.question_tokens(lab.model, q.question + prompting.brief(lab.model))) for q in questions]
+    asked = [Prompt(lab.model.question_tokens(q.question + prompting.brief(lab.model))) for q in questions]
     found += [lab.named(p) for p in answered(adapted, "lora", questions, asked, empty, layout, lab.seed)]
 
     other = world(700 + lab.seed, DOCUMENTS, shape=SMALL)
@@ -75,7 +75,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
         prompts = []
         for q in other.questions:
             text = "\n\n".join(with_title(other[i].title, other[i].text) for i in q.document_ids)
-            question = prompting.question_tokens(model, q.question + prompting.brief(model))
+            question = model.question_tokens(q.question + prompting.brief(model))
             prompts.append(Prompt((*model.encode(text), *question), tuple(loaded)))
         found += [
             lab.named(p)

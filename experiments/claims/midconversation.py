@@ -54,11 +54,11 @@ def run(lab: ClaimContext) -> list[Prediction]:
         for q in one:
             first = before[q.id]
             said = [
-                *prompting.question_tokens(model, first.question + prompting.brief(model)),
+                *model.question_tokens(first.question + prompting.brief(model)),
                 *model.encode(first.answers[0]),
                 *end,
             ]
-            asked = prompting.question_tokens(model, q.question + prompting.brief(model))
+            asked = model.question_tokens(q.question + prompting.brief(model))
             both = tuple(sorted({first.document_ids[0], q.document_ids[0]}))
             turn = turn_kv(lab, store.layout, said, kv[first.document_ids[0]])
             behind = Layout("fixed", header, span + len(said))

@@ -94,7 +94,7 @@ def demo(config: DemoConfig) -> int:
         sample = collection.select(sorted(Random(config.seed).sample([d.id for d in collection.documents], SAMPLE)))
         isolated = {arm: isolated_store(config, settings, model, sample, conversations, arm) for arm in ISOLATED}
         trained = time.monotonic()
-        store = Store.open(folder, model)
+        store = Store.open(folder)
         questions = unseen(collection.questions, conversations)
         embedder = CachingEmbedder(SentenceEmbedder())
         told: dict[str, Any] = {"embedder": embedder, "seed": config.seed, "progress": measured}
@@ -164,21 +164,17 @@ def isolated_store(
     """The sample's cartridges, each trained on the joint training's conversations with no other visible."""
     from cas.selfstudy.conversations import Conversations
     from cas.store.store import Store
-    from cas.training.initialization import fit_matched_cartridges
     from cas.training.trainer import Trainer
     from experiments.claims.joint_vs_isolated import progress
 
     positions, start = ISOLATED[arm]
     folder = Path(config.output) / arm
-    if (folder / "cartridges.lmdb").exists():
-        store = Store.open(folder, model, write=True)
+    if Store.exists(folder):
+        store = Store.open(folder, write=True)
     else:
         store = Store.create(folder, model, ratio=16.0, positions=positions, initialisation=start, seed=config.seed)
-    store.add_documents(sample)
+    store.add_documents(sample, model.count_tokens)
     about = Conversations([c for d in sample.documents for c in conversations.by_document.get(d.id, ())], {})
-    if start == "matched":
-        with store.training():
-            fit_matched_cartridges(store, about)
     training = replace(settings.part(Training), isolation=1.0, guests=0)
     progress(Trainer(model, store, about, training), arm)
     return store

@@ -80,7 +80,7 @@ def demo(config: DemoConfig) -> int:
             return status
         trained = time.monotonic()
         model = FrozenModel.from_pretrained()
-        store = Store.open(folder, model)
+        store = Store.open(folder)
         collection = Collection.load("examples")
         questions = unseen(collection.questions, Conversations.load(folder / "conversations"))
         print(

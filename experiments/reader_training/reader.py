@@ -118,7 +118,6 @@ def read(
     model: FrozenModel, collection: Collection, arm: str, questions: Sequence[Question]
 ) -> Iterator[tuple[Question, str]]:
     """The model's answers under one arm, a group of questions with the same context at a time."""
-    from cas.answering.prompts import question_tokens
     from cas.model.decoding import Prompt, generate
     from cas.model.positions import Layout
 
@@ -135,7 +134,7 @@ def read(
         if sum(sizes) > room:
             continue
         layout = Layout(policy, model.layout_header, max(sizes, default=0))
-        prompt: Prompt = Prompt(question_tokens(model, question.question), tuple(kv))
+        prompt: Prompt = Prompt(model.question_tokens(question.question), tuple(kv))
         yield question, model.decode(generate(model, [prompt], kv, layout, max_new_tokens=24)[0].ids)
 
 

@@ -157,7 +157,7 @@ def test_piped_questions(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) 
 
 def test_questions_asked_together_are_answered_as_one_by_one(manuals: FrozenModel) -> None:
     assert call(train.main, *TRAIN)[0] == 0
-    store = Store.open("runs/manuals", manuals)
+    store = Store.open("runs/manuals")
     answerer = answer.Answerer(manuals, store, HashEmbedder(), keep=3)
     questions = [TEXTS[name][:60] + "?" for name in ("pump", "tide", "lamp", "ferry")]
     together = answerer.ask_many(questions, k=2, max_new_tokens=8)

@@ -75,7 +75,7 @@ def lab(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.Mo
     model = tiny("llama")
 
     def made_up(model: FrozenModel, documents: Any, store: Any, *_: Any, **__: Any) -> Conversations:
-        store.add_documents(documents)
+        store.add_documents(documents, model.count_tokens)
         return converse(model, documents, per_document=8)
 
     monkeypatch.setattr(claims, "synthesize", made_up)

@@ -23,6 +23,7 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.seed_prompts import BRIEF
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
 from experiments.claims import joint_vs_isolated
 from experiments.claims.joint_vs_isolated import Config, excerpts, experiment
 from retrieval import HashEmbedder, with_title
@@ -31,7 +32,8 @@ from retrieval import HashEmbedder, with_title
 @pytest.fixture
 def store(tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection) -> Store:
     store = Store.create(tmp_path / "store", tiny("llama"), tokens=16)
-    store.add_documents(collection)
+    store.add_documents(collection, tiny("llama").count_tokens)
+    initialize_cartridges(tiny("llama"), store)
     return store
 
 
@@ -61,7 +63,7 @@ def test_what_every_arm_loads(tiny: Callable[..., FrozenModel], collection: Coll
         assert layout == store.layout
         return prompts
 
-    behind = [prompting.question_tokens(model, q.question + BRIEF) for q in questions]
+    behind = [model.question_tokens(q.question + BRIEF) for q in questions]
     assert [p.tokens for p in prompts("no_context")] == behind and not any(p.cartridges for p in prompts("no_context"))
     assert [p.cartridges for p in prompts("oracle")] == [q.document_ids for q in questions]
     assert {p.cartridges for p in prompts("loaded")} == {tuple(sorted(TEXTS))}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from cas.answering.prompts import question_tokens
 from cas.config import SelfStudy
 from cas.data.collection import Collection, Question, save_jsonl
 from cas.data.worlds import LOOKUP, Shape, make_records, single, world
@@ -44,7 +43,7 @@ def small() -> Collection:
 def right(model: FrozenModel, store: Store, questions: Sequence[Question], loaded: dict[str, tuple[str, ...]]) -> float:
     """Exact match of whole answers with these cartridges loaded."""
     kv = {i: store.cartridge(i).to(model.dtype) for i in {i for some in loaded.values() for i in some}}
-    prompts = [Prompt(question_tokens(model, q.question), loaded[q.document_ids[0]]) for q in questions]
+    prompts = [Prompt(model.question_tokens(q.question), loaded[q.document_ids[0]]) for q in questions]
     answers = [model.decode(g.ids) for g in generate(model, prompts, kv, store.layout, max_new_tokens=12)]
     return sum(exact_match(a, q.answers) for a, q in zip(answers, questions)) / len(questions)
 
@@ -63,7 +62,7 @@ def asked(
 ) -> tuple[float, float]:
     """Exact match with the own cartridge and with all four loaded, after this training."""
     store = Store.create(folder, model, tokens=32, initialisation=start)
-    store.add_documents(small)
+    store.add_documents(small, model.count_tokens)
     Trainer(model, store, conversations, Training(pool=4, **training)).run()  # type: ignore[arg-type]
     ids = tuple(sorted(d.id for d in small.documents))
     own = right(model, store, small.questions, {i: (i,) for i in ids})
@@ -130,7 +129,7 @@ def test_bfloat16_learns_as_float32_does(model: FrozenModel, small: Collection, 
         store = Store.create(tmp_path / dtype, computes, tokens=32)
         if dtype == "float32":
             conversations = synthesize(computes, small, store, SelfStudy())
-        store.add_documents(small)
+        store.add_documents(small, model.count_tokens)
         Trainer(computes, store, conversations, Training(steps=200, pool=4)).run()
         lines = (store.folder / "metrics.jsonl").read_text().splitlines()
         found = [json.loads(line)["loss"] for line in lines]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cas.answering.prompts import question_tokens
 from cas.config import KINDS
 from cas.data.lexicon import EVENT, PERSON, PLACE
 from cas.data.worlds import LOOKUP, Shape, make_records, single, whole, world
@@ -242,7 +241,7 @@ def test_scenes_are_read_as_the_engine_reads_cartridges(
         tokens = [[*model.template.header_ids, *model.encode(text)] for text in scene.texts]
         kv = {f"{i}": model.prefill(t)[:, :, :, h:] for i, t in enumerate(tokens)}
         layout = Layout(policy, h, max(t.shape[3] for t in kv.values()) + 7)
-        prompts = [Prompt(question_tokens(model, e.user), tuple(f"{i}" for i in e.texts)) for e in scene.exchanges]
+        prompts = [Prompt(model.question_tokens(e.user), tuple(f"{i}" for i in e.texts)) for e in scene.exchanges]
         gold = [[*model.encode(e.answer), *model.template.end_ids] for e in scene.exchanges]
         expected += [-x for x in log_likelihood(model, prompts, gold, kv, layout)]
         for ids in tokens:

@@ -34,6 +34,7 @@ from cas.report.compare import Config, compare, split
 from cas.report.rag_baseline import CHOICES, Rag, Setting, tune
 from cas.report.view import View, make_report
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
 from retrieval import HashEmbedder
 
 
@@ -141,7 +142,8 @@ def asked(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.
             file.write(json.dumps(asked | {"answers": ["red & green"], "kind": ("easy", "<b>hard")[i % 2]}) + "\n")
     model = tiny("llama")
     store = Store.create(tmp_path / "store", model, tokens=16)
-    store.add_documents(Collection.load(folder))
+    store.add_documents(Collection.load(folder), model.count_tokens)
+    initialize_cartridges(model, store)
     store.close()
     monkeypatch.setattr(FrozenModel, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(retrieval, "SentenceEmbedder", lambda *_: HashEmbedder())

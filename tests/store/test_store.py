@@ -22,12 +22,21 @@ from conftest import tiny_hf, tiny_tokenizer
 from helpers_store import contents, make_store, many_documents, stored_keys
 from safetensors.torch import load_file
 
+import cas
 from cas.data.collection import Collection, Document
-from cas.errors import CollectionError, ConfigError, StoreError, StoreMismatch
+from cas.errors import (
+    CollectionError,
+    ConfigError,
+    StoreError,
+    StoreExists,
+    StoreLocked,
+    StoreMismatch,
+    StoreMissing,
+)
 from cas.model.frozen import FrozenModel, Source
 from cas.store.records import Row, hashed
 from cas.store.store import Store
-from cas.training.initialization import initialize
+from cas.training.initialization import initialize, initialize_cartridges
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def checkpoint(store: Store, *names: str, value: float = 0.0, step: int = 1) -> 
 
 
 def damage(store: Store, key: bytes, change: Callable[[bytes], bytes]) -> None:
-    with store._env.begin(write=True) as txn:
+    with store.records.environment.begin(write=True) as txn:
         value = txn.get(key)
         assert value is not None
         txn.put(key, change(bytes(value)))
@@ -135,7 +144,7 @@ def test_later_documents_keep_the_span(tmp_path: Path, model: FrozenModel) -> No
     short, long = many_documents(2, words=4), Document("long", "Long", "pebble " * 60)
     store = make_store(tmp_path / "s", model, short, tokens=None, ratio=1)
     span = store.layout.span
-    store.add_documents(replace(short, documents=(*short.documents, long)))
+    store.add_documents(replace(short, documents=(*short.documents, long)), model.count_tokens)
     assert (store.row("long").p, store.layout.span) == (span, span)
     assert store.row("long").tokens > 2 * span
     store.close()
@@ -170,15 +179,21 @@ def test_a_window_too_small_is_said_before_anything_is_written(tmp_path: Path, c
     with pytest.raises(
         ConfigError, match=r"cartridges of 48 positions need 69 of the model's 64; raise --ratio or give --span"
     ):
-        store.add_documents(collection)
+        store.add_documents(collection, model.count_tokens)
     assert stored_keys(store) == {"meta"} and store.meta["span"] is None
     store.close()
 
 
-def test_adding_goes_on_where_it_stopped(tmp_path: Path, model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initialization_goes_on_where_it_stopped(
+    tmp_path: Path, model: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     documents = many_documents(70, words=2)
     whole = make_store(tmp_path / "whole", model, documents)
-    store, done = Store.create(tmp_path / "s", model, tokens=16), list[int]()
+    store, done = Store.create(tmp_path / "s", model, tokens=16, initialisation="first"), list[int]()
+    store.add_documents(documents, model.count_tokens)
+    assert len(store.rows()) == 70 and stored_keys(store) == {
+        "meta", *(f"{kind}/{hashed(d.id)}" for kind in ("row", "text") for d in documents.documents)
+    }  # fmt: skip
 
     def until(last: int) -> None:
         def counted(*arguments: Any) -> Any:
@@ -191,21 +206,24 @@ def test_adding_goes_on_where_it_stopped(tmp_path: Path, model: FrozenModel, mon
 
     until(66)
     with pytest.raises(KeyboardInterrupt):
-        store.add_documents(documents)
-    assert len(store.rows()) == 64  # of the last commit
+        initialize_cartridges(model, store)
+    assert sum(row.initialized for row in store.rows().values()) == 64  # of the last commit
     assert store.verify() == []
     done.clear()
     until(6)
-    store.add_documents(documents)
+    assert initialize_cartridges(model, store)
     assert len(done) == 6
     assert contents(store) == contents(whole)
-    store.add_documents(documents)  # nothing is left to do
+    store.add_documents(documents, model.count_tokens)  # nothing is left to do
+    assert initialize_cartridges(model, store)
     assert len(done) == 6
     whole.close()
     store.close()
 
 
-def test_changed_text_is_refused_before_anything_is_written(store: Store, collection: Collection) -> None:
+def test_changed_text_is_refused_before_anything_is_written(
+    store: Store, model: FrozenModel, collection: Collection
+) -> None:
     before = contents(store)
     new, changed = (
         Document("anchor", "Anchor", "It is red."),
@@ -215,7 +233,7 @@ def test_changed_text_is_refused_before_anything_is_written(store: Store, collec
     with pytest.raises(
         CollectionError, match="pump has changed since it was trained; train into a new --store"
     ) as caught:
-        store.add_documents(more)
+        store.add_documents(more, model.count_tokens)
     one_line(caught)
     assert contents(store) == before
 
@@ -239,7 +257,7 @@ def test_any_id_is_a_key(tmp_path: Path, model: FrozenModel) -> None:
 def test_open_again(store: Store, model: FrozenModel) -> None:
     before, meta = contents(store), store.meta
     store.close()
-    again = Store.open(store.folder, model, write=True)
+    again = Store.open(store.folder, write=True)
     assert (contents(again), again.meta) == (before, meta)
     again.close()
     without = Store.open(store.folder)  # to list and export, no model is needed
@@ -249,15 +267,15 @@ def test_open_again(store: Store, model: FrozenModel) -> None:
 
 
 def test_there_is_nothing_to_open(tmp_path: Path, model: FrozenModel) -> None:
-    with pytest.raises(StoreMismatch, match=r"holds no store; train one") as caught:
-        Store.open(tmp_path / "none", model)
+    with pytest.raises(StoreMissing, match=r"holds no store; train one") as caught:
+        Store.open(tmp_path / "none")
     one_line(caught)
     assert not (tmp_path / "none").exists()
 
 
 def test_create_never_overwrites(store: Store, model: FrozenModel) -> None:
     before = contents(store)
-    with pytest.raises(StoreMismatch, match="holds a store already") as caught:
+    with pytest.raises(StoreExists, match="holds a store already") as caught:
         Store.create(store.folder, model, tokens=32)
     one_line(caught)
     assert contents(store) == before
@@ -266,7 +284,7 @@ def test_create_never_overwrites(store: Store, model: FrozenModel) -> None:
 def test_what_is_no_database_is_said_so(tmp_path: Path, model: FrozenModel) -> None:
     (tmp_path / "cartridges.lmdb").write_bytes(b"not a database" * 1000)
     with pytest.raises(StoreError, match="cannot be opened as a store") as caught:
-        Store.open(tmp_path, model)
+        Store.open(tmp_path)
     one_line(caught)
 
 
@@ -290,16 +308,17 @@ def test_other_models_headers_and_formats_are_refused(
         (header, f"another header (system text or chat template); open it with --system {model.system!r}"),
     ):
         for write in (False, True):
-            with pytest.raises(StoreMismatch) as caught:
-                Store.open(folder, other, write=write)
+            with Store.open(folder, write=write) as opened, pytest.raises(StoreMismatch) as caught:
+                opened.check_model(other)
             assert words in one_line(caught)
-    opened = Store.open(folder, model, write=True)  # a refusal holds nothing
+    opened = Store.open(folder, write=True)
+    opened.check_model(model)
     meta = opened.meta
-    opened._write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 1}).encode()))
+    opened.records.write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 1}).encode()))
     opened.close()
-    for given in (model, None):
+    for write in (True, False):  # the first refusal holds nothing
         with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2 to 3") as caught:
-            Store.open(folder, given)
+            Store.open(folder, write=write)
         one_line(caught)
 
 
@@ -316,14 +335,14 @@ sys.stdin.read()
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(StoreMismatch, match="another trainer is running on this store") as caught, store.training():
+        with pytest.raises(StoreLocked, match="another trainer is running on this store") as caught, store.training():
             pass
         one_line(caught)
-        with pytest.raises(StoreMismatch, match="another trainer"):
-            store.add_documents(Collection("more", (Document("new", "New", "A new pebble."),)))
+        with pytest.raises(StoreLocked, match="another trainer"):
+            store.add_documents(Collection("more", (Document("new", "New", "A new pebble."),)), model.count_tokens)
         assert contents(store) == before
         other.communicate()
-    with store.training(), pytest.raises(StoreMismatch), store.training():
+    with store.training(), pytest.raises(StoreLocked), store.training():
         pass
     with store.training():
         pass
@@ -367,7 +386,7 @@ def test_versions_that_no_checkpoint_names_are_removed(store: Store, model: Froz
         store.write_tensors(name, trained(store, name, 9))
     assert len(stored_keys(store)) == len(keys) + 4
     store.close()  # as good as killed
-    again = Store.open(store.folder, model, write=True)
+    again = Store.open(store.folder, write=True)
     assert contents_of_rows(again) == {name: row for name, (row, _) in before.items()}
     with again.training():
         assert stored_keys(again) == keys
@@ -441,18 +460,18 @@ def read_on_demand(pipe: Any) -> None:
     def values(txn: Any) -> set[tuple[float, int]]:
         found = set()
         for name in ("crane", "ferry", "lamp", "pump", "tide"):
-            row = store._row(txn.get(f"row/{hashed(name)}".encode()))
-            tensors = store._get(txn, "kv", name, row.version, row.kv_hash)
+            row = store.records.row(txn, name)
+            tensors = store.records.tensors(txn, "kv", name, row.version, row.kv_hash)
             found.add((float(tensors["kv"][0, 0, 0, 0, 0]), row.steps))
         return found
 
     held: Any = None
     while (what := pipe.recv()) is not None:
         if what == "values":
-            with store._read() as txn:
+            with store.records.read() as txn:
                 pipe.send(values(txn))
         elif what == "begin":
-            held = store._read()
+            held = store.records.read()
             txn = held.__enter__()
             pipe.send("begun")
         elif what == "in transaction":
@@ -466,7 +485,7 @@ def read_on_demand(pipe: Any) -> None:
                     for name in ("crane", "pump"):
                         kv = store.cartridge(name)
                         assert len(kv.unique()) == 1, "a mixture"
-                    with store._read() as txn:
+                    with store.records.read() as txn:
                         assert len(values(txn)) == 1, "another set"
                     broken += store.verify()
                 except (StoreError, AssertionError) as error:
@@ -488,12 +507,14 @@ def test_a_full_map_grows(
     monkeypatch.setattr(lmdb, "open", tight)
     with another_process(read_cartridges) as ask:
         store = Store.create(tmp_path / "s", model, tokens=16)
-        store.add_documents(collection.select(["crane"]))
+        store.add_documents(collection.select(["crane"]), model.count_tokens)
+        initialize_cartridges(model, store)
         assert ask(store.folder) == ["crane"]
         more = many_documents(40)
-        store.add_documents(more)
+        store.add_documents(more, model.count_tokens)
+        initialize_cartridges(model, store)
         checkpoint(store, *(d.id for d in more.documents), value=2)
-        assert store._env.info()["map_size"] >= 4 << 16
+        assert store.records.environment.info()["map_size"] >= 4 << 16
         assert ask("again") == list(store.rows())
         assert store.verify() == [] and len(store.rows()) == 41
         store.close()
@@ -538,7 +559,9 @@ def flip(value: bytes) -> bytes:
 @pytest.mark.parametrize(
     "change", [flip, lambda value: value[:-16], lambda value: b""], ids=["flipped", "cut", "emptied"]
 )
-def test_damage_is_found_and_named(store: Store, kind: str, change: Callable[[bytes], bytes]) -> None:
+def test_damage_is_found_and_named(
+    store: Store, model: FrozenModel, kind: str, change: Callable[[bytes], bytes]
+) -> None:
     checkpoint(store, "lamp", "pump", value=1)
     damage(store, blob(store, "pump", kind), change)
     broken = store.verify()
@@ -553,7 +576,7 @@ def test_damage_is_found_and_named(store: Store, kind: str, change: Callable[[by
         for read in (
             lambda: store.cartridge("pump"),
             lambda: store.export("pump", store.folder / "x"),
-            lambda: store.compose(["pump"]),
+            lambda: cas.compose(model, store, ["pump"]),
         ):
             with pytest.raises(StoreError, match="fails its checksum"):
                 read()
@@ -561,7 +584,7 @@ def test_damage_is_found_and_named(store: Store, kind: str, change: Callable[[by
 
 
 def test_what_is_missing_is_named(store: Store) -> None:
-    with store._env.begin(write=True) as txn:
+    with store.records.environment.begin(write=True) as txn:
         txn.delete(blob(store, "crane"))
         txn.delete(f"text/{hashed('tide')}".encode())
     lines = [line.removeprefix(f"{store.folder}: ") for line in store.verify()]
@@ -666,18 +689,10 @@ def test_export_replaces_whole_or_not_at_all(store: Store, tmp_path: Path, monke
         store.export("nobody", file)
 
 
-def test_compose(store: Store, model: FrozenModel) -> None:
-    composed = store.compose(["pump", "lamp"])
-    header = model.layout_header
-    assert composed.ids == ("pump", "lamp") and composed.kv.shape[3] == header + 32
-    assert torch.equal(composed.kv[:, :, :, header : header + 16], store.cartridge("pump"))
-    assert torch.equal(composed.kv[:, :, :, header + 16 :], store.cartridge("lamp"))
-
-
 def test_the_record_is_plain_json(store: Store) -> None:
     """Nothing but JSON and safetensors is in the file."""
     checkpoint(store, "pump")
-    with store._env.begin() as txn:
+    with store.records.environment.begin() as txn:
         for key, value in txn.cursor():
             if key.startswith((b"kv/", b"state/")):
                 assert safetensors.deserialize(bytes(value))

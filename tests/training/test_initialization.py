@@ -14,7 +14,7 @@ from helpers_store import make_store
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
-from cas.training.initialization import _Matching, fit_matched_cartridges, initialize, matched
+from cas.training.initialization import _Matching, initialize, initialize_cartridges, matched
 from cas.training.trainer import Trainer, Training
 
 
@@ -117,24 +117,21 @@ def test_fitting_goes_on_where_it_stopped_and_leaves_the_trained_alone(
 
     whole, asked = begun("whole")
     first = {i: whole.cartridge(i) for i in whole.rows()}
-    with whole.training():
-        assert fit_matched_cartridges(whole, asked)
+    assert initialize_cartridges(model, whole, asked)
     fitted = {i: whole.cartridge(i) for i in whole.rows()}
     assert any(not torch.equal(first[i], fitted[i]) for i in first)
 
     halves, _ = begun("halves")
     calls: list[int] = []
-    with halves.training():
-        assert not fit_matched_cartridges(
-            halves, asked, stop=lambda: len(calls) == 1, progress=lambda done, total: calls.append(done)
-        )
-        assert fit_matched_cartridges(halves, asked)
+    assert not initialize_cartridges(
+        model, halves, asked, stop=lambda: len(calls) == 1, progress=lambda done, total: calls.append(done)
+    )
+    assert initialize_cartridges(model, halves, asked)
     assert all(torch.equal(halves.cartridge(i), fitted[i]) for i in fitted)
 
     Trainer(model, whole, asked, Training(steps=3, targets=1, per_target=2, rotate_every=1)).run()
     trained = {i: whole.cartridge(i) for i in whole.rows()}
-    with whole.training():
-        assert fit_matched_cartridges(whole, asked)
+    assert initialize_cartridges(model, whole, asked)
     assert all(torch.equal(whole.cartridge(i), trained[i]) for i in trained)
 
 

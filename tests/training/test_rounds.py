@@ -51,7 +51,7 @@ def test_what_changed_is_trained_and_nothing_else(manuals: FrozenModel) -> None:
     assert all(after[name] == before[name] for name in ("lamp", "pump"))
     assert all(after[name][0].steps > 0 and after[name][0].round == 1 for name in ("crane", "tide"))
     assert after["tide"][0].hash != before["tide"][0].hash
-    store = Store.open(FOLDER, manuals)
+    store = Store.open(FOLDER)
     assert store.verify() == [] and run["step"] == 12
     with pytest.raises(CollectionError, match="no cartridge 'valve'"):
         store.cartridge("valve")
@@ -108,7 +108,7 @@ def test_a_round_that_is_cut_short_goes_on_to_the_same_bits(
     change()
     assert call(train.main, *TRAIN, "--store", "runs/whole")[0] == 0
     if where == "between":  # as if killed when the store was changed and nothing added yet
-        store = Store.open(FOLDER, manuals, write=True)
+        store = Store.open(FOLDER, write=True)
         living.update(store, Collection.load("manuals"))
         assert set(store.rows()) == {"lamp", "pump"} and not living.begun(store)
         store.close()
@@ -144,7 +144,7 @@ def test_a_training_that_has_begun_is_finished_first(manuals: FrozenModel, monke
         patch.setattr(Trainer, "train_step", stopped)
         assert call(train.main, *TRAIN)[0] == 130
     change()
-    store = Store.open(FOLDER, manuals, write=True)
+    store = Store.open(FOLDER, write=True)
     with pytest.raises(ConfigError, match="finish the training first"):
         living.update(store, Collection.load("manuals"))
     store.close()

@@ -469,10 +469,10 @@ def test_killed_anywhere_and_gone_on_with_equals_never_killed(tmp_path: Path) ->
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    model, documents, _ = helpers_store.ingredients()
+    documents = helpers_store.ingredients()[1]
 
     def result(folder: Path) -> tuple[Any, Any, Any]:
-        store = Store.open(folder, model)
+        store = Store.open(folder)
         assert store.verify() == []
         assert list(store.rows()) == [d.id for d in documents.documents]
         found = contents(store), log(store), store.run_state()
