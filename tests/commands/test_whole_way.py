@@ -11,13 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXTS
 from helpers_commands import TRAIN, call
 
 from cas import __main__ as tool
 from cas import console, query, train
-from cas.answering import answerer as answer
-from cas.errors import UserError
 from cas.model.frozen import FrozenModel
 from cas.store.store import Store
 from retrieval import HashEmbedder
@@ -70,7 +67,6 @@ def test_a_folder_in_and_answers_out(manuals: FrozenModel, monkeypatch: pytest.M
 
 def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
     """Another collection under the store's name, other settings, more self-study than it was begun with."""
-    from cas.store.store import Store
 
     assert call(train.main, *TRAIN)[0] == 0
     folder = Path("runs/manuals")
@@ -102,7 +98,6 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
 
 
 def test_matched_starts_from_the_command_line(manuals: FrozenModel) -> None:
-    from cas.store.store import Store
 
     words = [*TRAIN, "--initialisation", "matched", "--store", "runs/matched", "--steps", "0"]
     status, _, err = call(train.main, *words)
@@ -155,27 +150,6 @@ def test_piped_questions(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) 
     assert call(query.main, "Which?", "--max-new-tokens", "0")[0] == 2
 
 
-def test_questions_asked_together_are_answered_as_one_by_one(manuals: FrozenModel) -> None:
-    assert call(train.main, *TRAIN)[0] == 0
-    store = Store.open("runs/manuals")
-    answerer = answer.Answerer(manuals, store, HashEmbedder(), keep=3)
-    questions = [TEXTS[name][:60] + "?" for name in ("pump", "tide", "lamp", "ferry")]
-    together = answerer.ask_many(questions, k=2, max_new_tokens=8)
-    assert len({tuple(sorted(c.id for c in a.cartridges)) for a in together}) > 1
-    for question, mine in zip(questions, together, strict=True):
-        alone = answerer.ask(question, k=2, max_new_tokens=8)
-        for name in ("question", "answer", "tokens", "bytes"):
-            assert getattr(mine, name) == getattr(alone, name)
-        for a, b in zip(mine.cartridges, alone.cartridges, strict=True):
-            assert (a.id, a.title) == (b.id, b.title)
-            assert (a.score, a.attention) == pytest.approx((b.score, b.attention), abs=1e-5)
-        assert all(seconds >= 0 for seconds in mine.timings.values()) and mine.timings.keys() == alone.timings.keys()
-    for wrong, k in (([*questions, " "], 2), (questions, 0)):
-        with pytest.raises(UserError, match=r"empty|at least one"):
-            answerer.ask_many(wrong, k=k)
-    store.close()
-
-
 def test_a_dry_run_writes_nothing(manuals: FrozenModel) -> None:
     status, out, _ = call(train.main, *TRAIN, "--dry-run")
     assert status == 0 and "device" in out and "disk" in out and not Path("runs").exists()
@@ -206,7 +180,6 @@ def test_interrupted_training_goes_on_by_the_printed_command(
     monkeypatch.setattr(Trainer, "train_step", step)
     stopping.signal = None
     assert call(train.main, *TRAIN, "--store", "runs/cut")[0] == 0
-    from cas.store.store import Store
 
     stores = [Store.open(f"runs/{name}") for name in ("whole", "cut")]
     for name in stores[0].rows():

@@ -10,8 +10,6 @@ import torch
 from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
-from cas.answering.compose import Composed
-from cas.errors import ModelError
 from cas.model.attention import Batch, Reference, packed_positions
 from cas.model.decoding import Decoding, Prompt, _batches, generate, log_likelihood
 from cas.model.frozen import FrozenModel, Source
@@ -78,36 +76,6 @@ def test_greedy_decoding_equals_recomputing_everything(
     assert [result.ids for result in results] == truth
     assert [result.finished for result in results] == [len(ids) < 30 for ids in truth]
     assert len({tuple(ids) for ids in truth}) == len(items)  # the prompts differ, and so do the answers
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("loaded", [("b",), ("b", "a"), ("c", "a", "b"), ()])
-def test_plain_transformers_generates_the_same(
-    kind: str, policy: Any, loaded: tuple[str, ...], tiny: Callable[..., FrozenModel]
-) -> None:
-    model = tiny(kind)
-    cartridges, layout = tiny_cartridges(model, SIZES), Layout(policy, model.layout_header, SPAN)
-    question = "Which valve is red, and why?"
-    ours = generate(model, [prompt(model, question, *loaded)], cartridges, layout, max_new_tokens=24)[0]
-    composed = Composed(model, layout, {name: cartridges[name] for name in loaded})
-    for _ in range(2):  # a prompt can be made again and again
-        inputs = composed.prompt(question)
-        output = model.hf.generate(**inputs, do_sample=False, max_new_tokens=24)[
-            0, inputs["input_ids"].shape[1] :
-        ].tolist()
-        assert output[: len(ours.ids)] == ours.ids
-        assert len(output) == len(ours.ids) + ours.finished
-    assert model.hf.config._attn_implementation == "sdpa"
-    assert composed.ids == loaded and composed.kv.shape[3] == model.layout_header + sum(SIZES[name] for name in loaded)
-
-
-@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
-def test_plain_transformers_is_refused_for_sliding_windows(kind: str, tiny: Callable[..., FrozenModel]) -> None:
-    model = tiny(kind)
-    composed = Composed(model, Layout("fixed", model.layout_header, SPAN), tiny_cartridges(model, {"a": 16}))
-    with pytest.raises(ModelError, match="sliding windows"):
-        composed.prompt("Which valve?")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -603,3 +603,30 @@ def test_a_packaged_copy_stands_in_for_a_hub_that_does_not_answer(
     # What a store has written down opens the copy, and looks nowhere else.
     monkeypatch.setattr(cas.model.loading, "_hub_answers", lambda: pytest.fail("asked the hub"))
     assert FrozenModel.from_pretrained("package:some/model", dtype="float32", device="cpu").source == expected
+
+
+def test_from_store_loads_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        FrozenModel, "from_pretrained", classmethod(lambda _, *names, **rest: calls.append((names, rest)))
+    )
+
+    class Recorded:
+        meta: dict[str, Any] = {"model": {"source": {"name": "a/b", "revision": "r1"}, "system": "Be brief."}}  # noqa: RUF012
+
+    FrozenModel.from_store(Recorded(), device="cpu")
+    FrozenModel.from_store(Recorded(), "c/d", dtype="float32")
+    FrozenModel.from_store(Recorded(), revision="r2")
+    auto = {"dtype": "auto", "device": "auto", "system": "Be brief."}
+    assert calls == [
+        (("a/b",), {**auto, "revision": "r1", "device": "cpu"}),
+        (("c/d",), {**auto, "revision": None, "dtype": "float32"}),
+        (("a/b",), {**auto, "revision": "r2"}),
+    ]
+
+
+def test_question_tokens_and_counts(tiny: Callable[..., FrozenModel]) -> None:
+    model = tiny("llama")
+    ids, template = model.encode("Which valve?"), model.template
+    assert model.question_tokens("Which valve?") == (*template.footer_ids, *ids, *template.suffix_ids)
+    assert model.count_tokens("Which valve?") == len(ids)

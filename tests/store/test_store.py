@@ -19,10 +19,13 @@ import pytest
 import safetensors
 import torch
 from conftest import tiny_hf, tiny_tokenizer
+from helpers_commands import call
 from helpers_store import contents, make_store, many_documents, stored_keys
 from safetensors.torch import load_file
 
 import cas
+from cas import __main__ as tool
+from cas import query
 from cas.data.collection import Collection, Document
 from cas.errors import (
     CollectionError,
@@ -264,6 +267,53 @@ def test_open_again(store: Store, model: FrozenModel) -> None:
     assert (contents(without), without.meta) == (before, meta)
     assert without.layout.span == 16
     without.close()
+
+
+def test_a_store_closes_itself_and_opens_once_per_process(store: Store) -> None:
+    with pytest.raises(
+        StoreLocked, match=r"is open already in this process; .* close it first: store\.close\(\)"
+    ) as caught:
+        Store.open(store.folder)
+    one_line(caught)
+    with pytest.raises(KeyError), store:
+        raise KeyError
+    with Store.open(store.folder, write=True) as again:
+        assert len(again.rows()) == 5
+        with pytest.raises(StoreLocked, match="in this process"):
+            Store.open(store.folder, write=True)
+    Store.open(store.folder).close()
+
+
+def test_documents_without_cartridges(
+    tmp_path: Path, model: FrozenModel, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are recorded, listed and whole, and whoever wants a cartridge is told to train."""
+    store = Store.create(tmp_path / "s", model, tokens=16)
+    store.add_documents(collection, model.count_tokens)
+    for row, document in zip(store.rows().values(), collection.documents, strict=True):
+        assert (row.tokens, row.p, row.version, row.kv_hash) == (len(model.encode(document.text)), 16, -1, None)
+        assert not row.initialized and store.text(row.id) == document.text
+    assert store.verify() == [] and store.texts() == [] and store.layout.span == 16
+    for read in (
+        lambda: store.cartridge("pump"),
+        lambda: store.read_tensors("pump"),
+        lambda: store.export("pump", tmp_path / "pump.safetensors"),
+    ):
+        with pytest.raises(CollectionError, match="'pump' has no cartridge yet; go on with its training") as caught:
+            read()
+        one_line(caught)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+    with store.training():
+        store.remove(["crane"], new_round=False)
+    store.close()
+    folder = str(store.folder)
+    status, out, _ = call(tool.main, "ls", "--store", folder)
+    assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == ["ferry", "lamp", "pump", "tide"]
+    status, out, _ = call(tool.main, "verify", "--store", folder)
+    assert status == 0 and "0 broken" in out
+    assert call(tool.main, "export", "pump", str(tmp_path / "x.safetensors"), "--store", folder)[0] == 2
+    status, _, err = call(query.main, "Which?", "--store", folder)
+    assert status == 2 and err == f"cas: {folder} has no cartridges yet; go on with its training\n"
 
 
 def test_there_is_nothing_to_open(tmp_path: Path, model: FrozenModel) -> None:
@@ -518,6 +568,26 @@ def test_a_full_map_grows(
         assert ask("again") == list(store.rows())
         assert store.verify() == [] and len(store.rows()) == 41
         store.close()
+
+
+def test_first_values_and_later_ones_have_version_numbers_of_their_own(
+    tmp_path: Path, model: FrozenModel, collection: Collection
+) -> None:
+    store = Store.create(tmp_path / "s", model, tokens=16)
+    store.add_documents(collection, model.count_tokens)
+    kv = torch.zeros(3, 2, 2, 16, 12)
+    store.write_tensors("pump", {"kv": kv}, version=0)
+    store.write_tensors("tide", {"kv": kv})
+    store.commit(store.rows(), None)
+    assert {row.id: row.version for row in store.rows().values() if row.initialized} == {"pump": 0, "tide": 1}
+    store.write_tensors("pump", {"kv": kv + 1})
+    store.write_tensors("pump", {"kv": kv + 2})
+    store.commit(store.rows(), None)
+    assert store.row("pump").version == 2 and torch.equal(store.cartridge("pump"), kv + 2)
+    assert {key for key in stored_keys(store) if key.startswith("kv/")} == {
+        f"kv/{hashed('pump')}/2", f"kv/{hashed('tide')}/1"
+    }  # fmt: skip
+    store.close()
 
 
 def read_cartridges(pipe: Any) -> None:

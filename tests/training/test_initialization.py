@@ -1,19 +1,27 @@
-"""Matched starts: exact where nothing is left out, better than the first tokens where it is, resumable."""
+"""First values of cartridges, in new and old stores. Matched ones are exact where nothing is left out, and resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_store import make_store
+from conftest import tiny_model
+from helpers_store import contents, make_store
 
+from cas.config import Initialization
+from cas.data.collection import Collection
+from cas.errors import StoreMismatch
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
+from cas.store.records import blob_keys, row_key
+from cas.store.store import Store
 from cas.training.initialization import _Matching, initialize, initialize_cartridges, matched
 from cas.training.trainer import Trainer, Training
 
@@ -135,6 +143,108 @@ def test_fitting_goes_on_where_it_stopped_and_leaves_the_trained_alone(
     assert all(torch.equal(whole.cartridge(i), trained[i]) for i in trained)
 
 
+def asked_about(model: FrozenModel, documents: Collection) -> Conversations:
+    """Conversations about every document but the tide."""
+    return Conversations(
+        [c for d in documents.documents if d.id != "tide" for c in conversations(model, model.encode(d.text), 6, d.id)],
+        {},
+    )
+
+
+@pytest.mark.parametrize("how", ["first", "sampled", "random", "matched"])
+def test_each_initialization_gives_its_values(
+    tmp_path: Path, model: FrozenModel, collection: Collection, how: Initialization
+) -> None:
+    """Of the document, its seed and its conversations alone; a document without conversations starts as ``first``."""
+    asked = asked_about(model, collection)
+    with Store.create(tmp_path / "s", model, tokens=16, initialisation=how, seed=3) as store:
+        store.add_documents(collection, model.count_tokens)
+        assert initialize_cartridges(model, store, asked)
+        for document in collection.documents:
+            ids, seed = model.encode(document.text), int(document.hash[:15], 16) ^ 3
+            expected = initialize(model, ids, 16, how, seed)
+            if how == "matched" and document.id != "tide":
+                expected = matched(model, store.layout, ids, 16, asked.by_document[document.id], seed)
+            assert torch.equal(store.cartridge(document.id), expected)
+        assert {row.id: row.version for row in store.rows().values()} == {
+            d.id: int(how == "matched" and d.id != "tide") for d in collection.documents
+        }
+        before = contents(store)
+        assert initialize_cartridges(model, store, asked, stop=lambda: True)  # nothing is left to do
+        assert contents(store) == before
+
+
+def test_another_model_initializes_nothing(
+    tmp_path: Path, model: FrozenModel, tiny: Callable[..., FrozenModel], collection: Collection
+) -> None:
+    with Store.create(tmp_path / "s", model, tokens=16) as store:
+        store.add_documents(collection, model.count_tokens)
+        with pytest.raises(StoreMismatch, match="open it with the model it was made with"):
+            initialize_cartridges(tiny("llama", seed=1), store)
+        assert not any(row.initialized for row in store.rows().values())
+
+
+def as_format_2(store: Store, without: Collection, unfitted: Sequence[str]) -> None:
+    """Rewrite the records of a store as versions before format 3 wrote them, as if they had been killed in the middle: some documents
+    have a text but no row yet, others (``unfitted``) still the values of ``first`` as version 0."""
+    model = tiny_model("llama")
+    with store.training():
+        for name in unfitted:
+            row = store.row(name)
+            store.write_tensors(
+                name, {"kv": initialize(model, model.encode(store.text(name)), row.p, "first", 0)}, version=0
+            )
+        store.commit(store.rows(), None)
+
+    def rewrite(txn: Any) -> None:
+        for key, value in list(txn.cursor()):
+            if key == b"meta" or key.startswith(b"row/"):
+                fields = json.loads(value)
+                del fields["checksum"]
+                if key == b"meta":
+                    fields["format"] = 2
+                txn.put(key, json.dumps(fields, ensure_ascii=False, sort_keys=True).encode())
+        for document in without.documents:
+            txn.delete(row_key(document.id))
+            for blob in blob_keys(document.id, 1):
+                txn.delete(blob)
+
+    store.records.write(rewrite)
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore:nothing to train on about tide")
+def test_a_store_of_format_2_goes_on_to_the_same_values(
+    tmp_path: Path, model: FrozenModel, collection: Collection
+) -> None:
+    asked = asked_about(model, collection)
+    settings = Training(steps=4, targets=2, per_target=2, rotate_every=1, pool=3)
+
+    def begun(folder: str) -> Store:
+        store = Store.create(tmp_path / folder, model, tokens=16)
+        store.add_documents(collection, model.count_tokens)
+        initialize_cartridges(model, store, asked)
+        return store
+
+    whole, old = begun("whole"), begun("old")
+    initial = {i: whole.cartridge(i) for i in whole.rows()}
+    Trainer(model, whole, asked, settings).run()
+
+    as_format_2(old, collection.select(["crane", "ferry"]), ["lamp"])
+    with Store.open(old.folder) as read:
+        assert read.meta["format"] == 2 and set(read.rows()) == {"lamp", "pump", "tide"}
+        assert read.row("lamp").version == 0 and not torch.equal(read.cartridge("lamp"), initial["lamp"])
+        assert read.verify() == [] and len(read.texts()) == 3
+    with Store.open(old.folder, write=True) as store:
+        store.add_documents(collection, model.count_tokens)
+        assert initialize_cartridges(model, store, asked)
+        assert all(torch.equal(store.cartridge(i), kv) for i, kv in initial.items())
+        Trainer(model, store, asked, settings).run()
+        assert store.meta["format"] == 3 and store.verify() == []
+        assert contents(store) == contents(whole)
+    whole.close()
+
+
 def test_the_trainer_fits_what_nobody_has(tmp_path: Path, model: FrozenModel, collection: object) -> None:
     store = make_store(tmp_path / "s", model, collection, initialisation="matched", tokens=16)
     items = [c for i in store.rows() for c in conversations(model, model.encode(store.text(i)), 6, i)]
@@ -143,3 +253,15 @@ def test_the_trainer_fits_what_nobody_has(tmp_path: Path, model: FrozenModel, co
     assert trainer.run()
     long = [i for i, row in store.rows().items() if row.tokens > row.p]
     assert long and all(store.row(i).version > 0 for i in long)
+
+
+def test_the_trainer_initializes_a_new_store(tmp_path: Path, model: FrozenModel, collection: Collection) -> None:
+    asked = asked_about(model, collection)
+    with Store.create(tmp_path / "s", model, tokens=16, initialisation="first") as store:
+        store.add_documents(collection, model.count_tokens)
+        with pytest.warns(UserWarning, match="nothing to train on about tide: left as initialised"):
+            trainer = Trainer(model, store, asked, Training(steps=2))
+        assert not trainer.run(stop=lambda: True) and not any(row.initialized for row in store.rows().values())
+        assert trainer.run() and all(row.initialized for row in store.rows().values())
+        ids = model.encode(store.text("tide"))
+        assert torch.equal(store.cartridge("tide"), initialize(model, ids, 16, "first", 0))

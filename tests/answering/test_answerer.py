@@ -1,0 +1,70 @@
+"""Answers from a store: several questions at once, and documents whose cartridge is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TEXTS
+from helpers_commands import TRAIN, call
+from helpers_store import make_store
+
+from cas import train
+from cas.answering import answerer as answer
+from cas.data.collection import Collection, Document
+from cas.errors import CollectionError, EmbedderError, StoreMismatch, UserError
+from cas.model.frozen import FrozenModel
+from cas.store.store import Store
+from retrieval import EmbedderUnavailable, HashEmbedder
+
+
+def test_questions_asked_together_are_answered_as_one_by_one(manuals: FrozenModel) -> None:
+    assert call(train.main, *TRAIN)[0] == 0
+    store = Store.open("runs/manuals")
+    answerer = answer.Answerer(manuals, store, HashEmbedder(), keep=3)
+    questions = [TEXTS[name][:60] + "?" for name in ("pump", "tide", "lamp", "ferry")]
+    together = answerer.ask_many(questions, k=2, max_new_tokens=8)
+    assert len({tuple(sorted(c.id for c in a.cartridges)) for a in together}) > 1
+    for question, mine in zip(questions, together, strict=True):
+        alone = answerer.ask(question, k=2, max_new_tokens=8)
+        for name in ("question", "answer", "tokens", "bytes"):
+            assert getattr(mine, name) == getattr(alone, name)
+        for a, b in zip(mine.cartridges, alone.cartridges, strict=True):
+            assert (a.id, a.title) == (b.id, b.title)
+            assert (a.score, a.attention) == pytest.approx((b.score, b.attention), abs=1e-5)
+        assert all(seconds >= 0 for seconds in mine.timings.values()) and mine.timings.keys() == alone.timings.keys()
+    for wrong, k in (([*questions, " "], 2), (questions, 0)):
+        with pytest.raises(UserError, match=r"empty|at least one"):
+            answerer.ask_many(wrong, k=k)
+    store.close()
+
+
+def test_documents_without_cartridge_are_not_retrieved(
+    tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection
+) -> None:
+    model = tiny("llama")
+    with make_store(tmp_path / "s", model, collection) as store:
+        text = "Which bell is rung in fog? The brass bell is rung in fog."
+        store.add_documents(Collection("more", (Document("bell", "Bell", text),)), model.count_tokens)
+        answerer = answer.Answerer(model, store, HashEmbedder())
+        retrieved = {c.id for c in answerer.ask("Which bell is rung in fog?", k=9, max_new_tokens=2).cartridges}
+        assert retrieved == set(TEXTS)
+        with pytest.raises(CollectionError, match="'bell' has no cartridge yet; go on with its training"):
+            answerer.ask("Which bell?", documents=["bell"])
+
+
+def test_another_model_is_refused(tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection) -> None:
+    refused = pytest.raises(StoreMismatch, match="open it with the model it was made with")
+    with make_store(tmp_path / "s", tiny("llama"), collection) as store, refused:
+        answer.Answerer(tiny("llama", seed=1), store)
+
+
+def test_an_embedder_that_is_not_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> HashEmbedder:
+        raise EmbedderUnavailable(f"{name}: no such embedder")
+
+    monkeypatch.setattr("retrieval.SentenceEmbedder", missing)
+    with pytest.raises(EmbedderError, match=r"^none/such: no such embedder$") as caught:
+        answer.load_embedder("none/such")
+    assert caught.value.exit_status == 2
