@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A cartridge that took part: retrieval score (None if named by the user), mean share of the answer's attention."""
+    """A cartridge behind an answer: retrieval score (None if named by the user), mean share of attention."""
 
     id: str
     title: str
@@ -34,8 +34,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it cost. ``tokens``: positions of cartridges, tokens of prompt and answer. ``bytes``: KV memory of
-    header, cartridges, prompt and answer. ``timings``: seconds."""
+    """An answer and what it cost. ``tokens``: positions of cartridges, tokens of prompt and answer. ``bytes``: KV
+    memory of header, cartridges, prompt and answer. ``timings``: seconds."""
 
     question: str
     answer: str
@@ -55,7 +55,7 @@ class Answer:
 
 
 def load_embedder(name: str | None = None) -> Embedder:
-    """The embedding model of that name, or the default one. Raises EmbedderError with the reason if it cannot be loaded."""
+    """The embedding model of that name, or the default one. Raises EmbedderError with the reason."""
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     try:
@@ -99,8 +99,8 @@ class Answerer:
         return self._index
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Ranked]]:
-        """Of each question the k best documents, by vectors and words: names that the embedder never met are found by
-        their letters."""
+        """The k best documents for each question, by vectors and words: names unknown to the embedder are found by
+        their spelling."""
         if self._words is None:
             self._words = WordIndex(self.index, self.store.texts())
         return rank_documents(self.index, questions, k, self._words)
@@ -150,7 +150,7 @@ class Answerer:
             first = first or time.perf_counter()
             ids.append(token)
             text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-            # A character of several tokens shows as U+FFFD until its last one has come.
+            # A character of several tokens decodes to U+FFFD until its last token.
             if on_text is not None and not text.endswith("\ufffd"):
                 on_text(text[len(shown) :])
                 shown = text

@@ -49,7 +49,7 @@ class Composed:
     def prompt(self, question: str) -> dict[str, Any]:
         """Arguments for ``model.hf.generate(**...)``: the cache, and a question behind it at the right positions.
 
-        transformers wants ids for cached places too: the first ``kv.shape[3]`` ids stand in for them and are never read.
+        transformers expects ids for cached positions too: the first ``kv.shape[3]`` ones are never read.
         Raises: ModelError for a model with sliding windows, which transformers counts by cache index, not by position.
         """
         from transformers import DynamicCache

@@ -1,6 +1,6 @@
-"""Every way of answering builds one kind of prompt: what stands where the document goes, then the same question.
+"""Prompts of every way of answering: what stands in the place of the document, then the same question.
 
-All arms share the header, the footer and the question's own tokens; they differ in nothing else.
+All arms share the header, the footer and the question's own tokens, and differ only in that place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from retrieval.chunk import with_title
 
 
 def brief(model: FrozenModel) -> str:
-    """What asks for a short answer, behind a question: instruct models need it, the embedded reader knows no other."""
+    """Request for a short answer, appended to a question; the embedded reader does not need it."""
     return "" if model.reader else BRIEF
 
 
@@ -42,10 +42,10 @@ def text_context(model: FrozenModel, question: str, texts: Sequence[str]) -> Pro
 
 
 def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor:
-    """The exact KV of whole documents, titled, as the teacher reads its chunks: a prefix that all their questions share.
+    """The exact KV of whole documents with their titles: a prefix that all their questions share.
 
-    Loaded as a cartridge where tokens stand right behind it (``offset``), it is the plain prompt of header, documents and
-    question, read once instead of once a question. Returns: [L, 2, H, T, D] in the model's dtype.
+    Loaded as a cartridge where tokens stand right behind it (``offset``), it is the plain prompt of header, documents
+    and question, read once instead of once a question. Returns: [L, 2, H, T, D] in the model's dtype.
     Raises: UserError if the documents leave no room for a question in the model's window.
     """
     tokens = model.encode("\n\n".join(with_title(d.title, d.text) for d in documents))
@@ -58,5 +58,5 @@ def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor
 
 
 def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:
-    """Loaded cartridges, ordered by document id as in training (the order changes nothing under `fixed` and `offset`)."""
+    """Loaded cartridges by document id, as in training (under `fixed` and `offset` their order has no effect)."""
     return Prompt(model.question_tokens(question), tuple(sorted(ids)))

@@ -2,11 +2,11 @@
 
 Hugging Face models look their attention function up by name and hand every extra keyword of ``forward`` on to it.
 We register one function, ``"cas"``, and pass an :class:`AttentionContext` as the keyword ``cas``: the context holds
-the prefix, decides what every query may see, and so owns the mathematics, with no model code of our own.
+the prefix, decides what every query may see, so that no model code of our own is needed.
 
 Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q query heads, D head dimension, L layers.
 
-:class:`Reference` is the truth: one conversation at a time, nothing shared, padded or clever; for tests only. Training runs
+:class:`Reference` computes one conversation at a time, with nothing shared or padded; for tests only. Training uses
 :mod:`cas.model.attention_cpu` on a CPU and :mod:`cas.model.attention_gpu` on a GPU; decoding has its own context.
 """
 
@@ -47,7 +47,7 @@ def cas_attention(
     # The keyword, None included, goes before the attribute: some mixed models give that one to every layer.
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     record = getattr(cas, "record", None)
-    if record is not None:  # the probe at load wants to see the keywords too
+    if record is not None:  # the probe at load records the keywords too
         record(module.layer_idx, query, key, window, kwargs)
     return cas.attend(module.layer_idx, query, key, value, scale, window), None
 
@@ -62,7 +62,7 @@ def register() -> None:
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Who may see whom by position alone: key <= query, and within the sliding window if there is one.
+    """Visibility by position: key <= query, and within the sliding window if there is one.
 
     Args: query_positions [..., T] and key_positions [..., S], integer. Returns bool [..., T, S].
     """
@@ -73,7 +73,7 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | No
 
 @dataclass(frozen=True)
 class Batch:
-    """Conversations packed one behind the other without padding.
+    """Conversations packed one after the other without padding.
 
     Attributes:
         lengths: tokens of each conversation.
@@ -127,7 +127,7 @@ def _visible_columns(pool: _Pool, seen: Sequence[str], layout: Layout) -> tuple[
 
 
 class Reference:
-    """The plain truth for every fast path: one conversation at a time over exactly what it sees."""
+    """What every fast path is tested against: one conversation at a time over exactly what it sees."""
 
     def __init__(
         self, batch: Batch, header: Tensor, cartridges: Mapping[str, Tensor], layout: Layout, rope: Rope

@@ -1,9 +1,9 @@
-"""Attention for training on a GPU: header and residents are one prefix, and what each conversation sees is a block mask.
+"""Attention for training on a GPU: header and residents are one prefix; a block mask says who sees what.
 
-Keys stand in columns: the header, every resident cartridge, then the packed conversations. A FlexAttention block mask says for
-every 128 x 128 block whether its rows see all of it, some, or nothing. Blocks that nobody sees are skipped, forward and
-backward, so cost follows what is visible, not what is resident. Tokens and columns are padded to a few sizes, so that
-kernels are compiled at the start and not again.
+Keys stand in columns: the header, every resident cartridge, then the packed conversations. A FlexAttention block mask
+says for every 128 x 128 block whether its rows see all of it, some, or nothing. Blocks that no row sees are skipped,
+forward and backward, so cost depends on what is visible, not on what is resident. Tokens and columns are padded to a
+few sizes, so that kernels are compiled at the start and not again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def padded(count: int, block: int = BLOCK) -> int:
 
 
 class GpuAttention:
-    """The context of a training step over packed conversations (batch size 1). No conversation may need turned keys."""
+    """The context of a training step over packed conversations (batch size 1); not for shifted keys."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class GpuAttention:
         dtype: torch.dtype,
         block: int = BLOCK,
     ) -> None:
-        assert layout.policy != "sequential", "turned keys cannot be shared between conversations"
+        assert layout.policy != "sequential", "shifted keys cannot be shared between conversations"
         self.block, self.device = block, header.device
-        # One cast and one unbind each: slicing every layer out of a leaf would make autograd fill a zero tensor a slice.
+        # One cast and one unbind each: autograd would fill a zero tensor for every slice of a leaf.
         parts = [header, *cartridges.values()]
         self.prefix = [part.to(dtype).unbind(0) for part in parts]
         sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
@@ -76,7 +76,7 @@ class GpuAttention:
             token = key >= start
             itself = (column_owner[key] == owner[row]) & (key - start <= row)
             seen = torch.where(token, itself, sees[owner[row], column[key]])
-            # Conversations side by side share positions: only a window asks for them.
+            # Packed conversations share positions: only a window depends on them.
             return seen if window is None else seen & (position[row] - placed[key] < window)
 
         return mask
@@ -135,13 +135,14 @@ def _blocks(sees: Tensor, column: Tensor, owner: Tensor, block: int) -> tuple[Te
 
 
 def _one_hot(numbers: Tensor, count: int, block: int) -> Tensor:
-    found = torch.zeros(len(numbers) // block, count)
-    found[torch.arange(len(numbers)) // block, numbers] = 1
-    return found
+    """[blocks, count]: 1 where a number occurs in a block."""
+    occurs = torch.zeros(len(numbers) // block, count)
+    occurs[torch.arange(len(numbers)) // block, numbers] = 1
+    return occurs
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per row of blocks how many are set, and which, those first: [1, 1, R] and [1, 1, R, C]."""
+    """Per row of blocks, how many are set and the indices of all, set ones first: [1, 1, R] and [1, 1, R, C]."""
     order = blocks.int().argsort(dim=1, descending=True, stable=True)
     return (
         blocks.sum(1, dtype=torch.int32)[None, None].to(device),

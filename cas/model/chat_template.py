@@ -46,7 +46,7 @@ def render_template(tokenizer: Any, system: str, stop_ids: set[int]) -> Template
         question = {"role": "user", "content": _QUESTION}
         with_role = [{"role": "system", "content": context}, question]
         without = [{"role": "user", "content": f"{context}\n\n{_QUESTION}"}]
-        # Templates that stamp the date get a fixed one, asked for in either way: the header must not change from day to day.
+        # Templates that print the date get a fixed one: the header must not change from day to day.
         today = "01 Jan 2026"
         fixed = "{% macro strftime_now(format) %}" + today + "{% endmacro %}" + tokenizer.get_chat_template()
         options = {"chat_template": fixed, "tokenize": False, "enable_thinking": False, "date_string": today}
@@ -58,7 +58,7 @@ def render_template(tokenizer: Any, system: str, stop_ids: set[int]) -> Template
                 if messages is without:
                     raise ModelError(f"the chat template cannot be rendered ({first_line(error)})") from error
                 continue
-            # What stands before the answer is what generation starts from, an empty thinking block included.
+            # The text before the answer is the generation prompt, an empty thinking block included.
             text = prompt + _ANSWER + text.partition(_ANSWER)[2]
             if in_order(text):
                 break
@@ -67,7 +67,7 @@ def render_template(tokenizer: Any, system: str, stop_ids: set[int]) -> Template
     header, rest = text.split(_DOCUMENT)
     footer, rest = rest.split(_QUESTION)
     suffix, end = rest.split(_ANSWER)
-    # The turn ends with the template's first special token: plain characters before it are not what ends answers.
+    # The turn ends with the template's first special token; plain characters before it do not end answers.
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     end_ids = tuple(i for i in ids(end) if i in stop_ids or i in special)[:1]
     stop_ids = stop_ids | set(end_ids)

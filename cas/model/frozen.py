@@ -1,6 +1,6 @@
-"""A frozen Hugging Face decoder: where it comes from, its geometry, its chat template, its forward pass.
+"""A frozen Hugging Face decoder: its geometry, its chat template, its forward pass.
 
-Nothing is assumed about a model that can be measured: a probe at load records what the attention layers really pass
+What can be measured about a model is not assumed: a probe at load records what the attention layers really pass
 (heads, head dimension, windows, unknown keywords), and compares our attention with the model's own.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,58 +24,16 @@ from cas.model import attention
 from cas.model.chat_template import render_template
 from cas.model.loading import Source, first_line, load
 from cas.model.positions import Rope
+from cas.model.probe import Geometry, KVRecorder, Probe
 
-# Batches of ever new lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
+# Batches of varying lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Shape of the KV cache, as measured in a forward pass."""
-
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocabulary: int
-    windows: tuple[int | None, ...]  # per layer
-    max_positions: int
-
-    def elements(self, p: int) -> int:
-        """Numbers in a cartridge of p positions."""
-        return self.layers * 2 * self.kv_heads * p * self.head_dim
 
 
 class HasMeta(Protocol):
     """A store, as far as loading its model needs it."""
 
     meta: dict[str, Any]
-
-
-class _Probe:
-    """Standard causal attention that writes down what each layer passes."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, dict[str, Any]] = {}
-
-    def record(self, layer: int, query: Tensor, key: Tensor, window: int | None, extra: dict[str, Any]) -> None:
-        self.layers[layer] = {
-            "query_heads": query.shape[1],
-            "kv_heads": key.shape[1],
-            "head_dim": key.shape[3],
-            "window": window,
-            "extra": {k for k, v in extra.items() if k in ("softcap", "s_aux") and v is not None},
-            "key": key.detach(),
-        }
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        position = torch.arange(query.shape[2], device=query.device)
-        mask = attention.causal_mask(position, position, window)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
 
 
 class FrozenModel:
@@ -91,10 +49,10 @@ class FrozenModel:
         self.device: torch.device = hf.device
         self.dtype: torch.dtype = hf.dtype
         self.config = hf.config.get_text_config()
-        self.reader = bool(getattr(self.config, "cas_reader", False))  # our own: see experiments/train_reader.py
+        self.reader = bool(getattr(self.config, "cas_reader", False))  # made by experiments/reader_training
         self._refuse_unsupported()
         self.template = render_template(tokenizer, system, self._stop_ids())
-        self.head: torch.nn.Linear | None = None  # the output layer, where logits are its output and nothing more
+        self.head: torch.nn.Linear | None = None  # the output layer, where the logits are its plain output
         self.geometry, self.rope = self._probe()
 
     @classmethod
@@ -154,7 +112,7 @@ class FrozenModel:
             model, revision = recorded["source"]["name"], revision or recorded["source"]["revision"]
         return cls.from_pretrained(model, revision=revision, dtype=dtype, device=device, system=recorded["system"])
 
-    # -- what may be asked of it ------------------------------------------------------------------------------------
+    # -- encoding and forward passes --------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens around it."""
@@ -179,7 +137,7 @@ class FrozenModel:
 
     @cached_property
     def header_kv(self) -> Tensor:
-        """KV of the header, [L, 2, H, header, D] in the model's dtype: frozen, shared by all cartridges, the attention sink."""
+        """KV of the header, [L, 2, H, header, D] in the model's dtype: frozen, shared by all cartridges, attention sink."""
         return self.prefill(self.template.header_ids)
 
     def forward(
@@ -190,7 +148,7 @@ class FrozenModel:
         Args: ids, positions: integer [B, T]; rows: indices of the wanted rows, or the number of last ones, 0 for all.
         """
         if isinstance(rows, int):
-            # As indices, not as a count: a strided slice of the hidden states makes torch copy the whole output matrix a row.
+            # As indices, not as a count: for a strided slice torch copies the output matrix once per row.
             rows = torch.arange(ids.shape[1] - rows if rows else 0, ids.shape[1])
         with self._our_attention():
             return self.hf(
@@ -216,7 +174,7 @@ class FrozenModel:
         context: attention.AttentionContext,
         rows: Tensor | slice = slice(None),
     ) -> Tensor:
-        """States [B, rows, hidden] before the output layer of tokens at explicit positions, as :meth:`forward` takes them."""
+        """States [B, rows, hidden] before the output layer, of tokens as :meth:`forward` takes them."""
         with self._our_attention():
             states = self.hf.base_model(
                 input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, cas=context
@@ -225,14 +183,14 @@ class FrozenModel:
 
     @contextlib.contextmanager
     def recomputing(self, wanted: bool = True) -> Iterator[None]:
-        """Inside, decoder layers keep their input alone and are computed again on the way back (activation checkpointing)."""
+        """Activation checkpointing: inside, decoder layers store only their input and run again during backward."""
         from torch.utils.checkpoint import checkpoint
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         def run(layer: Callable[..., Any], *arguments: Any) -> Any:
             def again(
                 *arguments: Any,
-            ) -> Any:  # the second time is on the way back, when nobody else sets our attention
+            ) -> Any:  # runs again during backward, outside the context manager
                 with self._our_attention():
                     return layer(*arguments)
 
@@ -240,7 +198,7 @@ class FrozenModel:
 
         layers = [m for m in self.hf.modules() if wanted and isinstance(m, GradientCheckpointingLayer)]
         assert layers or not wanted
-        for layer in layers:  # these alone: what is in them stays in evaluation
+        for layer in layers:  # only these: their submodules stay in evaluation mode
             vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=run, training=True)
         try:
             yield
@@ -255,13 +213,14 @@ class FrozenModel:
 
     @torch.no_grad()
     def kv_of(self, ids: Tensor) -> Tensor:
-        keeper = KVRecorder()
-        self.forward(ids, torch.arange(ids.shape[1])[None], keeper, rows=1)
-        return torch.stack([torch.stack(keeper.kv[layer]) for layer in sorted(keeper.kv)])
+        """As :meth:`prefill`, of token ids [1, T]."""
+        recorder = KVRecorder()
+        self.forward(ids, torch.arange(ids.shape[1])[None], recorder, rows=1)
+        return torch.stack([torch.stack(recorder.kv[layer]) for layer in sorted(recorder.kv)])
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name model and tokenizer: the same for any dtype of the same weights."""
+        """16 hex digits that identify model and tokenizer: the same for any dtype of the same weights."""
         digest = hashlib.sha256()
         config = self.config.to_dict()
         keep = (
@@ -323,7 +282,8 @@ class FrozenModel:
         for entry in per_type:
             if entry.get("rope_type", "default") in ("dynamic", "longrope"):
                 raise ModelError(
-                    f"{kind}: RoPE type {entry['rope_type']!r} depends on the length of the text, so stored keys would change meaning"
+                    f"{kind}: RoPE type {entry['rope_type']!r} depends on the length of the text, "
+                    "so stored keys would change meaning"
                 )
         types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not types <= {"full_attention", "sliding_attention"}:
@@ -333,14 +293,14 @@ class FrozenModel:
     def _probe(self) -> tuple[Geometry, Rope]:
         kind = self.config.model_type
         ids = torch.arange(12)[None] % self.config.vocab_size + min(5, self.config.vocab_size - 12)
-        positions, probe = torch.arange(12)[None], _Probe()
+        positions, probe = torch.arange(12)[None], Probe()
         try:
             ours = self.forward(ids, positions, probe).float()
-        except Exception as error:  # a model's code may trip over a new keyword in any way
+        except Exception as error:  # a model's code may fail on an unknown keyword in any way
             raise ModelError(
                 f"{kind}: does not run through the attention interface of transformers ({first_line(error)})"
             ) from error
-        # The model's own attention, which transformers masks by itself.
+        # The model's own attention, with the mask that transformers makes.
         theirs = self.hf(input_ids=ids.to(self.device), use_cache=False).logits.float()
         layers = [probe.layers[i] for i in sorted(probe.layers)]
         if sorted(probe.layers) != list(range(self.config.num_hidden_layers)):
@@ -360,10 +320,10 @@ class FrozenModel:
             raise ModelError(
                 f"{kind}: its attention differs from softmax(QK)V; cartridges would not mean what they should"
             )
-        # Whether logits are the output layer's and nothing more: some models scale or cap them.
+        # Whether the logits are the plain output of this layer: some models scale or cap them.
         head = self.hf.get_output_embeddings()
         if isinstance(head, torch.nn.Linear) and head.bias is None:
-            self.head = head if torch.equal(head(self.hidden(ids, positions, _Probe())).float(), ours) else None
+            self.head = head if torch.equal(head(self.hidden(ids, positions, Probe())).float(), ours) else None
         query_heads, kv_heads, head_dim = shapes.pop()
         geometry = Geometry(
             layers=len(layers),
@@ -385,40 +345,28 @@ class FrozenModel:
         if not modules:
             raise ModelError(f"{self.config.model_type}: found no rotary embedding module")
         types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
-        found = []
+        frequencies = []
         for kind in types:
             buffer = getattr(modules[0], f"{kind}_inv_freq", None)
             buffer = buffer if buffer is not None else getattr(modules[0], "inv_freq", None)
             if buffer is None:
                 raise ModelError(f"{self.config.model_type}: found no rotary frequencies for {kind} layers")
-            found.append(buffer.detach().float().cpu())
-        return tuple(found)
+            frequencies.append(buffer.detach().float().cpu())
+        return tuple(frequencies)
 
     def _check_rotation(self, rope: Rope, ids: Tensor) -> None:
-        """A single token attends to itself alone, so its key at another position must be the same key, turned."""
-        near, far = _Probe(), _Probe()
+        """A single token attends to itself alone, so its key at another position must be the same key, shifted."""
+        near, far = Probe(), Probe()
         self.forward(ids, torch.zeros_like(ids), near)
         self.forward(ids, torch.full_like(ids, 37), far)
         for layer in near.layers:
-            turned = rope.shift(near.layers[layer]["key"], torch.tensor([37]), layer).float()
+            shifted = rope.shift(near.layers[layer]["key"], torch.tensor([37]), layer).float()
             expected = far.layers[layer]["key"].float()
             tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
-            if (turned - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
+            if (shifted - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
                 raise ModelError(
                     f"{self.config.model_type}: layer {layer} does not rotate its keys by standard half-split RoPE"
                 )
-
-
-class KVRecorder(_Probe):
-    """Keeps every layer's keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.kv[layer] = (key[0].clone(), value[0].clone())
-        return super().attend(layer, query, key, value, scale, window)
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

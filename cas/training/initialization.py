@@ -4,11 +4,12 @@
 ``sampled``: KV of p/64 random contiguous 64-token chunks, joined in document order and read behind the header
 (Sampled Chunk Initialization, 2508.17032). ``random``: normal noise with the header's spread in every layer and head.
 
-``matched``: keys picked from the document, values fitted so that attention gives what the document gave. The frozen model runs
-over self-study conversations with the whole document before them. In every layer and key head, p of the document's tokens are
-picked: those to which some token of a conversation paid most attention. Their keys are moved to stand as far from the question as
-they did, and their values are solved for by ridge regression: with them, attention over [header ; cartridge ; own tokens]
-approximates what it returned over [header ; document ; own tokens]. No gradient, one forward pass.
+``matched``: keys picked from the document, values fitted so that attention gives what the document gave. The frozen
+model runs over self-study conversations with the whole document before them. In every layer and key head, p of the
+document's tokens are picked: those to which some token of a conversation paid most attention. Their keys are moved to
+stand as far from the question as they did, and their values are solved for by ridge regression: with them, attention
+over [header ; cartridge ; own tokens] approximates what it returned over [header ; document ; own tokens]. No gradient,
+one forward pass.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
 
 TOKENS = 4096  # of conversations that a document is matched on
 LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
-RIDGE = (
-    1.0  # of the mean squared weight: values that few questions attend to are regularized toward their original values
-)
+RIDGE = 1.0  # of the mean squared weight: regularizes values that few questions attend to toward their original ones
 SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialization (2508.17032)
 
 
@@ -72,8 +71,8 @@ def initialize_cartridges(
 ) -> bool:
     """Give every cartridge of a store that has no values its first ones, by the store's initialization. Resumable.
 
-    In a ``matched`` store, documents with conversations are matched, those that so far have values without conversations too;
-    other documents, and those of more than ``LONGEST`` tokens, get the values of ``first``. Trained cartridges stay as they are.
+    In a ``matched`` store, documents with conversations are matched, even those that have values of ``first`` already;
+    other documents, and those of more than ``LONGEST`` tokens, get ``first``. Trained cartridges stay as they are.
 
     Args: stop: asked before each cartridge; progress: called with (done, total) after each.
     Returns: whether all are done; False after ``stop()``.
@@ -118,7 +117,7 @@ def matched(
 ) -> Tensor:
     """Matched values of a cartridge of p positions for a document of more tokens than that.
 
-    Args: ids: of the document; conversations: about it, of which at most ``TOKENS`` tokens are taken, drawn by ``seed``.
+    Args: ids: of the document; conversations: about it; at most ``TOKENS`` of their tokens are used, drawn by ``seed``.
     Returns: float32 [L, 2, H, p, D], keys after RoPE.
     """
     drawn, room = list[list[int]](), TOKENS
@@ -143,8 +142,8 @@ class _Matching:
     """Attention context of that forward pass: attends to the whole document, and computes every layer's cartridge."""
 
     def __init__(self, model: FrozenModel, prefix: Tensor, p: int, real: Tensor, start: int) -> None:
-        """``prefix``: KV of header and document; ``real`` bool [C, T]: tokens of the C conversations that are not padding;
-        ``start``: position of their first token behind the cartridge."""
+        """``prefix``: KV of header and document; ``real`` bool [C, T]: tokens of the C conversations that are not
+        padding; ``start``: position of their first token behind the cartridge."""
         self.model, self.prefix, self.p, self.real = model, prefix, p, real
         self.nearer = start - prefix.shape[3]  # shift of the question and of the end of the document
         self.kv: list[Tensor] = []  # of every layer, [2, H, p, D]
@@ -161,7 +160,7 @@ class _Matching:
     def _head(
         self, layer: int, h: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
-        """One key head: query [C, Q, T, D] of its query heads, key and value [C, T, D] -> its KV [2, p, D], output as query."""
+        """One key head: query and output [C, Q, T, D] of its query heads, key and value [C, T, D], KV [2, p, D]."""
         header, turn = self.model.layout_header, self.model.rope.shift
         query, key, value = query.float() * scale, key.float(), value.float()
         keys, values = self.prefix[layer, :, h].float()
@@ -192,7 +191,7 @@ def _seen(tokens: int, first: int, columns: int, window: int | None) -> Tensor:
 
 
 def _weights(query: Tensor, keys: Tensor, own: Tensor, window: int | None, first: int) -> Tensor:
-    """Softmax over prefix keys [S, D] and scores of own tokens [C, Q, T, T], for tokens at ``first``..: [C, Q, T, S + T]."""
+    """Softmax [C, Q, T, S + T] over prefix keys [S, D] and own scores [C, Q, T, T] of tokens at ``first``.."""
     scores = query @ keys.T
     if window is not None:
         scores = scores.masked_fill(~_seen(query.shape[2], first, len(keys), window).to(scores.device), -torch.inf)

@@ -22,6 +22,7 @@ from conftest import tiny_hf, tiny_tokenizer
 from helpers_commands import call
 from helpers_store import contents, make_store, many_documents, stored_keys
 from safetensors.torch import load_file
+from test_imports import imported
 
 import cas
 from cas import __main__ as tool
@@ -314,6 +315,17 @@ def test_documents_without_cartridges(
     assert call(tool.main, "export", "pump", str(tmp_path / "x.safetensors"), "--store", folder)[0] == 2
     status, _, err = call(query.main, "Which?", "--store", folder)
     assert status == 2 and err == f"cas: {folder} has no cartridges yet; go on with its training\n"
+
+
+def test_the_store_knows_no_model() -> None:
+    """Of what stands above or beside it, it imports layout and sizes alone, and documents for their type."""
+    for file in sorted(Path(Store.create.__code__.co_filename).parent.glob("*.py")):
+        modules = {".".join(name.split(".")[:3]) for _, name in imported(file.read_text(), "cas.store")}
+        ours = {name for name in modules if name.startswith("cas.") and not name.startswith("cas.store")}
+        assert {n for n in ours if n.split(".")[1] not in ("config", "errors")} <= {
+            "cas.model.positions",
+            "cas.data.collection",
+        }
 
 
 def test_there_is_nothing_to_open(tmp_path: Path, model: FrozenModel) -> None:
