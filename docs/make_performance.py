@@ -14,8 +14,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "step_vs_peft": ("PEFT's CARTRIDGE in a plain loop, the same", "<= 1.00"),
     "mixed_vs_frozen": ("the frozen pass; a quarter of the conversations among up to 10 distractors", "<= 1.40"),
     "rotation_overhead": ("no rotation; half of 20 are exchanged every 10 steps", "<= 1.02"),
-    "residents32_vs_8": ("8 residents, up to 5 distractors", ""),
-    "residents128_vs_8": ("8 residents, up to 5 distractors", ""),
+    "residents32_vs_8": ("a pool of 8; up to 5 distractors", ""),
+    "residents128_vs_8": ("a pool of 8; up to 5 distractors", ""),
     "largest_pool": ("the largest pool that fits the GPU; the planner's", "<= 1.00"),
     "store_write_vs_copy": ("raw files of the same bytes, synced one by one (speed)", ">= 0.70"),
     "store_read_vs_copy": ("raw files of the same bytes (speed)", ">= 0.70"),
@@ -44,9 +44,9 @@ def text() -> str:
     return f"""# Performance
 
 Made by `python docs/make_performance.py` from a [recorded run](../{file.parent.relative_to(RUNS.parents[2]).as_posix()}/results.json)
-(`{found["command"]}`, {found["date"][:10]}, {hardware["cpu"]}, {hardware["cores"]} cores, no accelerator). Everything is
-measured beside what it is compared with, in one process and in turn; each figure is a ratio, mean and 95 % interval over
-repetitions. Below 1 is better where the target is a most, above where it is a least.
+(`{found["command"]}`, {found["date"][:10]}, {hardware["cpu"]}, {hardware["cores"]} cores, no accelerator). Each figure is a
+ratio to a baseline that ran in the same process, alternating with it: mean and 95% interval over repetitions. With a target of
+`<=` or `<`, lower is better; with `>=`, higher is better. Missed targets are **bold**.
 
 ![ratios and targets](performance.svg)
 
@@ -54,32 +54,34 @@ repetitions. Below 1 is better where the target is a most, above where it is a l
 |---|---|---|{"---|" * len(MODELS)}
 {chr(10).join(_row(name, found["metrics"]) for name in _measured(found["metrics"]))}
 
-`decode_many` and `first_token` take documents of the embedded world. `decode_many` has cartridges of a sixteenth of them, `first_token`
-of 32 positions (a twentieth of the reader's mean document, a twenty-sixth of SmolLM2's). **bold**: missed.
+`decode_many` and `first_token` use [fictional documents](worlds.md). Cartridges have a sixteenth of a document's tokens in
+`decode_many` and 32 positions in `first_token`, which is a twentieth of the mean document in the reader's tokens and a
+twenty-sixth in SmolLM2's.
 
 ## Where a training step's time goes
 
-Seconds of one step over the same conversations, by what they are spent on: products with the model's weights, products
-of attention, and all else (copies, exponentials, the optimiser, Python).
+Seconds of one step over the same conversations: matrix products with the model's weights, those of attention, and the rest
+(copies, exponentials, the optimizer, Python).
 
 {_profile(figures)}
 
-The cartridge's own products are what training it takes at the least: per token and layer six products with its keys and values
-where the frozen pass has none. With 256 positions these are 0.41 of the multiplications of the reader's layers forward and backward, and an
-eighth of SmolLM2's, and `step_vs_frozen` cannot come below 1 and that.
+Training a cartridge has a minimum cost: per token and layer, six matrix products with its keys and values, which the frozen
+pass does not have. With 256 positions these add 0.41 of the multiplications of the reader's layers forward and backward, and an
+eighth of SmolLM2's. `step_vs_frozen` cannot fall below 1 plus that share.
 
-A rotation in `rotation_overhead` writes ten cartridges of 256 positions with their Adam state and reads ten others. That is 120 MiB each
-way beside ten steps of the reader, which take {ten["reader"]:.1f} s, and on a CPU nothing else is free to move them meanwhile; SmolLM2
-takes {ten["smollm2"]:.0f} s for its ten. A GPU reads ahead in a thread. `store_read_vs_copy` is what opening and checking a record
-costs in Python.
+A rotation in `rotation_overhead` writes ten cartridges of 256 positions with their Adam state and reads ten others: 120 MiB each
+way for every ten steps. Ten steps take the reader {ten["reader"]:.1f} s and SmolLM2 {ten["smollm2"]:.0f} s. On a CPU no core is free to move data
+meanwhile; on a GPU a thread reads ahead. `store_read_vs_copy` is below 1 because of what opening and checking a record costs in
+Python.
 
 ## On a GPU
 
-Nothing is recorded yet. `python -m experiments.benchmarks --models smollm2 qwen3-8b` times the same there (the latter
-in its shape, with random weights), prints the TFLOP/s of a step beside those of a plain product, and `largest_pool` fills the device and
-compares with the plan. `resident_flatness` (FlexAttention skips what is invisible) can only be seen there.
+No run is recorded yet. `python -m experiments.benchmarks --models smollm2 qwen3-8b` takes the same timings there (qwen3-8b has
+the model's shape and random weights) and prints the TFLOP/s of a step next to those of a plain matrix product. `largest_pool` fills
+the device and compares the pool with the planner's. `residents32_vs_8` and `residents128_vs_8` show only there whether
+FlexAttention skips what is invisible.
 
-## In figures
+## Measured values
 
 {_figures(figures)}
 """

@@ -21,34 +21,36 @@ def text() -> str:
     found = world(0, 2)
     document = found.documents[0]
     needles = niah(0, 300, 1)
-    return f"""# Worlds
+    return f"""# Fictional documents
 
 Made by `python docs/make_worlds.py`.
 
-`--collection million_tokens` is a fictional world: 1,664 documents of about 620 words and marks each, more than a million
-tokens of any model, a function of `--collection-seed` alone. Every document is the record of one place, the people who work
-there and an event. Facts are told by name, by role or by pronoun, among sentences that tell nothing. All documents look
-alike and share values and parts of names, so that they distract from one another; names are put together from syllables,
-so that no model can know anything about their bearers. Gold questions use wordings that neither documents nor self-study
-use, and come in four kinds: *lookup* (the text names the subject beside the fact), *indirect* (it says "she"
-or "the porter"), *whole document* (comparing, counting, listing) and *two documents*.
+The demo, the benchmarks and the claims use generated documents: no model can know their contents in advance, so every right
+answer comes from the document, its cartridge, or luck.
 
-## A page
+`--collection million_tokens` is a fictional world of 1,664 documents, about 620 words and punctuation marks each: more than a
+million tokens for any model. `--collection-seed` alone determines it. Each document describes one place, the people who work
+there and an event. Facts refer to their subject by name, by role or by pronoun, and stand among sentences without facts. All
+documents look alike and share values and parts of names, so that they are easily confused. Names are made of random
+syllables. Test questions use wordings that occur neither in documents nor in self-study, and come in four kinds: *lookup*
+(the text names the subject next to the fact), *indirect* (it says "she" or "the porter"), *whole document* (comparing,
+counting, listing) and *two documents*.
+
+## A document
 
 **{document.title}** (`{document.id}`)
 
 {_quoted(document.text)}
 
-## Its gold questions
+## Its questions
 
 {_table([q for q in found.questions if q.document_ids[0] == document.id])}
 
 ## Needles in a haystack
 
-`--collection niah` has 64 documents of at least 3,000 words (some hundred more), `niah:8000` of at least 8,000:
-keys with one number each (*multi-key*), a key with
-several words (*multi-value*), chains of variables (*variable tracking*), between sentences that tell nothing. The
-beginning of one of `niah:300`:
+`--collection niah` has 64 documents of at least 3,000 words (up to a few hundred more); `niah:8000` makes them at least 8,000
+words long. Among sentences without facts they hold keys with one number each (*multi-key*), a key with several words
+(*multi-value*) and chains of variables (*variable tracking*). One of the documents of `niah:300` begins:
 
 {_quoted(needles.documents[0].text[:420].rpartition(".")[0] + ". …")}
 
@@ -57,9 +59,9 @@ beginning of one of `niah:300`:
 ## The reader
 
 `--model reader`, the default for `million_tokens`, is a Llama of 4.8 million parameters with its own tokenizer and chat template
-(`cas/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, where it answered questions in all
-wordings, those of gold questions too; self-study has it write in the training wordings alone. It can read these worlds and
-nothing else. With it, a CPU trains cartridges of a few documents in minutes.
+(`cas/model/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, with questions in all wordings,
+those of test questions included. In self-study it writes only the other wordings. It can read these worlds and nothing
+else. With it, a CPU trains cartridges for a few documents in minutes.
 
 {_reader(max(RUNS.glob("*/results.json")))}
 """
@@ -70,19 +72,20 @@ def _reader(run: Path) -> str:
     found = json.loads(run.read_text(encoding="utf-8"))
     metrics = {key.removesuffix(".exact_match"): m for key, m in found["metrics"].items()}
     rows = [f"| {k} | {m['mean']:.1f} [{m['low']:.1f}, {m['high']:.1f}] | {m['n']} |" for k, m in metrics.items()]
-    return f"""Whole answers that are exactly right, in percent, on a world it never saw (`{found["command"]}`, seed
-{found["seeds"][0]}, {found["date"][:10]}, [recorded run](../{run.relative_to(RUNS.parents[2]).as_posix()})). Arms ask
-lookups if their names do not end in another kind; `chunk512` has up to 512 tokens around the answer, `rag_shaped` about 100
-of them among parts of five other documents; `documents4` has four whole documents loaded, each prefilled by itself, at `fixed`
-positions, `_offset` at offset ones, `_text` has them in one text; `_minus_` are differences on the same questions.
+    return f"""How often its answers match exactly, in percent, on a world it never saw (`{found["command"]}`, seed
+{found["seeds"][0]}, {found["date"][:10]}, [recorded run](../{run.relative_to(RUNS.parents[2]).as_posix()})). Unless an arm's
+name ends in another kind, it asks lookups. `chunk512` has up to 512 tokens of text around the answer; `rag_shaped` has about
+100 of them among passages of five other documents. `documents4` has the KV of four whole documents loaded, each computed
+separately, at `fixed` positions; `_offset` has them at `offset` positions, `_text` as one text. `_minus_` is the difference
+between two arms on the same questions.
 
 | arm | exact match | questions |
 |---|---|---|
 {chr(10).join(rows)}
 
-Its training (`python -m experiments.train_reader`, in several goes: see the [LOG](../experiments/LOG.md)): percent of whole
-answers that were exactly right, in scenes it had never seen, while it learned from them. Scenes grow
-from level 0 (lists of names and values) to 7 (up to twelve whole documents).
+Its training (`python -m experiments.train_reader`, in several runs, see the [log](../experiments/LOG.md)): percent of answers
+that match exactly, measured on each new training example before learning from it. Examples grow from level 0 (lists of names
+and values) to level 7 (up to twelve whole documents).
 
 {_curve(run.with_name("curve.jsonl"))}
 """
