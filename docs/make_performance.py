@@ -43,10 +43,11 @@ def text() -> str:
     ten = {name: 10 * figures[f"step_vs_frozen_{name}.seconds"]["mean"] for name in ("reader", "smollm2")}  # steps
     return f"""# Performance
 
-Made by `python docs/make_performance.py` from a [recorded run](../{file.parent.relative_to(RUNS.parents[2]).as_posix()}/results.json)
-(`{found["command"]}`, {found["date"][:10]}, {hardware["cpu"]}, {hardware["cores"]} cores, no accelerator). Each figure is a
-ratio to a baseline that ran in the same process, alternating with it: mean and 95% interval over repetitions. With a target of
-`<=` or `<`, lower is better; with `>=`, higher is better. Missed targets are **bold**.
+Made by `python docs/make_performance.py` from a [recorded
+run](../{file.parent.relative_to(RUNS.parents[2]).as_posix()}/results.json) (`{found["command"]}`, {found["date"][:10]},
+{hardware["cpu"]}, {hardware["cores"]} cores, no accelerator). Each figure is a ratio to a baseline that ran in the same
+process, alternating with it: mean and 95% interval over repetitions. With a target of `<=` or `<`, lower is better;
+with `>=`, higher is better. Missed targets are **bold**.
 
 ![ratios and targets](performance.svg)
 
@@ -54,32 +55,32 @@ ratio to a baseline that ran in the same process, alternating with it: mean and 
 |---|---|---|{"---|" * len(MODELS)}
 {chr(10).join(_row(name, found["metrics"]) for name in _measured(found["metrics"]))}
 
-`decode_many` and `first_token` use [fictional documents](worlds.md). Cartridges have a sixteenth of a document's tokens in
-`decode_many` and 32 positions in `first_token`, which is a twentieth of the mean document in the reader's tokens and a
-twenty-sixth in SmolLM2's.
+`decode_many` and `first_token` use [fictional documents](worlds.md). Cartridges have a sixteenth of a document's tokens
+in `decode_many` and 32 positions in `first_token`, which is a twentieth of the mean document in the reader's tokens and
+a twenty-sixth in SmolLM2's.
 
 ## Where a training step's time goes
 
-Seconds of one step over the same conversations: matrix products with the model's weights, those of attention, and the rest
-(copies, exponentials, the optimizer, Python).
+Seconds of one step over the same conversations: matrix products with the model's weights, those of attention, and the
+rest (copies, exponentials, the optimizer, Python).
 
 {_profile(figures)}
 
-Training a cartridge has a minimum cost: per token and layer, six matrix products with its keys and values, which the frozen
-pass does not have. With 256 positions these add 0.41 of the multiplications of the reader's layers forward and backward, and an
-eighth of SmolLM2's. `step_vs_frozen` cannot fall below 1 plus that share.
+Training a cartridge has a minimum cost: per token and layer, six matrix products with its keys and values, which the
+frozen pass does not have. With 256 positions these add 0.41 of the multiplications of the reader's layers forward and
+backward, and an eighth of SmolLM2's. `step_vs_frozen` cannot fall below 1 plus that share.
 
-A rotation in `rotation_overhead` writes ten cartridges of 256 positions with their Adam state and reads ten others: 120 MiB each
-way for every ten steps. Ten steps take the reader {ten["reader"]:.1f} s and SmolLM2 {ten["smollm2"]:.0f} s. On a CPU no core is free to move data
-meanwhile; on a GPU a thread reads ahead. `store_read_vs_copy` is below 1 because of what opening and checking a record costs in
-Python.
+A rotation in `rotation_overhead` writes ten cartridges of 256 positions with their Adam state and reads ten others: 120
+MiB each way for every ten steps. Ten steps take the reader {ten["reader"]:.1f} s and SmolLM2 {ten["smollm2"]:.0f} s. On
+a CPU no core is free to move data meanwhile; on a GPU a thread reads ahead. `store_read_vs_copy` is below 1 because of
+what opening and checking a record costs in Python.
 
 ## On a GPU
 
-No run is recorded yet. `python -m experiments.benchmarks --models smollm2 qwen3-8b` takes the same timings there (qwen3-8b has
-the model's shape and random weights) and prints the TFLOP/s of a step next to those of a plain matrix product. `largest_pool` fills
-the device and compares the pool with the planner's. `residents32_vs_8` and `residents128_vs_8` show only there whether
-FlexAttention skips what is invisible.
+No run is recorded yet. `python -m experiments.benchmarks --models smollm2 qwen3-8b` takes the same timings there
+(qwen3-8b has the model's shape and random weights) and prints the TFLOP/s of a step next to those of a plain matrix
+product. `largest_pool` fills the device and compares the pool with the planner's. `residents32_vs_8` and
+`residents128_vs_8` show only there whether FlexAttention skips what is invisible.
 
 ## Measured values
 

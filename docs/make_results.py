@@ -29,15 +29,16 @@ def text() -> str:
     parts = [
         f"""# Results
 
-Made by `python docs/make_results.py`. Every figure comes from a recorded run under `experiments/results/`;
-`python -m cas.evaluation.check` recomputes the metrics of a run from its predictions. Brackets are 95% intervals from a
-bootstrap over documents. *Exact* counts answers that match exactly, *contains* those that contain a right answer, both in
+Made by `python docs/make_results.py`. Every figure comes from a recorded run under `experiments/results/`; `python -m
+cas.evaluation.check` recomputes the metrics of a run from its predictions. Brackets are 95% intervals from a bootstrap
+over documents. *Exact* counts answers that match exactly, *contains* those that contain a right answer, both in
 percent; *F1* is the overlap of words. What was tried and did not work is in the [log](../experiments/LOG.md).
 
 ## Fictional documents: `make demo`
 
-30 [fictional documents](worlds.md) of 627 tokens on average, cartridges of 32 to 40 positions (a sixteenth), the embedded
-reader; 480 questions whose wording occurs in no training conversation. RAG uses vectors and BM25 with its default chunks.
+30 [fictional documents](worlds.md) of 627 tokens on average, cartridges of 32 to 40 positions (a sixteenth), the
+embedded reader; 480 questions whose wording occurs in no training conversation. RAG uses vectors and BM25 with its
+default chunks.
 
 {_table("demo/2026-11-26-cpu", ("exact_match",), DEMO)}
 
@@ -64,26 +65,28 @@ first-token initialization in place of attention matching, the same training gav
 ## Joint against isolated training on Wikipedia text
 
 The first 250 words of 24 articles from SQuAD's development set, a position per 8 tokens, SmolLM2-135M-Instruct, 200
-questions, one seed. Joint and isolated training use the same conversations and 855,544 tokens each. The articles are not part
-of this repository: the run read them from `squad_dev_v1/documents.jsonl.gz` and `questions.jsonl.gz` under `$CAS_DATA`.
+questions, one seed. Joint and isolated training use the same conversations and 855,544 tokens each. The articles are
+not part of this repository: the run read them from `squad_dev_v1/documents.jsonl.gz` and `questions.jsonl.gz` under
+`$CAS_DATA`.
 
 {_table("joint_vs_isolated/2026-11-25-cpu-squad24", ("contains", "f1"), SQUAD)}
 
 - Retrieved text beats retrieved cartridges by far on these short texts.
-- With all 24 loaded, joint training is ahead by 7.0 [3.8, 10.6] points of contains and 5.2 [3.7, 7.1] of F1. Both are far
-  below one cartridge alone, and isolated cartridges fall below no document at all.
-- With four retrieved, joint training does not help: contains and F1 do not differ, and the right answer is less likely than
-  after isolated training (log-perplexity +0.43 [0.29, 0.56]). The same holds with the right cartridge alone (+0.17
+- With all 24 loaded, joint training is ahead by 7.0 [3.8, 10.6] points of contains and 5.2 [3.7, 7.1] of F1. Both are
+  far below one cartridge alone, and isolated cartridges fall below no document at all.
+- With four retrieved, joint training does not help: contains and F1 do not differ, and the right answer is less likely
+  than after isolated training (log-perplexity +0.43 [0.29, 0.56]). The same holds with the right cartridge alone (+0.17
   [0.01, 0.29]).
 - On eight excerpts of 500 words the advantage with all loaded did not show ([log](../experiments/LOG.md)).
 
-# The papers' claims
+## The papers' claims
 
-Each claim has the paper's figure, ours, and a verdict on the whole 95% interval: *confirmed* if all of it is on the right side
-of the limit, *contradicted* if all of it is on the wrong side, else *undecided*. Intervals resample documents, with all their
-questions and seeds. Figures are percent of test questions answered exactly unless a claim says otherwise. The runs use
-fictional documents, the embedded reader and a CPU. The papers' models are a thousand times larger, so compare the size of
-effects, not absolute accuracy. `make claims` runs all claims in hours; each command runs one in minutes; both resume.
+Each claim has the paper's figure, ours, and a verdict on the whole 95% interval: *confirmed* if all of it is on the
+right side of the limit, *contradicted* if all of it is on the wrong side, else *undecided*. Intervals resample
+documents, with all their questions and seeds. Figures are percent of test questions answered exactly unless a claim
+says otherwise. The runs use fictional documents, the embedded reader and a CPU. The papers' models are a thousand times
+larger, so compare the size of effects, not absolute accuracy. `make claims` runs all claims in hours; each command runs
+one in minutes; both resume.
 """
     ]
     for name in NAMES:

@@ -25,16 +25,16 @@ def text() -> str:
 
 Made by `python docs/make_worlds.py`.
 
-The demo, the benchmarks and the claims use generated documents: no model can know their contents in advance, so every right
-answer comes from the document, its cartridge, or luck.
+The demo, the benchmarks and the claims use generated documents: no model can know their contents in advance, so every
+right answer comes from the document, its cartridge, or luck.
 
-`--collection million_tokens` is a fictional world of 1,664 documents, about 620 words and punctuation marks each: more than a
-million tokens for any model. `--collection-seed` alone determines it. Each document describes one place, the people who work
-there and an event. Facts refer to their subject by name, by role or by pronoun, and stand among sentences without facts. All
-documents look alike and share values and parts of names, so that they are easily confused. Names are made of random
-syllables. Test questions use wordings that occur neither in documents nor in self-study, and come in four kinds: *lookup*
-(the text names the subject next to the fact), *indirect* (it says "she" or "the porter"), *whole document* (comparing,
-counting, listing) and *two documents*.
+`--collection million_tokens` is a fictional world of 1,664 documents, about 620 words and punctuation marks each: more
+than a million tokens for any model. `--collection-seed` alone determines it. Each document describes one place, the
+people who work there and an event. Facts refer to their subject by name, by role or by pronoun, and stand among
+sentences without facts. All documents look alike and share values and parts of names, so that they are easily confused.
+Names are made of random syllables. Test questions use wordings that occur neither in documents nor in self-study, and
+come in four kinds: *lookup* (the text names the subject next to the fact), *indirect* (it says "she" or "the porter"),
+*whole document* (comparing, counting, listing) and *two documents*.
 
 ## A document
 
@@ -48,9 +48,9 @@ counting, listing) and *two documents*.
 
 ## Needles in a haystack
 
-`--collection niah` has 64 documents of at least 3,000 words (up to a few hundred more); `niah:8000` makes them at least 8,000
-words long. Among sentences without facts they hold keys with one number each (*multi-key*), a key with several words
-(*multi-value*) and chains of variables (*variable tracking*). One of the documents of `niah:300` begins:
+`--collection niah` has 64 documents of at least 3,000 words (up to a few hundred more); `niah:8000` makes them at least
+8,000 words long. Among sentences without facts they hold keys with one number each (*multi-key*), a key with several
+words (*multi-value*) and chains of variables (*variable tracking*). One of the documents of `niah:300` begins:
 
 {_quoted(needles.documents[0].text[:420].rpartition(".")[0] + ". …")}
 
@@ -58,10 +58,10 @@ words long. Among sentences without facts they hold keys with one number each (*
 
 ## The reader
 
-`--model reader`, the default for `million_tokens`, is a Llama of 4.8 million parameters with its own tokenizer and chat template
-(`cas/model/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, with questions in all wordings,
-those of test questions included. In self-study it writes only the other wordings. It can read these worlds and nothing
-else. With it, a CPU trains cartridges for a few documents in minutes.
+`--model reader`, the default for `million_tokens`, is a Llama of 4.8 million parameters with its own tokenizer and chat
+template (`cas/model/reader`, less than 10 MB). It was trained from scratch on worlds of other seeds, with questions in
+all wordings, those of test questions included. In self-study it writes only the other wordings. It can read these
+worlds and nothing else. With it, a CPU trains cartridges for a few documents in minutes.
 
 {_reader(max(RUNS.glob("*/results.json")))}
 """
@@ -73,19 +73,19 @@ def _reader(run: Path) -> str:
     metrics = {key.removesuffix(".exact_match"): m for key, m in found["metrics"].items()}
     rows = [f"| {k} | {m['mean']:.1f} [{m['low']:.1f}, {m['high']:.1f}] | {m['n']} |" for k, m in metrics.items()]
     return f"""How often its answers match exactly, in percent, on a world it never saw (`{found["command"]}`, seed
-{found["seeds"][0]}, {found["date"][:10]}, [recorded run](../{run.relative_to(RUNS.parents[2]).as_posix()})). Unless an arm's
-name ends in another kind, it asks lookups. `chunk512` has up to 512 tokens of text around the answer; `rag_shaped` has about
-100 of them among passages of five other documents. `documents4` has the KV of four whole documents loaded, each computed
-separately, at `fixed` positions; `_offset` has them at `offset` positions, `_text` as one text. `_minus_` is the difference
-between two arms on the same questions.
+{found["seeds"][0]}, {found["date"][:10]}, [recorded run](../{run.relative_to(RUNS.parents[2]).as_posix()})). Unless an
+arm's name ends in another kind, it asks lookups. `chunk512` has up to 512 tokens of text around the answer;
+`rag_shaped` has about 100 of them among passages of five other documents. `documents4` has the KV of four whole
+documents loaded, each computed separately, at `fixed` positions; `_offset` has them at `offset` positions, `_text` as
+one text. `_minus_` is the difference between two arms on the same questions.
 
 | arm | exact match | questions |
 |---|---|---|
 {chr(10).join(rows)}
 
-Its training (`python -m experiments.train_reader`, in several runs, see the [log](../experiments/LOG.md)): percent of answers
-that match exactly, measured on each new training example before learning from it. Examples grow from level 0 (lists of names
-and values) to level 7 (up to twelve whole documents).
+Its training (`python -m experiments.train_reader`, in several runs, see the [log](../experiments/LOG.md)): percent of
+answers that match exactly, measured on each new training example before learning from it. Examples grow from level 0
+(lists of names and values) to level 7 (up to twelve whole documents).
 
 {_curve(run.with_name("curve.jsonl"))}
 """
