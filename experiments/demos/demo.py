@@ -75,7 +75,7 @@ def demo(config: DemoConfig) -> int:
         collection="million_tokens",
         documents=config.documents,
         store=config.output,
-        initialisation="matched",
+        initialization="matched",
         pool=config.documents // 10,
         targets=min(4, config.documents // 10),
         guests=9,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
-from cas.config import Initialization, TrainConfig, parse
+from cas.config import OldOrNewInitialization, TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
@@ -30,7 +30,7 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
-    initialisation: Initialization = "matched"
+    initialization: OldOrNewInitialization = "matched"
     """What cartridges start from."""
     seed: int = 0
     """Seed of everything random."""
@@ -68,7 +68,7 @@ def demo(config: DemoConfig) -> int:
         conversations=config.conversations,
         epochs=config.epochs,
         lr=config.lr,
-        initialisation=config.initialisation,
+        initialization=config.initialization,
         seed=config.seed,
         rotate_every=24,
     )
