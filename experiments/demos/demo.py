@@ -50,9 +50,9 @@ class DemoConfig:
     """Seed of everything random."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit status."""
-    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo", sys.argv[1:])))
+    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo", arguments)))
 
 
 def demo(config: DemoConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,9 +37,9 @@ class DemoConfig:
     """Seed of everything random."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit status."""
-    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo_real", sys.argv[1:])))
+    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo_real", arguments)))
 
 
 def demo(config: DemoConfig) -> int:
