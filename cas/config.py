@@ -23,7 +23,7 @@ from cas.errors import ConfigError
 _C = TypeVar("_C")
 Initialization = Literal["first", "sampled", "random", "matched"]
 # Help shows an alias before the name, so the new spelling is the alias.
-OldOrNewInitialization = Annotated[Initialization, arg(name="initialisation", aliases=("--initialization",))]
+InitializationOption = Annotated[Initialization, arg(name="initialisation", aliases=("--initialization",))]
 # 2506.06266, section 4.1. Stores, their hashes and the embedded reader's prompts have the British spelling.
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")
 _STORED_KIND = {"summarization": "summarisation"}
@@ -113,7 +113,7 @@ class CartridgeOptions:
     """Largest cartridge; with --ratio, longer documents are split. Default: what the longest document needs."""
     positions: Literal["fixed", "offset", "sequential"] = "fixed"
     """Where keys and tokens stand when several cartridges are loaded."""
-    initialization: OldOrNewInitialization = "matched"
+    initialization: InitializationOption = "matched"
     """matched: keys picked from the document, values fitted to self-study (documents too long for one pass start as first);
     first: KV of the first tokens; sampled: KV of sampled chunks (SCI); random: noise."""
 
@@ -301,36 +301,6 @@ def _title(group: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
 
 
-def memory(text: str, option: str) -> int:
-    """Bytes of "6GiB", "500MB", "2G" (1024 based for GiB, MiB and bare G, M; 1000 based for GB, MB) or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
-    if not match:
-        raise ConfigError(f"{option} {text}: give bytes as 6GiB, 500MB or a number")
-    number, unit, suffix = match.groups()
-    base = 1000 if suffix == "b" else 1024
-    return int(float(number) * base ** (" kmgt".index(unit) if unit else 0))
-
-
-def store_folder(given: str | None, collection: str | None = None) -> Path:
-    """The store that a command means: its option, else $CAS_STORE, else runs/<collection>; to query, the newest of runs/.
-
-    Raises: ConfigError when there is none.
-    """
-    if given or os.environ.get("CAS_STORE"):
-        return Path(given or os.environ["CAS_STORE"])
-    if collection is not None:
-        return Path("runs") / (
-            Path(collection).absolute().resolve().name.removesuffix(".gz").removesuffix(".jsonl") or "collection"
-        )
-    stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
-    if not stores:
-        raise ConfigError(
-            "there is no store under runs/; give --store, or train one: python -m cas.train --collection FOLDER"
-        )
-    print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
-    return stores[-1].parent
-
-
 def _from_yaml(kind: type, file: str) -> dict[str, Any]:
     """{field: value} of a file, each value of the type that the flag takes. Raises: ConfigError with file and key."""
     import yaml
@@ -360,3 +330,33 @@ def _from_yaml(kind: type, file: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"--config {file}: {error}") from error
     return values
+
+
+def memory(text: str, option: str) -> int:
+    """Bytes of "6GiB", "500MB", "2G" (1024 based for GiB, MiB and bare G, M; 1000 based for GB, MB) or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if not match:
+        raise ConfigError(f"{option} {text}: give bytes as 6GiB, 500MB or a number")
+    number, unit, suffix = match.groups()
+    base = 1000 if suffix == "b" else 1024
+    return int(float(number) * base ** (" kmgt".index(unit) if unit else 0))
+
+
+def store_folder(given: str | None, collection: str | None = None) -> Path:
+    """The store that a command means: its option, else $CAS_STORE, else runs/<collection>; to query, the newest of runs/.
+
+    Raises: ConfigError when there is none.
+    """
+    if given or os.environ.get("CAS_STORE"):
+        return Path(given or os.environ["CAS_STORE"])
+    if collection is not None:
+        return Path("runs") / (
+            Path(collection).absolute().resolve().name.removesuffix(".gz").removesuffix(".jsonl") or "collection"
+        )
+    stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
+    if not stores:
+        raise ConfigError(
+            "there is no store under runs/; give --store, or train one: python -m cas.train --collection FOLDER"
+        )
+    print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
+    return stores[-1].parent

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
-from cas.config import OldOrNewInitialization, TrainConfig, parse
+from cas.config import InitializationOption, TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
@@ -31,7 +31,7 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
-    initialization: OldOrNewInitialization = "matched"
+    initialization: InitializationOption = "matched"
     """What cartridges start from."""
     seed: int = 0
     """Seed of everything random."""

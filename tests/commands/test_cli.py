@@ -113,11 +113,13 @@ def test_flags_over_yaml_over_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("old", ["initialisation: first\nguests: 3", "initialization: first\nfrozen-distractors: 3"])
 def test_old_names_are_read(old: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(f"{old}\nkinds: [summarisation, use case]\npool: null\nlr: 1\nbudget: 0\nrevision: 12\nseed: 7\n")
+    file.write_text(
+        f"{old}\nkinds: [summarisation, use case]\npool: null\nlr: 1\nbudget: 0\nrevision: 12\nratio: 8\nseed: 7\n"
+    )
     config = parse(TrainConfig, "x", ["--config", str(file)])
     assert (config.initialization, config.guests, config.kinds) == ("first", 3, ("summarisation", "use case"))
     assert (config.pool, config.lr, config.budget, config.revision) == (None, 1.0, "0", "12")
-    assert isinstance(config.lr, float)
+    assert isinstance(config.lr, float) and isinstance(config.ratio, float)
     assert config.part(SelfStudy).seed == config.part(Training).seed == config.seed == 7
     assert parse(TrainConfig, "x", ["--config", str(file), "--seed", "8"]).part(SelfStudy).seed == 8
 
