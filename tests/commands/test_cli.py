@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import warnings
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
