@@ -145,7 +145,7 @@ class SelfStudy(_Checked):
 
 
 @dataclass(frozen=True)
-class Training(_Checked):
+class Training(_Checked):  # those of the schedule are explained in cas.training.schedule.Schedule
     """Joint training."""
 
     epochs: float = 8.0
