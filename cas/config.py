@@ -1,39 +1,93 @@
-"""What the command lines accept: frozen dataclasses, filled by a YAML file under the flags."""
+"""What the command lines accept: frozen dataclasses, read by tyro from a YAML file and the flags that win over it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+
+import tyro
+from tyro.conf import Positional, Suppress, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from cas.errors import ConfigError
 
 _C = TypeVar("_C")
 Initialization = Literal["first", "sampled", "random", "matched"]
-KINDS = ("question", "structuring", "summarisation", "use case", "creative")  # 2506.06266, section 4.1
+# Help shows an alias before the name, so the new spelling is the alias.
+InitializationOption = Annotated[Initialization, arg(name="initialisation", aliases=("--initialization",))]
+# 2506.06266, section 4.1. Stores, their hashes and the embedded reader's prompts have the British spelling.
+KINDS = ("question", "structuring", "summarisation", "use case", "creative")
+_STORED_KIND = {"summarization": "summarisation"}
+KINDS_SHOWN = ("question", "structuring", "summarization", "use case", "creative")
+_YAML_NAMES = {"initialisation": "initialization", "frozen_distractors": "guests"}  # other names of options
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FICTIONAL = ("million_tokens",)  # collections that the reader in this package is for
 READER = "reader"  # the small model in this package; it reads the fictional worlds of cas.data.worlds and nothing else
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
 
+_AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
+_AT_LEAST_1 |= {"answer_tokens", "top_k", "pool", "targets", "per_target", "rotate_every", "checkpoint_every"}
+_AT_LEAST_1 |= {"max_new_tokens"}
+_AT_LEAST_0 = {"guests", "max_distractors", "warmup", "steps"}
+_SHARES = {"isolation", "rotate_fraction", "final_lr"}
+_POSITIVE = {"lr", "epochs"}
+
+
+class _Checked:
+    """Refuses values of its options that make no sense, whoever gives them."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError that names the option."""
+        for field in fields(cast(Any, self)):
+            name, value = field.name, getattr(self, field.name)
+            flag = f"--{name.replace('_', '-')} {value}"
+            if value is None:
+                continue
+            if name in _AT_LEAST_1 and value < 1:
+                raise ConfigError(f"{flag}: at least 1")
+            if name in _AT_LEAST_0 and value < 0:
+                raise ConfigError(f"{flag}: at least 0")
+            if name in _SHARES and not 0 <= value <= 1:
+                raise ConfigError(f"{flag}: from 0 to 1")
+            if name in _POSITIVE and not 0 < value < math.inf:
+                raise ConfigError(f"{flag}: more than 0")
+            if name == "objective" and value not in ("distillation", "next-token"):
+                raise ConfigError(f"{flag}: choose distillation or next-token")
+            if name == "kinds":
+                kinds = tuple(_STORED_KIND.get(kind, kind) for kind in value)
+                if not kinds or not set(kinds) <= set(KINDS):
+                    unknown = ", ".join(sorted(set(kinds) - set(KINDS))) or "none given"
+                    raise ConfigError(f"unknown kinds of seed prompt: {unknown}; choose from {', '.join(KINDS_SHOWN)}")
+                object.__setattr__(self, name, kinds)
+
 
 @dataclass(frozen=True)
-class Inputs:
-    """What is trained on, over which model, and what a cartridge is."""
+class CollectionOptions:
+    """What is trained on."""
 
     collection: str | None = None
     """A folder of .txt/.md files, a .jsonl[.gz] file of {id, title, text}, or a named collection, such as million_tokens."""
     collection_seed: int = 0
     """Seed of a generated collection (million_tokens, niah)."""
-    store: str | None = None
-    """Where the cartridges live; default $CAS_STORE, else runs/<collection>."""
-    config: str | None = None
-    """A YAML file with any of these options; flags win over it."""
+    documents: int | None = None
+    """Use only the first so many documents (by id)."""
+    merge: bool = False
+    """Merge the collection into one document: a monolithic cartridge."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The frozen model."""
+
     model: str | None = None
     """Hub name, local folder or .gguf file of a decoder-only RoPE model, or `reader`, the small one in this package. Default
     reader for million_tokens, which is all it can read, else SmolLM2-135M-Instruct."""
@@ -45,10 +99,11 @@ class Inputs:
     """cpu, cuda, cuda:1, ..."""
     system: str = DEFAULT_SYSTEM
     """Instruction in front of the documents; part of the shared header."""
-    documents: int | None = None
-    """Use only the first so many documents (by id)."""
-    merge: bool = False
-    """Merge the collection into one document: a monolithic cartridge."""
+
+
+@dataclass(frozen=True)
+class CartridgeOptions:
+    """What a cartridge is, and its values before training."""
 
     tokens: int | None = None
     """Positions of every cartridge (a multiple of 4); instead of --ratio."""
@@ -58,14 +113,14 @@ class Inputs:
     """Largest cartridge; with --ratio, longer documents are split. Default: what the longest document needs."""
     positions: Literal["fixed", "offset", "sequential"] = "fixed"
     """Where keys and tokens stand when several cartridges are loaded."""
-    initialisation: Literal["first", "sampled", "random", "matched"] = "matched"
-    """Keys picked from the document with values fitted to self-study (documents that are too long for one pass start as
-    first), KV of the first tokens, of sampled chunks (SCI), or noise."""
+    initialization: InitializationOption = "matched"
+    """matched: keys picked from the document, values fitted to self-study (documents too long for one pass start as first);
+    first: KV of the first tokens; sampled: KV of sampled chunks (SCI); random: noise."""
 
 
 @dataclass(frozen=True)
-class SelfStudy:
-    """Settings of the synthesis."""
+class SelfStudy(_Checked):
+    """The training conversations that the model writes."""
 
     conversations: int | None = None
     """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document; for
@@ -82,28 +137,16 @@ class SelfStudy:
     """Longer questions are dropped and counted."""
     answer_tokens: int = 48
     """Longer answers are dropped and counted, never cut."""
-    kinds: tuple[str, ...] = KINDS
+    kinds: Annotated[tuple[str, ...], arg(help_behavior_hint=f"(default: {shlex.join(KINDS_SHOWN)})")] = KINDS
     """Kinds of seed prompt."""
     top_k: int = 20
     """Most likely tokens whose probabilities are kept of the teacher."""
-    seed: int = 0
-    """Seed of everything random."""
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds:
-            raise ConfigError(
-                f"unknown kinds of seed prompt: {', '.join(unknown) or 'none given'}; choose from {', '.join(KINDS)}"
-            )
-        for field in fields(SelfStudy):
-            value = getattr(self, field.name)
-            if field.name not in ("kinds", "seed") and value is not None and value < 1:
-                raise ConfigError(f"--{field.name.replace('_', '-')} {value}: at least 1")
+    seed: Suppress[int] = 0  # the flag is that of Training
 
 
 @dataclass(frozen=True)
-class Training:
-    """Settings of a run; those of the schedule are explained in :class:`cas.training.schedule.Schedule`."""
+class Training(_Checked):  # those of the schedule are explained in cas.training.schedule.Schedule
+    """Joint training."""
 
     epochs: float = 8.0
     """Passes over all conversations."""
@@ -125,7 +168,7 @@ class Training:
     """Probability that a conversation sees its own cartridge alone; 1 is isolated training."""
     max_distractors: int = 10
     """Else it sees 1 to so many others as well."""
-    guests: int = 0
+    guests: Annotated[int, arg(aliases=("--frozen-distractors",))] = 0
     """Read-only cartridges from outside the pool among the distractors."""
     rotate_every: int = 10
     """Steps between rotations of the pool."""
@@ -140,51 +183,50 @@ class Training:
     seed: int = 0
     """Seed of everything random."""
 
-    def __post_init__(self) -> None:
-        for field in fields(Training):
-            name, value = field.name, getattr(self, field.name)
-            flag = f"--{name.replace('_', '-')} {value}"
-            if value is None:
-                continue
-            if name in ("pool", "targets", "per_target", "rotate_every", "checkpoint_every") and value < 1:
-                raise ConfigError(f"{flag}: at least 1")
-            if name in ("guests", "max_distractors", "warmup", "steps") and value < 0:
-                raise ConfigError(f"{flag}: at least 0")
-            if name in ("isolation", "rotate_fraction", "final_lr") and not 0 <= value <= 1:
-                raise ConfigError(f"{flag}: from 0 to 1")
-            if name in ("lr", "epochs") and not 0 < value < math.inf:
-                raise ConfigError(f"{flag}: more than 0")
-            if name == "objective" and value not in ("distillation", "next-token"):
-                raise ConfigError(f"{flag}: choose distillation or next-token")
-
 
 @dataclass(frozen=True)
-class TrainConfig(Training, SelfStudy, Inputs):
-    """Train a collection of cartridges: self-study, joint training, retrieval index. Resumes by itself."""
+class MemoryOptions:
+    """How much memory training may take."""
 
     budget: str | None = None
     """All device memory that training may take, e.g. 6GiB; default no limit but the machine's."""
     host_memory: str = "0"
     """Memory for cartridges outside the pool, e.g. 2GiB; never changes a result."""
-    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Sentence embedder of the retrieval index."""
-    dry_run: bool = False
-    """Print the plan and stop; writes nothing (but a GGUF model is unpacked, once)."""
-
-    def __post_init__(self) -> None:
-        """Nothing is checked while flags are parsed, whose errors look otherwise; see :meth:`part`."""
-
-    def part(self, kind: type[_C]) -> _C:
-        """The settings of one kind, :class:`SelfStudy` or :class:`Training`, by themselves. Raises: ConfigError."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class QueryConfig:
+class OutputOptions:
+    """The store, and how the command runs."""
+
+    store: str | None = None
+    """Folder of the cartridges; default $CAS_STORE, else runs/<collection>."""
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence embedder of the retrieval index."""
+    config: str | None = None
+    """A YAML file with any of these options; flags win over it."""
+    dry_run: bool = False
+    """Print the plan and stop; writes nothing (but a GGUF model is unpacked, once)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(  # the fields of the last base come first
+    OutputOptions, MemoryOptions, Training, SelfStudy, CartridgeOptions, ModelOptions, CollectionOptions
+):
+    """Train a collection of cartridges: self-study, joint training, retrieval index. Resumes by itself."""
+
+    def part(self, kind: type[_C]) -> _C:
+        """The options of one group, such as :class:`Training`, by themselves."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(cast(Any, kind))})
+
+
+@dataclass(frozen=True)
+class QueryConfig(_Checked):
     """Answer questions from a trained collection. Without a question, a prompt that keeps the model loaded."""
 
     question: str | None = None
     """The question; may also stand bare, in quotes."""
+    bare: Positional[tuple[str, ...]] = ()
+    """The question, in quotes."""
     store: str | None = None
     """The store; default $CAS_STORE, else the newest under runs/."""
     retrieve_k: int = 4
@@ -202,19 +244,92 @@ class QueryConfig:
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence embedder; the one the index was made with."""
 
+    def __post_init__(self) -> None:
+        """The bare word is the question. Raises: ConfigError for several."""
+        super().__post_init__()
+        if len(self.bare) > 1:
+            raise ConfigError(f'put the question into quotes: "{" ".join(self.bare)}"')
+        if self.bare:
+            object.__setattr__(self, "question", self.bare[0])
 
-def parse(kind: type[_C], program: str, arguments: Sequence[str]) -> _C:
-    """Flags over a YAML file over defaults. Exits with status 2 for unknown or malformed flags, as argparse does.
 
-    Raises: ConfigError for a bad YAML file.
+def parse(kind: type[_C], program: str, arguments: Sequence[str] | None = None) -> _C:
+    """Flags (default: those of this process) over the YAML file that --config names over defaults.
+
+    Exits with status 2 for unknown or malformed flags, as argparse does. Raises: ConfigError for a bad value or YAML file.
     """
-    import tyro
+    config = _read(kind, program, arguments, {})
+    file = getattr(config, "config", None)
+    return _read(kind, program, arguments, _from_yaml(kind, file)) if file else config
 
-    if "question" in {f.name for f in fields(kind)}:  # type: ignore[arg-type]
-        arguments = _positional(arguments)
-    file = _value_of(arguments, "--config")
-    default = kind(**_from_yaml(kind, file)) if file else kind()
-    return tyro.cli(kind, prog=program, args=list(arguments), default=default, config=(tyro.conf.FlagCreatePairsOff,))
+
+def _read(kind: type[_C], program: str, arguments: Sequence[str] | None, defaults: dict[str, Any]) -> _C:
+    """The flags over ``defaults``, {field: value}. The dataclasses that ``kind`` inherits from are the groups of ``--help``."""
+    groups = {_title(base): base for base in reversed(kind.__bases__) if is_dataclass(base)}
+    shape = make_dataclass(kind.__name__, groups.items()) if groups else kind
+
+    def filled(group: Any) -> Any:
+        return group(**{f.name: defaults[f.name] for f in fields(group) if f.name in defaults})
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            read: Any = tyro.cli(
+                cast(Any, shape),
+                prog=program,
+                description=kind.__doc__,
+                args=arguments,
+                default=shape(**{title: filled(base) for title, base in groups.items()}) if groups else filled(kind),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        if cause is not None:  # tyro exits for any ValueError; ours are one line already
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
+    if not groups:
+        return cast(_C, read)
+    parts = [getattr(read, title) for title in groups]  # the seed is in two; the later one, of Training, has the flag
+    return kind(**{field.name: getattr(part, field.name) for part in parts for field in fields(part)})
+
+
+def _title(group: type) -> str:
+    """``SelfStudy``: self_study; ``ModelOptions``: model."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
+
+
+def _from_yaml(kind: type, file: str) -> dict[str, Any]:
+    """{field: value} of a file, each value of the type that the flag takes. Raises: ConfigError with file and key."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {file}: needs lines of the form 'option: value'")
+    types, values = get_type_hints(kind), dict[str, Any]()
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        name = _YAML_NAMES.get(name, name)
+        if name not in types:
+            raise ConfigError(f"--config {file}: unknown option {key!r}; options are those of --help, with _ or -")
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(types[name], set()))
+        assert isinstance(spec, PrimitiveConstructorSpec)
+        typed = tuple(value) if isinstance(value, list) else value
+        if type(typed) is int and not spec.is_instance(typed):
+            typed = str(typed)  # such as a revision of digits
+        if not spec.is_instance(typed) or (isinstance(typed, bool) and types[name] is not bool):
+            raise ConfigError(f"--config {file}: {key}: {value!r} is not {spec.metavar}")
+        values[name] = spec.instance_from_str(spec.str_from_instance(typed))  # 1 is 1.0 where a float is due
+    try:
+        kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    return values
 
 
 def memory(text: str, option: str) -> int:
@@ -245,74 +360,3 @@ def store_folder(given: str | None, collection: str | None = None) -> Path:
         )
     print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
     return stores[-1].parent
-
-
-def _positional(arguments: Sequence[str]) -> list[str]:
-    """``query "Which valve?"`` as ``query --question "Which valve?"``: the one bare word is the question; behind ``--`` it
-    may begin with a dash."""
-    flags = {"--json", "--help", "-h"}
-    out, expects, bare = [], False, list[str]()
-    for at, argument in enumerate(arguments):
-        if argument == "--":
-            bare += arguments[at + 1 :]
-            break
-        if not expects and not argument.startswith("-"):
-            bare.append(argument)
-            continue
-        expects = not expects and argument.startswith("--") and "=" not in argument and argument not in flags
-        out.append(argument)
-    if len(bare) > 1:
-        raise ConfigError(f'put the question into quotes: "{" ".join(bare)}"')
-    return out + [f"--question={word}" for word in bare]
-
-
-def _value_of(arguments: Sequence[str], flag: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
-
-
-def _from_yaml(kind: type, file: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"--config {file}: needs lines of the form 'option: value'")
-    known = {f.name: f for f in fields(kind)}
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"--config {file}: unknown option {key!r}; options are those of --help, with _ or -")
-        found[name] = _checked(known[name], value, f"--config {file}: {key}")
-    return found
-
-
-def _checked(field: Any, value: Any, where: str) -> Any:
-    """A YAML value as the field's type; its declared type is a string such as ``int | None``."""
-    declared = str(field.type)
-    if value is None and "None" in declared:
-        return None
-    if declared.startswith("Literal"):
-        choices = get_args(eval(declared, {"Literal": Literal}))
-        if value in choices:
-            return value
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}")
-    if declared.startswith("tuple") and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if declared == "bool" and isinstance(value, bool):
-        return value
-    if declared.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if declared.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if declared.startswith("str") and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
-    default = "" if field.default is MISSING else f" (as in {field.default!r})"
-    raise ConfigError(f"{where}: {value!r} is not of type {declared}{default}")

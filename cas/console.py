@@ -1,9 +1,11 @@
-"""What all command lines share: one line for an error, the exit status, Ctrl-C, progress on stderr."""
+"""What all command lines share: one line for an error, the exit status, Ctrl-C, harmless output, progress on stderr."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -12,6 +14,18 @@ from typing import Any
 
 from cas.errors import CasError
 
+# Errors of other packages that end a command with one line: {package.class: exit status}, by name so that none is imported.
+_FOREIGN = {
+    "retrieval.EmbedderUnavailable": 2,
+    "lmdb.Error": 1,
+    "torch.OutOfMemoryError": 1,
+    "builtins.MemoryError": 1,
+    "builtins.OSError": 1,
+}
+# What steers a terminal: control characters but tab and newline, line separators, changes of the writing direction; and
+# lone surrogates, which cannot be written.
+_STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def run(main: Callable[[], int]) -> int:
     """Call a command and turn what it raises, or warns of, into one line on stderr and an exit status."""
@@ -19,18 +33,49 @@ def run(main: Callable[[], int]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(transformers|sentence_transformers|torch)\b.*")
-            warnings.showwarning = lambda message, *_, **__: print(f"cas: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: complain(str(message))
             return main()
     except CasError as error:
-        print(f"cas: {error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_status
     except KeyboardInterrupt:
-        print("cas: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__]
+        status = next((_FOREIGN[name] for name in names if name in _FOREIGN), None)
+        if status is None:
+            raise
+        complain(_reason(error))
+        return status
+
+
+def complain(line: str) -> None:
+    """Print a mistake or a warning on stderr."""
+    print(f"cas: {harmless(line)}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error that is not ours, with the file's name if it has one."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def harmless(text: str) -> str:
+    """Text without the characters that could steer a terminal; all others, such as no-break spaces, are kept."""
+    return _STEERS.sub("\ufffd", text)
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line that is as harmless; its reader gets every character back."""
+    return _STEERS.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 class Interrupt:
@@ -40,10 +85,10 @@ class Interrupt:
         self.signal: int | None = None
 
     def __call__(self) -> bool:
-        """Whether somebody wants us to stop."""
+        """Whether the work has been asked to stop."""
         return self.signal is not None
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
@@ -52,7 +97,7 @@ class Interrupt:
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interrupt]:
         """Handle the signals inside; the former handlers come back."""
-        before = {s: signal.signal(s, self._heard) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:

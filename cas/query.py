@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, open, answer. Returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     return console.run(lambda: query(parse(QueryConfig, "python -m cas.query", arguments)))
 
 
@@ -39,8 +37,6 @@ def query(config: QueryConfig) -> int:
             )
         if config.question is not None and not config.question.strip():
             raise UserError("the question is empty")
-        if config.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {config.max_new_tokens}: at least 1")
         model = FrozenModel.from_store(store, dtype=config.dtype, device=config.device)
         embedder = None if config.documents else load_embedder(config.embedder)
         answerer = Answerer(model, store, embedder)
@@ -65,11 +61,11 @@ def _prompt(answerer: Answerer, config: QueryConfig) -> int:
         if not line.strip():
             continue
         if not (interactive or config.json):
-            print(_harmless(line.strip()))
+            print(console.harmless(line.strip()))
         try:
             _answer(answerer, config, line.strip())
         except CasError as error:
-            print(f"cas: {error}", file=sys.stderr)
+            console.complain(str(error))
             status = error.exit_status
 
 
@@ -85,11 +81,11 @@ def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:
         nonlocal begun
         text = text if begun else text.lstrip()  # a first token often begins with a space
         begun = begun or bool(text)
-        print(_harmless(text), end="", flush=True)
+        print(console.harmless(text), end="", flush=True)
 
     answer = answerer.ask(question, config.retrieve_k, chosen, config.max_new_tokens, on_text=write if stream else None)
     if config.json:
-        print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
+        print(console.to_json(answer.to_dict()), flush=True)
     else:
         print(f"\n\n{_summary(answer)}", flush=True)
 
@@ -100,18 +96,13 @@ def _summary(answer: Answer) -> str:
     for c in sorted(answer.cartridges, key=lambda c: -c.attention):
         score = "     " if c.score is None else f"{c.score:5.2f}"
         lines.append(
-            f"  {score}  {c.attention:6.1%} of the attention  {_harmless(c.id)}"
-            + (f"  ({_harmless(c.title)})" if c.title != c.id else "")
+            f"  {score}  {c.attention:6.1%} of the attention  {console.harmless(c.id)}"
+            + (f"  ({console.harmless(c.title)})" if c.title != c.id else "")
         )
     t, s = answer.tokens, answer.timings
     used = f"{t['cartridge']} cartridge positions, {t['prompt']} prompt tokens, {t['answer']} answer tokens"
     took = ", ".join(f"{name} {s[f'{name}_s']:.2f} s" for name in ("retrieve", "load", "prefill", "decode"))
     return "\n".join([*lines, f"  {used}, {answer.bytes / 2**20:.1f} MiB of KV", f"  {took}"])
-
-
-def _harmless(text: str) -> str:
-    """Text without the control characters that could steer a terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def make_plan(
         longest=longest,
         rows=rows,
         decoded=most_positions(model),
-        matched=min(max(tokens), LONGEST) if config.initialisation == "matched" else 0,
+        matched=min(max(tokens), LONGEST) if config.initialization == "matched" else 0,
         matched_on=TOKENS,
     )
     try:
@@ -320,7 +320,7 @@ def _open_or_create(folder: Path, model: FrozenModel, config: TrainConfig, ratio
         "tokens": tokens,
         "ratio": ratio,
         "positions": config.positions,
-        "initialisation": config.initialisation,
+        "initialisation": config.initialization,
         "seed": config.seed,
     }
     if not Store.exists(folder):

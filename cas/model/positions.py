@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from cas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Positions = Literal["fixed", "offset", "sequential"]
 
@@ -59,6 +59,8 @@ class Rope:
             keys: [..., S, D]; by: integer [..., S], broadcast against keys. Computed in float32.
         Returns: keys' shape and dtype.
         """
+        import torch  # here: a store's cartridges are listed without it
+
         frequency = self.frequencies[layer].to(keys.device)
         half = frequency.shape[0]
         angle = by.to(keys.device, torch.float32)[..., None] * frequency

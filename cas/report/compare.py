@@ -74,9 +74,9 @@ class Config:
     """Seed of the split into validation and test questions."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison. Returns the exit status."""
-    return console.run(lambda: compare(parse(Config, "python -m cas.report", sys.argv[1:])))
+    return console.run(lambda: compare(parse(Config, "python -m cas.report", arguments)))
 
 
 def compare(config: Config) -> int:

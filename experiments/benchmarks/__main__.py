@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +38,9 @@ class Config:
     """How often each ratio is measured."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure. Returns the exit status."""
-    return console.run(lambda: run(parse(Config, "python -m experiments.benchmarks", sys.argv[1:])))
+    return console.run(lambda: run(parse(Config, "python -m experiments.benchmarks", arguments)))
 
 
 def run(config: Config) -> int:

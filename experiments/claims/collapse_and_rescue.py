@@ -124,9 +124,9 @@ class Config:
     training), or names of trainings."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment. Returns the exit status."""
-    return console.run(lambda: experiment(parse(Config, "python -m experiments.collapse_and_rescue", sys.argv[1:])))
+    return console.run(lambda: experiment(parse(Config, "python -m experiments.collapse_and_rescue", arguments)))
 
 
 def experiment(config: Config) -> int:

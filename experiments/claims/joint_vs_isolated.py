@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -79,9 +80,9 @@ class Config:
     """Record the answers too: for texts of our own only."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment. Returns the exit status."""
-    return console.run(lambda: experiment(parse(Config, "python -m experiments.joint_vs_isolated", sys.argv[1:])))
+    return console.run(lambda: experiment(parse(Config, "python -m experiments.joint_vs_isolated", arguments)))
 
 
 def experiment(config: Config) -> int:

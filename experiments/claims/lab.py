@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -331,19 +330,19 @@ def load(name: str) -> Claim:
     return claim
 
 
-def told(command: str) -> Config:
+def told(command: str, arguments: Sequence[str] | None) -> Config:
     """The command line. Raises ConfigError for a world that is too small for what the claims load."""
-    config = parse(Config, f"python -m experiments.{command}", sys.argv[1:])
+    config = parse(Config, f"python -m experiments.{command}", arguments)
     if config.documents < 20:
         raise ConfigError(f"--documents {config.documents}: at least 20, since up to 20 cartridges are loaded together")
     return config
 
 
-def main_of(claim: Claim) -> int:
+def main_of(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     """The command of one claim. Returns the exit status."""
 
     def body() -> int:
-        config = told(claim.name)
+        config = told(claim.name, arguments)
         if claim.not_run:
             print(f"{claim.title}: not run: {claim.not_run}")
         else:
@@ -353,11 +352,11 @@ def main_of(claim: Claim) -> int:
     return console.run(body)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """All claims, in order. Returns the exit status."""
 
     def body() -> int:
-        config = told("claims")
+        config = told("claims", arguments)
         model = FrozenModel.from_pretrained(config.model)
         for name in NAMES:
             claim = load(name)

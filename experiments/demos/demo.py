@@ -50,9 +50,9 @@ class DemoConfig:
     """Seed of everything random."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit status."""
-    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo", sys.argv[1:])))
+    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo", arguments)))
 
 
 def demo(config: DemoConfig) -> int:
@@ -75,7 +75,7 @@ def demo(config: DemoConfig) -> int:
         collection="million_tokens",
         documents=config.documents,
         store=config.output,
-        initialisation="matched",
+        initialization="matched",
         pool=config.documents // 10,
         targets=min(4, config.documents // 10),
         guests=9,

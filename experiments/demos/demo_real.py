@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
-from cas.config import Initialization, TrainConfig, parse
+from cas.config import InitializationOption, TrainConfig, parse
 from cas.errors import RunError
 
 ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
@@ -30,15 +31,15 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
-    initialisation: Initialization = "matched"
+    initialization: InitializationOption = "matched"
     """What cartridges start from."""
     seed: int = 0
     """Seed of everything random."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit status."""
-    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo_real", sys.argv[1:])))
+    return console.run(lambda: demo(parse(DemoConfig, "python -m experiments.demo_real", arguments)))
 
 
 def demo(config: DemoConfig) -> int:
@@ -68,7 +69,7 @@ def demo(config: DemoConfig) -> int:
         conversations=config.conversations,
         epochs=config.epochs,
         lr=config.lr,
-        initialisation=config.initialisation,
+        initialization=config.initialization,
         seed=config.seed,
         rotate_every=24,
     )

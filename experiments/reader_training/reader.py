@@ -52,9 +52,9 @@ class Config:
     """Compute type."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure. Returns the exit status."""
-    return console.run(lambda: experiment(parse(Config, "python -m experiments.reader", sys.argv[1:])))
+    return console.run(lambda: experiment(parse(Config, "python -m experiments.reader", arguments)))
 
 
 def experiment(config: Config) -> int:

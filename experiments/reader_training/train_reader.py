@@ -405,11 +405,11 @@ def _refuse(config: Config) -> None:
         raise ConfigError(f"{config.output} was begun with another --{changed[0]}; give another --output")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or go on. Returns the exit status."""
 
     def train() -> int:
-        config = parse(Config, "python -m experiments.train_reader", sys.argv[1:])
+        config = parse(Config, "python -m experiments.train_reader", arguments)
         _refuse(config)
         trainer = Trainer(config)
         (trainer.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")

@@ -280,7 +280,7 @@ def test_unknown_kinds_are_refused_before_anything_is_written(
     new_store: Callable[..., Store], model: FrozenModel, kinds: tuple[str, ...]
 ) -> None:
     store = new_store()
-    with pytest.raises(ConfigError, match=r"choose from question, structuring, summarisation, use case, creative"):
+    with pytest.raises(ConfigError, match=r"choose from question, structuring, summarization, use case, creative"):
         synthesize(model, wells(3), store, kinds=kinds)
     assert stored_keys(store) == {"meta"} and not (store.folder / "conversations").exists()
 
