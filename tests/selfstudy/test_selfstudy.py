@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -25,8 +26,19 @@ from cas.model.decoding import Generation, Prompt
 from cas.model.frozen import FrozenModel, Source
 from cas.selfstudy import synthesize as selfstudy
 from cas.selfstudy.conversations import Conversation, Conversations, write_unit
-from cas.selfstudy.seed_prompts import EXAMPLE, SEEDS, bad_answer, bad_question, loops, normal, words
-from cas.selfstudy.synthesize import SelfStudy, _Teacher, synthesize
+from cas.selfstudy.planners import (
+    MAX_RETRIES_PER_DOCUMENT,
+    Call,
+    CoveragePlanner,
+    History,
+    SentencePlanner,
+    make_planner,
+    sentence_windows,
+    split_documents,
+)
+from cas.selfstudy.prompt_styles import INSTRUCT, READER, PromptStyle
+from cas.selfstudy.seed_prompts import EXAMPLE, SEED_PROMPTS, bad_answer, bad_question, loops, normal, words
+from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize
 from cas.store.store import Store
 from retrieval.chunk import with_title
 
@@ -98,7 +110,7 @@ def test_conversations(new_store: Callable[..., Store], model: FrozenModel, writ
         assert len({normal(c.question) for c in items}) == len(items)  # no question twice
         for c in items:
             assert c.document == name and c.question.endswith("?") and documents[name].title in c.question
-            style = next(s.style for s in SEEDS if s.kind == c.kind)
+            style = next(s.answer_suffix for s in SEED_PROMPTS if s.kind == c.kind)
             assert model.decode(c.prompt.tolist()) == (c.question + style).strip()
             assert c.answer[-1] in stop and not set(c.answer[:-1].tolist()) & stop
             assert c.top_ids.shape == c.top_logprobs.shape == (len(c.answer), 5)
@@ -109,7 +121,7 @@ def test_conversations(new_store: Callable[..., Store], model: FrozenModel, writ
             tokens = c.tokens(model)
             expected = [*template.footer_ids, *c.prompt, *template.suffix_ids, *c.answer]
             assert [*tokens, c.answer[-1]] == expected
-    assert {c.kind for items in found.by_document.values() for c in items} == {s.kind for s in SEEDS}
+    assert {c.kind for items in found.by_document.values() for c in items} == {s.kind for s in SEED_PROMPTS}
 
 
 def test_what_is_dropped_is_counted_by_reason(
@@ -285,12 +297,12 @@ def test_unknown_kinds_are_refused_before_anything_is_written(
     assert stored_keys(store) == {"meta"} and not (store.folder / "conversations").exists()
 
 
-@pytest.mark.parametrize("kind", [s.kind for s in SEEDS])
+@pytest.mark.parametrize("kind", [s.kind for s in SEED_PROMPTS])
 def test_one_kind_alone(new_store: Callable[..., Store], model: FrozenModel, writer: Writer, kind: str) -> None:
     found = synthesize(model, wells(10), new_store(), **(SMALL | {"kinds": (kind,), "conversations": 4}))
     openings = [
         o
-        for s in SEEDS
+        for s in SEED_PROMPTS
         if s.kind == kind
         for deed in DEEDS
         for o in s.openings_for(f"Alder Well {deed}.", "Alder Well")
@@ -323,16 +335,16 @@ def test_a_document_about_which_nothing_is_kept_is_left_out(
     """After calls of its own; and the other documents, short as they are beside a long one, are heard soon."""
     sound, asked = selfstudy.bad_question, Counter[str]()
 
-    def refusing(question: str, title: str, text: str, wanders: bool) -> str | None:
+    def refusing(question: str, title: str, text: str, check_topic: bool) -> str | None:
         asked[title] += 1
-        return "off topic" if title == "Birch Well" else sound(question, title, text, wanders)
+        return "off topic" if title == "Birch Well" else sound(question, title, text, check_topic)
 
     monkeypatch.setattr(selfstudy, "bad_question", refusing)
     store, settings = new_store(), SMALL | {"conversations": 3}
     documents = wells(60, 1, 1, 1)
     found = synthesize(model, documents, store, **settings)
     assert set(found.by_document) == {d.id for d in documents.documents} - {"birch"}
-    assert found.dropped["off topic"] >= asked["Birch Well"] >= selfstudy.MAX_RETRIES_PER_DOCUMENT
+    assert found.dropped["off topic"] >= asked["Birch Well"] >= MAX_RETRIES_PER_DOCUMENT
     assert asked["Alder Well"] < 12 * 5 * 4  # not the whole long document for the sake of a short one
     assert plain(synthesize(model, documents, store, **settings)) == plain(found)  # from its files
 
@@ -387,19 +399,19 @@ def test_damage_is_found_wherever_it_is(unit: tuple[Store, Path], model: FrozenM
 
 def test_documents_are_visited_in_proportion_to_their_length(model: FrozenModel) -> None:
     documents = wells(10, 2, 5, 1, 8)
-    teacher = _Teacher(model, documents, SelfStudy(chunk_tokens=60))
+    planner = CoveragePlanner(split_documents(model, documents), INSTRUCT, SelfStudy(chunk_tokens=60))
     lengths = {
         d.id: sum(len(model.encode(f"{s}.")) for s in d.text.rstrip(".").split(". ")) for d in documents.documents
     }
     calls, covered = Counter[str](), {d.id: set[str]() for d in documents.documents}
     for call in range(600):
-        document, first, sentences = teacher._window(call)
-        assert teacher.sentences[document.id][first][0] == sentences[0]
+        source, window = planner.window(call)
+        document, sentences = source.document, source.sentences[window.start : window.stop]
         calls[document.id] += 1
         covered[document.id].update(sentences)
         assert " ".join(sentences) in document.text  # whole sentences, side by side
         assert len(sentences) == 1 or sum(len(model.encode(s)) for s in sentences) <= 60
-        assert teacher._window(call)[2] == sentences
+        assert planner.window(call) == (source, window)
     for name, length in lengths.items():
         assert calls[name] / 600 == pytest.approx(length / sum(lengths.values()), abs=0.01)
     assert all(len(covered[d.id]) == d.text.count(".") for d in documents.documents)
@@ -409,11 +421,11 @@ def test_how_many_are_wanted(model: FrozenModel) -> None:
     """A quarter of the tokens, at least 64 a document; or what is asked for."""
     long = Document("long", "Long", " ".join(f"Alder Well number {n} was dug by Tom Reed." for n in range(60)))
     documents = Collection("two", (long, *wells(3).documents))
-    teacher = _Teacher(model, documents, SelfStudy())
-    tokens = dict(zip(teacher.ids, teacher.lengths, strict=True))
+    sources = split_documents(model, documents)
+    tokens = {source.document.id: sum(source.lengths) for source in sources}
     assert tokens["long"] > 4 * 64 > tokens["alder"]
-    assert teacher.wanted == tokens["long"] // 4 + 64
-    assert _Teacher(model, documents, SelfStudy(conversations=7)).wanted == 7
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy()).target == tokens["long"] // 4 + 64
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy(conversations=7)).target == 7
 
 
 def test_the_teacher_s_probabilities_are_those_of_a_plain_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,12 +436,9 @@ def test_the_teacher_s_probabilities_are_those_of_a_plain_pass(monkeypatch: pyte
     monkeypatch.setattr(selfstudy, "bad_question", lambda *_: None)
     monkeypatch.setattr(selfstudy, "bad_answer", lambda *_: None)
     documents = wells(4, 4)
-    teacher = _Teacher(
-        model,
-        documents,
-        SelfStudy(questions_per_call=10, question_tokens=12, answer_tokens=12, top_k=9, calls_per_unit=4),
-    )
-    found, _ = teacher.unit(0)
+    study = SelfStudy(questions_per_call=10, question_tokens=12, answer_tokens=12, top_k=9, calls_per_unit=4)
+    calls = CoveragePlanner(split_documents(model, documents), INSTRUCT, study).plan(0, History())
+    found, _ = Teacher(model, INSTRUCT, study).converse(calls, {})
     assert len(found) > 6 and {c.document for c in found} == {"alder", "birch"}
     assert max(len(c.answer) for c in found) > 3
     template = model.template
@@ -530,8 +539,8 @@ def test_loops() -> None:
 
 def test_seed_prompts_lead_by_example() -> None:
     """Five kinds; each example is a question that the filters would keep, opened in one of the kind's own ways."""
-    assert tuple(s.kind for s in SEEDS) == KINDS and len(set(KINDS)) == 5
-    for seed in SEEDS:
+    assert tuple(s.kind for s in SEED_PROMPTS) == KINDS and len(set(KINDS)) == 5
+    for seed in SEED_PROMPTS:
         for example in seed.examples:
             assert bad_question(example, "Marrow Bridge", EXAMPLE) is None, example
             assert example in seed.instruction()
@@ -548,34 +557,73 @@ def test_a_question_about_our_example_is_off_topic() -> None:
 
 def test_no_sentence_is_asked_the_same_way_twice_before_all_were(model: FrozenModel) -> None:
     documents, settings = wells(3), SelfStudy(questions_per_call=5, kinds=("structuring",))
-    seed = next(s for s in SEEDS if s.kind == "structuring")
+    seed = next(s for s in SEED_PROMPTS if s.kind == "structuring")
     sentences = [f"{sentence}." for sentence in documents["alder"].text.rstrip(".").split(". ")]
     everything = {
         (sentence, opening) for sentence in sentences for opening in seed.openings_for(sentence, "Alder Well")
     }
-    teacher, tried, number = _Teacher(model, documents, settings), list[tuple[str, str]](), 0
+    planner = CoveragePlanner(split_documents(model, documents), INSTRUCT, settings)
+    history, tried, number = History(), list[tuple[str, str]](), 0
     while len(tried) < len(everything):
-        call = teacher._call(number)
+        call = planner.call(number, history.tried)
         assert call.temperatures == (0,) and len(call.pairs) == min(5, len(everything) - len(tried))
-        tried += call.pairs
+        tried += call.text_pairs
+        history.add([call], [], Counter())
         number += 1
     assert len(tried) == len(set(tried)) and set(tried) == everything
-    again = teacher._call(number)
-    assert again.temperatures == (0.7,) and len(again.pairs) == 5 and set(again.pairs) <= everything
-    other = _Teacher(model, documents, settings)
+    again = planner.call(number, history.tried)
+    assert again.temperatures == (0.7,) and len(again.pairs) == 5 and set(again.text_pairs) <= everything
+    other, rebuilt = CoveragePlanner(split_documents(model, documents), INSTRUCT, settings), History()
     for unit in range(number // 2):
-        other.replay(unit, [])
+        rebuilt.add(other.plan(unit, rebuilt), [], Counter())
     if number % 2:
-        other._call(number - 1)
-    assert other._call(number) == again
+        rebuilt.add([other.call(number - 1, rebuilt.tried)], [], Counter())
+    assert other.call(number, rebuilt.tried) == again
+
+
+@pytest.mark.parametrize("style", [INSTRUCT, READER])
+def test_a_plan_depends_on_nothing_but_its_arguments(model: FrozenModel, style: PromptStyle) -> None:
+    """Units planned twice, in any order, ask the same; planning changes no history."""
+    planner = make_planner(split_documents(model, wells(6, 4, 9)), style, SelfStudy(questions_per_call=4))
+    assert isinstance(planner, SentencePlanner if style is READER else CoveragePlanner)
+    history, before = History(), list[tuple[History, list[Call]]]()
+    for unit in range(5):
+        calls = planner.plan(unit, history)
+        before.append((copy.deepcopy(history), calls))
+        history.add(calls, [], Counter())
+    for unit in (3, 0, 4, 2, 1):
+        given, calls = before[unit]
+        unchanged = copy.deepcopy(given)
+        assert planner.plan(unit, given) == calls and given == unchanged
+
+
+def test_retries_are_about_silent_documents_in_turn(model: FrozenModel) -> None:
+    planner = CoveragePlanner(split_documents(model, wells(9, 1, 2)), INSTRUCT, SelfStudy(conversations=1))
+    history = History(kept=1, questions={"alder": {"who dug alder well"}})
+    asked, unit = Counter[str](), 0
+    while calls := planner.plan(unit, history):
+        assert all(call.is_retry for call in calls)
+        asked.update(call.document.id for call in calls)
+        history.add(calls, [], Counter())
+        unit += 1
+    assert asked == {"birch": MAX_RETRIES_PER_DOCUMENT, "cedar": MAX_RETRIES_PER_DOCUMENT}
+
+
+def test_documents_without_a_word_are_left_out(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    blank = Document("zero", "Zero", "* * *")
+    found = synthesize(model, Collection("some", (*wells(4).documents, blank)), new_store(), **SMALL)
+    assert set(found.by_document) == {"alder"}
+    assert CoveragePlanner([], INSTRUCT, SelfStudy(conversations=5)).plan(0, History()) == []
 
 
 def test_openings() -> None:
-    seed = dataclasses.replace(SEEDS[0], openings=("Who", "What is the {word}"))
+    seed = dataclasses.replace(SEED_PROMPTS[0], openings=("Who", "What is the {word}"))
     assert seed.openings_for("Alder Well was dug by Tom Reed in 1911.", "Alder Well") == ["Who", "What is the dug"]
     found = seed.openings_for("The well has an oak lid and an oak rope.", "Alder Well")
     assert found == ["Who", "What is the oak", "What is the lid", "What is the rope"]
-    for seed in SEEDS:
+    for seed in SEED_PROMPTS:
         found = seed.openings_for(EXAMPLE, "Marrow Bridge")
         assert len(found) == len(set(found)) and not any("{" in opening for opening in found)
 
@@ -700,7 +748,7 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(20, 200))
 @settings(max_examples=200, deadline=None)
 def test_windows_are_for_every_sentence_once(lengths: list[int], most: int) -> None:
-    windows = selfstudy._windows(lengths, most)
+    windows = sentence_windows(lengths, most)
     assert [i for _, rows in windows for i in rows] == list(range(len(lengths)))
     for read, rows in windows:
         assert read.start <= rows.start and read.stop == rows.stop
