@@ -1,4 +1,4 @@
-"""Training conversations: one question and answer each, with the teacher's probabilities; a Parquet file per unit of work.
+"""Training conversations: a question, its answer and the teacher's probabilities; one Parquet file per unit.
 
 Training reads them from one memory-mapped Arrow file made of all units, so memory does not grow with the collection.
 """
@@ -23,7 +23,7 @@ _COLUMNS = ("document", "kind", "question", "prompt", "answer", "top_ids", "top_
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question and answer. ``answer`` ends with the end-of-turn token; ``top_ids``, ``top_logprobs``: [answer, K]."""
+    """One question and answer. ``answer`` ends with the end-of-turn token; ``top_*``: [answer, K]."""
 
     document: str
     kind: str
@@ -41,7 +41,7 @@ class Conversation:
 
 
 class Conversations:
-    """All training conversations of a store, by document; ``dropped`` counts dropped questions and answers by reason."""
+    """All conversations of a store, by document; ``dropped`` counts dropped questions and answers by reason."""
 
     def __init__(self, items: Iterable[Conversation], dropped: dict[str, int]) -> None:
         self.dropped = dropped
@@ -56,8 +56,9 @@ class Conversations:
 
     @classmethod
     def load(cls, folder: Path, units: int | None = None) -> Conversations:
-        """Open all finished units of a store's ``conversations`` folder, or the first ``units`` of them. Each conversation is
-        read from disk when it is used. Raises: RunError for a damaged unit, or when the disk is full."""
+        """Open all finished units of a store's ``conversations`` folder, or the first ``units`` of them. Each
+        conversation is read from disk when it is used. Raises: RunError for a damaged unit, or when the disk is
+        full."""
         files = sorted(folder.glob("unit-*.parquet"))[:units]
         joined = folder / "units.arrow"
         conversations = cls((), dict(_join(files, joined)))  # rebuilt every time: only the units have checksums
@@ -148,8 +149,8 @@ def _schema() -> Any:
 
 
 def write_unit(file: Path, items: Sequence[Conversation], dropped: Counter[str], made_with: str) -> None:
-    """Write one unit's conversations, completely or not at all. ``made_with``: JSON of everything that must be the same for
-    the unit to be used again."""
+    """Write one unit's conversations, completely or not at all. ``made_with``: JSON of everything that must be the same
+    for the unit to be used again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

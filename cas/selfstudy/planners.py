@@ -1,7 +1,8 @@
 """What each call of self-study asks about: two planners behind one protocol.
 
-A plan is a pure function of the settings, the number of the call and what earlier units asked and kept, which the caller
-passes in as a :class:`History`. An interrupted synthesis rebuilds the history from finished units, and so plans the same.
+A plan is a pure function of the settings, the number of the call and what earlier units asked and kept, which the
+caller passes in as a :class:`History`. An interrupted synthesis rebuilds the history from finished units, and so plans
+the same.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def split_documents(model: FrozenModel, documents: Collection) -> list[SplitDocu
 
 @dataclass(frozen=True)
 class Call:
-    """What one call asks: a window of sentences that the model reads, one kind of question, and (sentence, opening) pairs,
-    each of which gets one question at each of the temperatures."""
+    """What one call asks: a window of sentences that the model reads, one kind of question, and (sentence, opening)
+    pairs, each of which gets one question at each of the temperatures."""
 
     number: int
     source: SplitDocument
@@ -129,14 +130,14 @@ class Planner(Protocol):
 
 
 def make_planner(sources: Sequence[SplitDocument], style: PromptStyle, settings: SelfStudy) -> Planner:
-    """The planner for a kind of model: every sentence once where its style says so and no number of conversations is set."""
+    """Every sentence once where the style says so and no number of conversations is set; otherwise sampling."""
     if style.every_sentence and settings.conversations is None:
         return SentencePlanner(sources, style, settings)
     return CoveragePlanner(sources, style, settings)
 
 
 class SentencePlanner:
-    """Asks about every sentence once in every kind, in a random order: one greedy question and further sampled wordings."""
+    """Asks about every sentence once in every kind, in random order: a greedy question and sampled wordings."""
 
     every_sentence = True
 
@@ -171,8 +172,8 @@ class SentencePlanner:
 class CoveragePlanner:
     """Samples until enough conversations are kept, then retries documents about which none is.
 
-    A point walks evenly (by the golden ratio) over all tokens of the collection, so that documents get calls in proportion
-    to their length.
+    A point walks evenly (by the golden ratio) over all tokens of the collection, so that documents get calls in
+    proportion to their length.
     """
 
     every_sentence = False
@@ -199,7 +200,7 @@ class CoveragePlanner:
         return calls
 
     def call(self, number: int, tried: Mapping[Topic, AbstractSet[Pair]], silent: Sequence[SplitDocument] = ()) -> Call:
-        """What call ``number`` asks, given the pairs that earlier calls tried and, in retries, the documents to retry."""
+        """What call ``number`` asks, given the pairs that earlier calls tried and, in retries, which documents."""
         s = self.settings
         source, window = self.window(number, silent)
         kind = s.kinds[(number + number // len(s.kinds)) % len(s.kinds)]
@@ -213,8 +214,8 @@ class CoveragePlanner:
         return Call(number, source, window, prompt, tuple(chosen[: s.questions_per_call]), (temperature,), bool(silent))
 
     def window(self, number: int, silent: Sequence[SplitDocument] = ()) -> tuple[SplitDocument, range]:
-        """The document and sentences that call ``number`` reads, at most ``chunk_tokens`` tokens around a point of the walk:
-        over the whole collection, or over the silent documents in turn."""
+        """The document and sentences that call ``number`` reads, at most ``chunk_tokens`` tokens around a point of the
+        walk: over the whole collection, or over the silent documents in turn."""
         along = (self._start + number * GOLDEN_RATIO) % 1.0
         if silent:
             source = silent[number % len(silent)]
@@ -267,8 +268,9 @@ def _grow_window(lengths: Sequence[int], center: int, most: int, random: Random)
 
 
 def sentence_windows(lengths: Sequence[int], most: int) -> list[tuple[range, range]]:
-    """Windows of sentences with these lengths, of at most ``most`` tokens (or one sentence), and which of its sentences each
-    window is for: together, every sentence once. Later windows begin earlier, so that a pronoun comes after its name."""
+    """Windows of sentences with these lengths, of at most ``most`` tokens (or one sentence), and which of its sentences
+    each window is for: together, every sentence once. Later windows begin earlier, so that a pronoun comes after its
+    name."""
     windows, start = [], 0
     while start < len(lengths):
         end, used = start + 1, lengths[start]

@@ -19,7 +19,7 @@ class PromptStyle:
     seed_prompts: tuple[SeedPrompt, ...]
     """One for each kind of question, with what is appended to the question when it is answered."""
     request_tokens: Callable[[FrozenModel, SeedPrompt, str, Sequence[tuple[str, str]]], RequestTokens]
-    """From the model, the seed prompt, the document's title and (sentence, opening) pairs: one request for each pair."""
+    """Arguments: model, seed prompt, title of the document, (sentence, opening) pairs; one request for each pair."""
     every_sentence: bool
     """Ask about every sentence in every kind, unless a number of conversations is given; otherwise sample."""
     check_topic: bool

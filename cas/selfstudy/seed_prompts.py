@@ -20,9 +20,9 @@ _EXAMPLE_WORDS = frozenset(["marrow", "bridge", "ines", "calloway", "arches"])
 
 @dataclass(frozen=True)
 class SeedPrompt:
-    """One kind of question: how it is requested, our examples about :data:`EXAMPLE`, the openings that start its questions,
-    and what is appended to a question when it is answered. ``{word}`` in an opening stands for each content word of the
-    sentence."""
+    """One kind of question: how it is requested, our examples about :data:`EXAMPLE`, the openings that start its
+    questions, and what is appended to a question when it is answered. ``{word}`` in an opening stands for each content
+    word of the sentence."""
 
     kind: str
     request: str
@@ -150,8 +150,8 @@ def words(text: str) -> list[str]:
 
 
 def bad_question(question: str, title: str, text: str, check_topic: bool = True) -> str | None:
-    """Why a question about a titled text is not worth an answer, or None. ``check_topic``: the model that wrote it may have
-    asked about something else."""
+    """Why a question about a titled text is not worth an answer, or None. ``check_topic``: the model that wrote it may
+    have asked about something else."""
     tokens = words(question)
     if len(tokens) < 3 or question[-1] not in "?.":
         return "malformed question"
@@ -172,8 +172,8 @@ def bad_question(question: str, title: str, text: str, check_topic: bool = True)
 
 
 def bad_answer(answer: str, question: str, text: str) -> str | None:
-    """Why an answer is not worth learning, or None: it must contain a word, name or number of the text that the question
-    does not, or begin with yes, no, true or false."""
+    """Why an answer is not worth learning, or None: it must contain a word, name or number of the text that the
+    question does not, or begin with yes, no, true or false."""
     if not answer.strip():
         return "empty answer"
     content = {w for w in words(answer.lower()) if w not in _STOP_WORDS and (len(w) > 2 or w.isdigit())}

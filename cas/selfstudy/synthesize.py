@@ -1,13 +1,13 @@
 """Self-study: the frozen model writes questions about each document, answers them with the text before it, and the
 probabilities of its answers are stored (2506.06266, section 4).
 
-One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows that
-share the chunk's KV, each pointed at one sentence and started with one of the kind's openings. Small models must be pointed
-at one sentence, large ones work as well with it, and it covers the whole document. Answers are decoded greedily with the
-chunk in context, so the teacher's probabilities come with them and need no second pass.
+One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows
+that share the chunk's KV, each pointed at one sentence and started with one of the kind's openings. Small models must
+be pointed at one sentence, large ones work as well with it, and it covers the whole document. Answers are decoded
+greedily with the chunk in context, so the teacher's probabilities come with them and need no second pass.
 
-A *unit* of work is a fixed number of calls and one Parquet file, which gets its name when it is complete. Everything in it
-follows from the seed and the units before it, so an interrupted synthesis continues with the same conversations.
+A *unit* of work is a fixed number of calls and one Parquet file, which gets its name when it is complete. Everything in
+it follows from the seed and the units before it, so an interrupted synthesis continues with the same conversations.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def synthesize(
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; continues where an earlier call stopped.
 
-    Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no conversation
-    is kept, even after retries of their own, are missing from the result.
+    Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no
+    conversation is kept, even after retries of their own, are missing from the result.
 
-    Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations, or
-    with (asked, all) sentences where every sentence is asked about.
-    Raises: ConfigError when finished units were made with other settings; RunError when too little survives the filters.
+    Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
+    or with (asked, all) sentences where every sentence is asked about.
+    Raises: ConfigError when finished units were made with other settings; RunError when too little survives the
+    filters.
     """
     store.check_model(model)
     settings = settings or SelfStudy(**options)
@@ -82,7 +83,8 @@ def synthesize(
                 conversations, dropped = _read(file, made_with)
             elif store.run_state() is not None:
                 raise ConfigError(
-                    f"{store.folder} is trained on {history.kept} conversations; ask for no more, or give another --store"
+                    f"{store.folder} is trained on {history.kept} conversations; "
+                    "ask for no more, or give another --store"
                 )
             else:
                 started = time.monotonic()
@@ -119,7 +121,7 @@ def _read(file: Path, made_with: str) -> tuple[list[Conversation], Counter[str]]
 
 
 class Teacher:
-    """The frozen model in self-study: asks and answers, with a chunk in its cache. Nothing here changes between calls."""
+    """The frozen model, which asks and answers with a chunk in its cache. It has no state of its own."""
 
     def __init__(self, model: FrozenModel, style: PromptStyle, settings: SelfStudy) -> None:
         self.model, self.style, self.settings = model, style, settings
@@ -179,7 +181,7 @@ class Teacher:
     def filter(
         self, call: Call, written: Sequence[tuple[str, bool]], seen: set[str], dropped: Counter[str]
     ) -> list[str]:
-        """The questions that are worth an answer. Adds them to ``seen``, normalized, and counts the others in ``dropped``."""
+        """Questions that are worth an answer: added to ``seen``, normalized; others are counted in ``dropped``."""
         questions = []
         for question, finished in written:
             reason: str | None = "unfinished question"
@@ -200,7 +202,7 @@ class Teacher:
         user_tokens: Sequence[Sequence[int]],
         chunks: Mapping[str, torch.Tensor],
     ) -> list[Generation]:
-        """Answer each question greedily with its chunk in context, with the ``top_k`` most likely tokens at every place.
+        """Answer each question greedily with its chunk in context, and keep the ``top_k`` likeliest tokens.
 
         Args: user_tokens: of each question, with what is appended to it; chunks: KV by the chunk's text.
         """
