@@ -41,8 +41,9 @@ def plain(conversations: Conversations) -> list[list[Any]]:
 
 
 class Writer:
-    """In place of ``generate``: makes questions from the words of the sentence in the prompt, and short answers. Some have each
-    of the faults that filters look for. Equal prompts get equal words, as from a greedy model, unless sampled."""
+    """In place of ``generate``: makes questions from the words of the sentence in the prompt, and short answers. Some
+    have each of the faults that filters look for. Equal prompts get equal words, as from a greedy model, unless
+    sampled."""
 
     def __init__(self, model: FrozenModel) -> None:
         self.model, self.asked, self.answered, self.calls = model, 0, 0, 0
