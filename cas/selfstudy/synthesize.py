@@ -53,13 +53,13 @@ def synthesize(
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; continues where an earlier call stopped.
 
-    Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no
-    conversation is kept, even after retries of their own, are missing from the result.
+    Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no conversation is
+    kept, even after retries of their own, are missing from the result.
 
     Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
     or with (asked, all) sentences where every sentence is asked about.
-    Raises: ConfigError when finished units were made with other settings; RunError when too little survives the
-    filters.
+    Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings; RunError when
+    too little survives the filters.
     """
     store.check_model(model)
     settings = settings or SelfStudy(**options)
