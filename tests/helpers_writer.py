@@ -1,4 +1,4 @@
-"""A writer in place of the model, for self-study without a model that can write."""
+"""Self-study without a model that can write: small documents, and a test double in place of ``generate``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,44 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from cas.data.collection import Collection, Document
 from cas.model.decoding import Generation, Prompt
 from cas.model.frozen import FrozenModel
+from cas.selfstudy.conversations import Conversations
+
+PLACES = ("Alder", "Birch", "Cedar", "Dogwood", "Elder")
+DEEDS = (
+    "was dug by Tom Reed in 1911", "supplies forty gardens", "is nine metres deep", "froze in the winter of 1947", "has an oak lid",
+    "was cleaned by two divers", "belongs to the parish", "lost its rope in a storm", "was painted green", "is listed",
+)  # fmt: skip
+SMALL: dict[str, Any] = {"conversations": 60, "chunk_tokens": 120, "questions_per_call": 8, "top_k": 5}
+
+
+def wells(*sentences: int) -> Collection:
+    """One document for each number, with that many sentences of the same pattern."""
+    documents = [
+        Document(name.lower(), f"{name} Well", " ".join(f"{name} Well {deed}." for deed in DEEDS[:count]))
+        for name, count in zip(PLACES, sentences, strict=False)
+    ]
+    return Collection("wells", tuple(documents))
+
+
+def plain(conversations: Conversations) -> list[list[Any]]:
+    """Everything about every conversation, to compare."""
+    return [
+        [name, *(v.tolist() if isinstance(v, np.ndarray) else v for v in vars(c).values())]
+        for name, items in conversations.by_document.items()
+        for c in items
+    ]
 
 
 class Writer:
-    """In place of ``generate``: writes questions out of the sentence it is pointed at, and short answers; some of them bad
-    in every way there is. The same prompt gets the same words, as from a greedy model, unless it is sampled."""
+    """In place of ``generate``: makes questions from the words of the sentence in the prompt, and short answers. Some
+    have each of the faults that filters look for. Equal prompts get equal words, as from a greedy model, unless
+    sampled."""
 
     def __init__(self, model: FrozenModel) -> None:
         self.model, self.asked, self.answered, self.calls = model, 0, 0, 0
@@ -42,7 +71,7 @@ class Writer:
         if chance == 0:
             words, why = f" {subject} Well {deed}", "malformed question"
         elif chance == 1:
-            words, why = " did he do with it?", "off topic"  # or without a subject, as the opening's words will have it
+            words, why = " did he do with it?", "off topic"  # or "no named subject", depending on the opening's words
         elif chance == 2:
             words, why = f" {subject} Well" + " and so on" * 4 + "?", "loop"
         elif chance == 3:

@@ -1,4 +1,4 @@
-"""Training conversations: one question and answer each, with the teacher's probabilities; a Parquet file per unit of work.
+"""Training conversations: a question, its answer and the teacher's probabilities; one Parquet file per unit.
 
 Training reads them from one memory-mapped Arrow file made of all units, so memory does not grow with the collection.
 """
@@ -23,7 +23,7 @@ _COLUMNS = ("document", "kind", "question", "prompt", "answer", "top_ids", "top_
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question and answer. ``answer`` ends with the end-of-turn token; ``top_ids``, ``top_logprobs``: [answer, K]."""
+    """One question and answer. ``answer`` ends with the end-of-turn token; ``top_*``: [answer, K]."""
 
     document: str
     kind: str
@@ -41,7 +41,7 @@ class Conversation:
 
 
 class Conversations:
-    """All training conversations of a store, by document; ``dropped`` counts what was not kept, by reason."""
+    """All conversations of a store, by document; ``dropped`` counts dropped questions and answers by reason."""
 
     def __init__(self, items: Iterable[Conversation], dropped: dict[str, int]) -> None:
         self.dropped = dropped
@@ -56,18 +56,19 @@ class Conversations:
 
     @classmethod
     def load(cls, folder: Path, units: int | None = None) -> Conversations:
-        """Open every whole unit of a store's ``conversations`` folder, or the first so many; a conversation is read from
-        the disk when it is asked for."""
+        """Open all finished units of a store's ``conversations`` folder, or the first ``units`` of them. Each
+        conversation is read from disk when it is used. Raises: RunError for a damaged unit, or when the disk is
+        full."""
         files = sorted(folder.glob("unit-*.parquet"))[:units]
         joined = folder / "units.arrow"
-        found = cls((), dict(_join(files, joined)))  # anew every time: the units have checksums, this file has none
+        conversations = cls((), dict(_join(files, joined)))  # rebuilt every time: only the units have checksums
         rows: dict[str, list[tuple[int, int]]] = {}
         batches = [_Batch(batch) for batch in _batches(joined)]
         for number, batch in enumerate(batches):
             for row, document in enumerate(batch.columns["document"].to_pylist()):
                 rows.setdefault(document, []).append((number, row))
-        found.by_document |= {name: _Lazy(batches, np.array(where, np.int32)) for name, where in rows.items()}
-        return found
+        conversations.by_document |= {name: _Lazy(batches, np.array(at, np.int32)) for name, at in rows.items()}
+        return conversations
 
 
 class _Batch:
@@ -78,7 +79,7 @@ class _Batch:
         self._flat: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def numbers(self, column: str, row: int) -> np.ndarray:
-        """One row of a column of lists, in place."""
+        """One row of a column of lists, without copying."""
         if column not in self._flat:
             lists = self.columns[column]
             self._flat[column] = lists.offsets.to_numpy(), lists.values.to_numpy()
@@ -93,13 +94,13 @@ class _Batch:
 
 
 class _Lazy(Sequence[Conversation]):
-    """The conversations of one document, each read when it is asked for."""
+    """The conversations of one document, each read from disk when it is used. ``rows``: int32 [N, 2], batch and row."""
 
-    def __init__(self, batches: Sequence[_Batch], where: np.ndarray) -> None:
-        self._batches, self._where = batches, where
+    def __init__(self, batches: Sequence[_Batch], rows: np.ndarray) -> None:
+        self._batches, self._rows = batches, rows
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -108,7 +109,7 @@ class _Lazy(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        batch, row = self._where[index].tolist()
+        batch, row = self._rows[index].tolist()
         return self._batches[batch].conversation(row)
 
 
@@ -119,7 +120,7 @@ def _batches(file: Path) -> list[Any]:
 
 
 def _join(files: Sequence[Path], joined: Path) -> Counter[str]:
-    """Write all units into one Arrow file, whole or not at all; returns what they dropped."""
+    """Write all units into one Arrow file, completely or not at all; returns their drop counts by reason."""
     import pyarrow as pa
 
     dropped: Counter[str] = Counter()
@@ -148,7 +149,8 @@ def _schema() -> Any:
 
 
 def write_unit(file: Path, items: Sequence[Conversation], dropped: Counter[str], made_with: str) -> None:
-    """Write one unit's conversations, whole or not at all. ``made_with``: what must be the same for it to be used again."""
+    """Write one unit's conversations, completely or not at all. ``made_with``: JSON of everything that must be the same
+    for the unit to be used again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -182,9 +184,9 @@ def _read_table(file: Path) -> tuple[Any, Counter[str], str]:
 
     try:
         table = pq.read_table(file, page_checksum_verification=True)
-        about = table.schema.metadata or {}
+        metadata = table.schema.metadata or {}
         if table.schema.names != list(_COLUMNS):
             raise KeyError("columns")
-        return table.cast(_schema()), Counter(json.loads(about[b"dropped"])), about[b"made_with"].decode()
+        return table.cast(_schema()), Counter(json.loads(metadata[b"dropped"])), metadata[b"made_with"].decode()
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{file} is damaged; delete it and run the same command again") from error

@@ -20,29 +20,30 @@ _EXAMPLE_WORDS = frozenset(["marrow", "bridge", "ines", "calloway", "arches"])
 
 @dataclass(frozen=True)
 class SeedPrompt:
-    """One kind: how it is asked for, examples of ours about :data:`EXAMPLE`, the openings that start its questions, and
-    what is added to a question when it is answered. ``{word}`` in an opening stands for each telling word of the sentence."""
+    """One kind of question: how it is requested, our examples about :data:`EXAMPLE`, the openings that start its
+    questions, and what is appended to a question when it is answered. ``{word}`` in an opening stands for each content
+    word of the sentence."""
 
     kind: str
     request: str
     examples: tuple[str, ...]
     openings: tuple[str, ...]
-    style: str = BRIEF
+    answer_suffix: str = BRIEF
 
     def instruction(self) -> str:
-        """The user's message up to the sentence that the question shall be about."""
-        shown = "\n".join(f"- {example}" for example in self.examples)
-        return f"{self.request}\n\nSentence: {EXAMPLE}\nAbout Marrow Bridge:\n{shown}"
+        """The user's message up to the sentence that the question must be about."""
+        examples = "\n".join(f"- {example}" for example in self.examples)
+        return f"{self.request}\n\nSentence: {EXAMPLE}\nAbout Marrow Bridge:\n{examples}"
 
     def openings_for(self, sentence: str, title: str) -> list[str]:
         """All openings for one sentence of a document."""
-        telling = dict.fromkeys(
-            w for w in words(sentence) if w.islower() and len(w) > 2 and w not in _SMALL and w not in title.lower()
+        content = dict.fromkeys(
+            w for w in words(sentence) if w.islower() and len(w) > 2 and w not in _STOP_WORDS and w not in title.lower()
         )
-        return [o.format(word=w) for o in self.openings for w in (telling if "{word}" in o else [""])]
+        return [o.format(word=w) for o in self.openings for w in (content if "{word}" in o else [""])]
 
 
-SEEDS = (
+SEED_PROMPTS = (
     SeedPrompt(
         kind="question",
         request="Write questions about the sentence.",
@@ -83,7 +84,7 @@ SEEDS = (
             "Tell me briefly about the opening of Marrow Bridge.",
         ),
         openings=("Say in one sentence", "Describe the {word}", "Tell me briefly about the {word}", "Sum up"),
-        style="",
+        answer_suffix="",
     ),
     SeedPrompt(
         kind="use case",
@@ -120,11 +121,13 @@ SEEDS = (
     ),
 )
 
-# The embedded reader writes one question about a sentence when it gets "kind: sentence", and answers no style but its own.
-READER_SEED_PROMPTS = tuple(SeedPrompt(kind=kind, request="", examples=(), openings=("",), style="") for kind in KINDS)
+# The embedded reader writes one question about a sentence when it gets "kind: sentence"; its answers are always short.
+READER_SEED_PROMPTS = tuple(
+    SeedPrompt(kind=kind, request="", examples=(), openings=("",), answer_suffix="") for kind in KINDS
+)
 
-# Words that say nothing about what a question is about.
-_SMALL = frozenset(
+# Words that do not show what a question is about.
+_STOP_WORDS = frozenset(
     """
     a about again all also an and any are as at be been before briefly but by can could describe did do does each
     fill find for from gap give go guess had has have he her him his how i if in into is it its know like list
@@ -137,7 +140,7 @@ _SMALL = frozenset(
 
 
 def normal(text: str) -> str:
-    """Words in lower case: two questions with the same are one wording."""
+    """Words in lower case: questions that are equal in this form count as duplicates."""
     return " ".join(words(text.lower()))
 
 
@@ -146,39 +149,40 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
-def bad_question(question: str, title: str, text: str, wanders: bool = True) -> str | None:
-    """Why a question about a titled text is not worth answering, or None. ``wanders``: the model that wrote it may have
-    left the text."""
-    found = words(question)
-    if len(found) < 3 or question[-1] not in "?.":
+def bad_question(question: str, title: str, text: str, check_topic: bool = True) -> str | None:
+    """Why a question about a titled text is not worth an answer, or None. ``check_topic``: the model that wrote it may
+    have asked about something else."""
+    tokens = words(question)
+    if len(tokens) < 3 or question[-1] not in "?.":
         return "malformed question"
-    if loops(found):
+    if loops(tokens):
         return "loop"
     lower = f"{title} {text}".lower()
-    content = [w.lower() for w in found[1:] if w.lower() not in _SMALL and len(w) > 2]
-    # A small model wanders off, or into our example: most of what it asks about must occur in the text.
-    strange = [w for w in content if w[:5] not in lower]
-    if wanders and (len(strange) > 0.4 * len(content) or _EXAMPLE_WORDS & set(strange)):
+    content = [w.lower() for w in tokens[1:] if w.lower() not in _STOP_WORDS and len(w) > 2]
+    # A small model strays from the text or copies our example: most words of its question must occur in the text.
+    absent = [w for w in content if w[:5] not in lower]
+    if check_topic and (len(absent) > 0.4 * len(content) or _EXAMPLE_WORDS & set(absent)):
         return "off topic"
-    # Once several cartridges are loaded, a question has to say whom it means: a name, or a word of the title.
-    names = {w for w in words(f"{title} {text}") if w[0].isupper() and len(w) > 1 and w.lower() not in _SMALL}
+    # With several cartridges loaded, a question must identify its subject: by a name, or by a word of the title.
+    names = {w for w in words(f"{title} {text}") if w[0].isupper() and len(w) > 1 and w.lower() not in _STOP_WORDS}
     title_words = {w.lower() for w in words(title) if len(w) > 3}
-    if not any(w in names or w.lower() in title_words for w in found[1:]):
+    if not any(w in names or w.lower() in title_words for w in tokens[1:]):
         return "no named subject"
     return None
 
 
 def bad_answer(answer: str, question: str, text: str) -> str | None:
-    """Why an answer is not worth learning, or None: it has to tell something of the text that the question did not, a
-    word, a name, a number, or decide."""
+    """Why an answer is not worth learning, or None: it must contain a word, name or number of the text that the
+    question does not, or begin with yes, no, true or false."""
     if not answer.strip():
         return "empty answer"
-    said = {w for w in words(answer.lower()) if w not in _SMALL and (len(w) > 2 or w.isdigit())}
-    news = (said - set(words(question.lower()))) & set(words(text.lower()))
-    return None if news or re.match(r"(yes|no|true|false)\b", answer.lower()) else "answer without substance"
+    content = {w for w in words(answer.lower()) if w not in _STOP_WORDS and (len(w) > 2 or w.isdigit())}
+    new_words = (content - set(words(question.lower()))) & set(words(text.lower()))
+    decides = re.match(r"(yes|no|true|false)\b", answer.lower())
+    return None if new_words or decides else "answer without substance"
 
 
 def loops(items: Sequence[Any]) -> bool:
-    """Whether some three items in a row come three times."""
+    """Whether any three consecutive items occur three times."""
     counts = Counter(tuple(items[i : i + 3]) for i in range(len(items) - 2))
     return bool(counts) and max(counts.values()) >= 3

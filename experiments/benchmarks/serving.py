@@ -18,9 +18,10 @@ from cas.answering.answerer import Answerer
 from cas.config import SelfStudy
 from cas.data.worlds import world
 from cas.model.decoding import Prompt, generate
-from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
-from cas.selfstudy.synthesize import _Teacher
+from cas.selfstudy.planners import Call, History, make_planner, split_documents
+from cas.selfstudy.prompt_styles import prompt_style
+from cas.selfstudy.synthesize import Teacher
 from experiments.benchmarks.training import Sample
 from experiments.benchmarks.work import Work, seconds
 
@@ -126,32 +127,32 @@ def decode_many(
 
 def synthesis(work: Work, units: int) -> Iterator[Sample]:
     """Conversations a second of self-study against one question written and answered at a time over the same chunks."""
-    model, settings = work.model, SelfStudy()
-    collection = world(0, 8)
+    model, settings, style = work.model, SelfStudy(), prompt_style(work.model)
+    planner = make_planner(split_documents(model, world(0, 8)), style, settings)
+    teacher = Teacher(model, style, settings)
     for unit in range(units + 1):
-        teacher = _Teacher(model, collection, settings)
+        calls = planner.plan(unit, History())
         started = time.perf_counter()
-        kept = teacher.unit(unit)[0]
+        kept = teacher.converse(calls, {})[0]
         ours = time.perf_counter() - started
-        theirs, count = _one_at_a_time(model, _Teacher(model, collection, settings), unit)
+        theirs, count = _one_at_a_time(teacher, calls)
         if unit and kept and count:
             yield "synthesis_vs_sequential", "ratio", (len(kept) / ours) / (count / theirs)
             yield "synthesis_vs_sequential", "conversations_per_second", len(kept) / ours
 
 
-def _one_at_a_time(model: FrozenModel, teacher: _Teacher, unit: int, sample: int = 8) -> tuple[float, int]:
-    """Seconds of, and number of conversations from, a few of a unit's requests: every one reads its chunk by itself, twice."""
-    s = teacher.settings
+def _one_at_a_time(teacher: Teacher, calls: Sequence[Call], sample: int = 8) -> tuple[float, int]:
+    """Seconds of a few of a unit's requests, and how many conversations come of them: every request reads its chunk by
+    itself, twice."""
+    model, s = teacher.model, teacher.settings
     started, kept = time.perf_counter(), 0
-    for number in teacher.calls(unit):
-        call = teacher._call(number)
+    for call in calls:
         for pair in call.pairs[:sample]:
-            one = replace(call, pairs=(pair,))
-            questions = teacher._questions(number, one, set(), Counter(), {})
-            for question in questions:
-                user = model.encode(question + call.seed.style)
+            single = replace(call, pairs=(pair,))
+            for question in teacher.filter(single, teacher.ask(single)[0], set(), Counter()):
+                user = model.encode(question + call.seed_prompt.answer_suffix)
                 prompt = Prompt((*model.template.footer_ids, *user, *model.template.suffix_ids), ("chunk",))
-                kv = {"chunk": teacher._kv(call.chunk, ())}
+                kv = {"chunk": teacher.chunk_kv(call.chunk)}
                 answer = generate(
                     model, [prompt], kv, teacher.layout, max_new_tokens=s.answer_tokens, keep_top=s.top_k
                 )[0]

@@ -113,8 +113,8 @@ def test_a_round_that_is_cut_short_goes_on_to_the_same_bits(
         assert set(store.rows()) == {"lamp", "pump"} and not living.begun(store)
         store.close()
     else:
-        stopping, stop_in = console.Interrupt(), {"self-study": selfstudy._Teacher, "training": Trainer}[where]
-        name = {"self-study": "unit", "training": "train_step"}[where]
+        stopping, stop_in = console.Interrupt(), {"self-study": selfstudy.Teacher, "training": Trainer}[where]
+        name = {"self-study": "converse", "training": "train_step"}[where]
         work = getattr(stop_in, name)
 
         def stopped(self: Any, number: int, *more: Any) -> Any:

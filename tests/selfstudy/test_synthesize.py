@@ -1,0 +1,285 @@
+"""What is asked about, what is dropped and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hf, tiny_tokenizer
+from helpers_store import stored_keys
+from helpers_writer import DEEDS, PLACES, SMALL, Writer, plain, wells
+
+from cas.config import KINDS
+from cas.data.collection import Collection, Document
+from cas.errors import ConfigError, RunError
+from cas.model.decoding import Generation, Prompt
+from cas.model.frozen import FrozenModel, Source
+from cas.selfstudy import synthesize as selfstudy
+from cas.selfstudy.planners import (
+    MAX_RETRIES_PER_DOCUMENT,
+    CoveragePlanner,
+    History,
+    split_documents,
+)
+from cas.selfstudy.prompt_styles import INSTRUCT
+from cas.selfstudy.seed_prompts import SEED_PROMPTS, normal
+from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize
+from cas.store.store import Store
+from retrieval.chunk import with_title
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., FrozenModel]) -> FrozenModel:
+    return tiny("llama")
+
+
+@pytest.fixture
+def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Store]]:
+    stores: list[Store] = []
+
+    def make(name: str = "store") -> Store:
+        stores.append(Store.create(tmp_path / name, model, tokens=16))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def writer(model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Writer:
+    writer = Writer(model)
+    monkeypatch.setattr(selfstudy, "generate", writer)
+    return writer
+
+
+def test_conversations(new_store: Callable[..., Store], model: FrozenModel, writer: Writer) -> None:
+    store, progress = new_store(), list[tuple[int, int]]()
+    documents = wells(10, 8, 9)
+    conversations = synthesize(model, documents, store, progress=lambda *n: progress.append(n), **SMALL)
+    assert list(store.rows()) == ["alder", "birch", "cedar"]  # with their cartridges
+    assert len(conversations) >= 60 and set(conversations.by_document) == set(store.rows())
+    assert progress[-1] == (60, 60) and progress == sorted(progress)
+    stop, template = model.template.stop_ids, model.template
+    for name, items in conversations.by_document.items():
+        assert len({normal(c.question) for c in items}) == len(items)  # no question twice
+        for c in items:
+            assert c.document == name and c.question.endswith("?") and documents[name].title in c.question
+            style = next(s.answer_suffix for s in SEED_PROMPTS if s.kind == c.kind)
+            assert model.decode(c.prompt.tolist()) == (c.question + style).strip()
+            assert c.answer[-1] in stop and not set(c.answer[:-1].tolist()) & stop
+            assert c.top_ids.shape == c.top_logprobs.shape == (len(c.answer), 5)
+            assert c.top_ids[:, 0].tolist() == c.answer.tolist()
+            assert (c.prompt.dtype, c.answer.dtype, c.top_ids.dtype, c.top_logprobs.dtype) == (np.int32,) * 3 + (
+                np.float32,
+            )
+            tokens = c.tokens(model)
+            expected = [*template.footer_ids, *c.prompt, *template.suffix_ids, *c.answer]
+            assert [*tokens, c.answer[-1]] == expected
+    assert {c.kind for items in conversations.by_document.values() for c in items} == {s.kind for s in SEED_PROMPTS}
+
+
+def test_what_is_dropped_is_counted_by_reason(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    conversations = synthesize(model, wells(10, 8, 9), new_store(), **SMALL)
+    dropped = Counter(conversations.dropped)
+    assert dropped["no named subject"] and dropped["off topic"]
+    dropped["off topic"] += dropped.pop("no named subject")
+    duplicates = dropped.pop("duplicate", 0)
+    loops = writer.bad_questions.pop("loop") + writer.bad_answers.pop("loop")
+    assert dropped.pop("loop") == loops
+    good_questions, good_answers = writer.bad_questions.pop(""), writer.bad_answers.pop("")
+    assert dropped == writer.bad_questions + writer.bad_answers
+    questions = {"malformed question", "off topic", "unfinished question"}
+    assert set(dropped) == questions | {"answer too long", "empty answer", "answer without substance"}
+    assert (good_questions - duplicates, good_answers) == (writer.answered, len(conversations))
+    assert writer.asked == len(conversations) + sum(conversations.dropped.values())
+
+
+def test_answers_are_dropped_rather_than_cut(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    original, long = writer.answer, list[tuple[int, ...]]()
+
+    def answer(prompt: Prompt, k: int) -> Generation:
+        generation = original(prompt, k)
+        if not generation.finished:
+            long.append(tuple(generation.ids))
+        return generation
+
+    writer.answer = answer  # type: ignore[method-assign]
+    conversations = synthesize(model, wells(10, 8), new_store(), **SMALL)
+    assert len(long) == conversations.dropped["answer too long"] > 0
+    assert all(c.answer[-1] in model.template.stop_ids for items in conversations.by_document.values() for c in items)
+
+
+@pytest.mark.parametrize("kinds", [(), ("question", "gossip")])
+def test_unknown_kinds_are_refused_before_anything_is_written(
+    new_store: Callable[..., Store], model: FrozenModel, kinds: tuple[str, ...]
+) -> None:
+    store = new_store()
+    with pytest.raises(ConfigError, match=r"choose from question, structuring, summarization, use case, creative"):
+        synthesize(model, wells(3), store, kinds=kinds)
+    assert stored_keys(store) == {"meta"} and not (store.folder / "conversations").exists()
+
+
+@pytest.mark.parametrize("kind", [s.kind for s in SEED_PROMPTS])
+def test_one_kind_alone(new_store: Callable[..., Store], model: FrozenModel, writer: Writer, kind: str) -> None:
+    conversations = synthesize(model, wells(10), new_store(), **(SMALL | {"kinds": (kind,), "conversations": 4}))
+    openings = [
+        o
+        for s in SEED_PROMPTS
+        if s.kind == kind
+        for deed in DEEDS
+        for o in s.openings_for(f"Alder Well {deed}.", "Alder Well")
+    ]
+    for c in conversations.by_document["alder"]:
+        assert c.kind == kind and c.question.startswith(tuple(openings))
+
+
+def test_a_model_that_writes_nothing_usable_is_an_error(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    writer.question = lambda prompt, seed: Generation(model.encode(" is it"), finished=True)  # type: ignore[method-assign]
+    with pytest.raises(
+        RunError, match=r"kept 0 of 3 conversations; dropped: \{'malformed question': \d+\}; use a larger model$"
+    ) as caught:
+        synthesize(model, wells(10), new_store(), **(SMALL | {"conversations": 3}))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_document_gets_conversations_however_few_are_asked_for(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    conversations = synthesize(model, wells(10, 10, 10, 10, 10), new_store(), **(SMALL | {"conversations": 1}))
+    assert set(conversations.by_document) == {name.lower() for name in PLACES}
+
+
+def test_a_document_about_which_nothing_is_kept_is_left_out(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After retries of its own; the other documents get conversations soon, although they are short beside a long
+    one."""
+    sound, asked = selfstudy.bad_question, Counter[str]()
+
+    def refusing(question: str, title: str, text: str, check_topic: bool) -> str | None:
+        asked[title] += 1
+        return "off topic" if title == "Birch Well" else sound(question, title, text, check_topic)
+
+    monkeypatch.setattr(selfstudy, "bad_question", refusing)
+    store, settings = new_store(), SMALL | {"conversations": 3}
+    documents = wells(60, 1, 1, 1)
+    conversations = synthesize(model, documents, store, **settings)
+    assert set(conversations.by_document) == {d.id for d in documents.documents} - {"birch"}
+    assert conversations.dropped["off topic"] >= asked["Birch Well"] >= MAX_RETRIES_PER_DOCUMENT
+    assert asked["Alder Well"] < 12 * 5 * 4  # not the whole long document for the sake of a short one
+    assert plain(synthesize(model, documents, store, **settings)) == plain(conversations)  # from its files
+
+
+def test_documents_without_a_word_are_left_out(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    blank = Document("zero", "Zero", "* * *")
+    conversations = synthesize(model, Collection("some", (*wells(4).documents, blank)), new_store(), **SMALL)
+    assert set(conversations.by_document) == {"alder"}
+    assert CoveragePlanner([], INSTRUCT, SelfStudy(conversations=5)).plan(0, History()) == []
+
+
+def test_the_teacher_s_probabilities_are_those_of_a_plain_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header, chunk, question and answer through the Hugging Face model, nothing cached or batched, expect the same."""
+    model = FrozenModel(tiny_hf("qwen3"), tiny_tokenizer(), Source("folder", "tiny-qwen3"))
+    # A random model never ends its turn: let a sixth of all tokens do so.
+    model.template = dataclasses.replace(model.template, stop_ids=frozenset(range(2, 384, 6)))
+    monkeypatch.setattr(selfstudy, "bad_question", lambda *_: None)
+    monkeypatch.setattr(selfstudy, "bad_answer", lambda *_: None)
+    documents = wells(4, 4)
+    study = SelfStudy(questions_per_call=10, question_tokens=12, answer_tokens=12, top_k=9, calls_per_unit=4)
+    calls = CoveragePlanner(split_documents(model, documents), INSTRUCT, study).plan(0, History())
+    conversations, _ = Teacher(model, INSTRUCT, study).converse(calls, {})
+    assert len(conversations) > 6 and {c.document for c in conversations} == {"alder", "birch"}
+    assert max(len(c.answer) for c in conversations) > 3
+    template = model.template
+    for c in conversations:
+        chunk = with_title(documents[c.document].title, documents[c.document].text)
+        ids = [*template.header_ids, *model.encode(chunk), *c.tokens(model)]
+        with torch.no_grad():
+            logits = model.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(c.answer) :]
+        top = logits.log_softmax(-1).topk(9, dim=-1)
+        assert logits.argmax(-1).tolist() == c.answer.tolist()  # greedy, the end of the turn included
+        torch.testing.assert_close(torch.from_numpy(c.top_logprobs), top.values, rtol=1e-3, atol=1e-3)
+        assert (torch.from_numpy(c.top_ids) == top.indices).float().mean() > 0.95  # but for ties
+
+
+def test_the_embedded_reader_is_asked_in_its_own_format(
+    new_store: Callable[..., Store], model: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's message is kind and sentence, the reply is the question; nothing is appended when it is answered."""
+    asked: list[str] = []
+
+    def reads(_: FrozenModel, prompts: Sequence[Prompt], kv: Any, layout: Any, **options: Any) -> list[Generation]:
+        out = []
+        for prompt in prompts:
+            assert prompt.tokens[: len(model.template.footer_ids)] == model.template.footer_ids
+            assert prompt.tokens[-len(model.template.suffix_ids) :] == model.template.suffix_ids
+            ids = prompt.tokens[len(model.template.footer_ids) : -len(model.template.suffix_ids)]
+            text = model.decode(ids)
+            if options.get("keep_top"):
+                k, stop = options["keep_top"], min(model.template.stop_ids)
+                answer = [*model.encode(f"Yes, {text.rpartition(' in ')[2]}"), stop]
+                top = [
+                    torch.tensor([t, *(n for n in range(3, 3 + k) if n != t)][:k], dtype=torch.int32) for t in answer
+                ]
+                out.append(Generation(answer[:-1], True, {}, top, [torch.zeros(k)] * len(answer)))
+                continue
+            asked.append(text)
+            kind, _, sentence = text.partition(": ")
+            fact = sentence.rstrip(".")
+            if options["temperature"] and len(out) % 2:  # every other sampled question is a new one
+                fact += f", of all {len(out)}"
+            out.append(Generation(model.encode(f"Quixotic zebras dance, {kind}: {fact}?"), True))
+        return out
+
+    monkeypatch.setattr(selfstudy, "generate", reads)
+    monkeypatch.setattr(model, "reader", True)
+    documents = wells(6, 6)
+    conversations = synthesize(model, documents, new_store(), conversations=40, questions_per_call=4, top_k=5)
+    sentences = {f"{s}." for d in documents.documents for s in d.text.rstrip(".").split(". ")}
+    assert {text.partition(": ")[0] for text in asked} == set(KINDS)
+    assert {text.partition(": ")[2] for text in asked} <= sentences
+    for name, items in conversations.by_document.items():
+        for c in items:  # words that the text does not contain are allowed for this model
+            assert model.decode(c.prompt.tolist()) == c.question and c.question.startswith("Quixotic zebras dance,")
+            assert documents[name].title in c.question and f", {c.kind}: " in c.question
+
+    # Without a number of conversations: every sentence in every kind, greedily and sampled, also after a stop.
+    asked.clear()
+    every = [f"{kind}: {s}" for kind in KINDS for d in documents.documents for s in d.text.rstrip(".").split(". ")]
+    once = plain(synthesize(model, documents, new_store("once"), questions_per_call=4, top_k=5, wordings=1))
+    assert sorted(text.rstrip(".") for text in asked) == sorted(text.rstrip(".") for text in every)
+    asked.clear()
+    whole = plain(synthesize(model, documents, new_store("all"), questions_per_call=4, top_k=5))
+    assert sorted(text.rstrip(".") for text in asked) == sorted(text.rstrip(".") for text in every * 4)
+    assert len(once) == len(every) < len(whole) < 4 * len(every)  # new wordings are kept, old ones are not
+    stopped, progress = new_store("stopped"), list[int]()
+
+    def stop(done: int, wanted: int) -> None:
+        assert done <= wanted == len(every)
+        progress.append(done)
+        if len(progress) in (1, 3):  # after the first unit, and after the second
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)
+    assert plain(synthesize(model, documents, stopped, progress=stop, questions_per_call=4, top_k=5)) == whole
+    assert progress[-1] == len(every) and progress[3:] == sorted(progress[3:])
+    assert len(asked) == 2 * 4 * len(every)
+    with pytest.raises(ConfigError, match="other settings"):
+        synthesize(model, documents, stopped, conversations=10, questions_per_call=4, top_k=5)
