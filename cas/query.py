@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def query(config: QueryConfig) -> int:
     """Answer one question, or those typed at a prompt."""
-    from cas.answering.answerer import Answerer, load_embedder
+    from cas.answering.answerer import Answerer
     from cas.model.frozen import FrozenModel
+    from cas.store.index import load_embedder
     from cas.store.store import Store
 
     folder = store_folder(config.store)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cas.answering.prompts import cartridges as cartridge_prompt
-from cas.errors import EmbedderError, UserError
+from cas.errors import UserError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
+from cas.store.index import open_index
 from cas.store.store import Store
-from retrieval import ChunkIndex, IndexBroken, Ranked, WordIndex, rank_documents
+from retrieval import ChunkIndex, Ranked, WordIndex, rank_documents
 
 if TYPE_CHECKING:
     from retrieval import Embedder
@@ -52,32 +52,6 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
         return asdict(self)
-
-
-def load_embedder(name: str | None = None) -> Embedder:
-    """The embedding model of that name, or the default one. Raises EmbedderError with the reason."""
-    from retrieval import EmbedderUnavailable, SentenceEmbedder
-
-    try:
-        return SentenceEmbedder() if name is None else SentenceEmbedder(name)
-    except EmbedderUnavailable as error:
-        raise EmbedderError(str(error)) from error
-
-
-def open_index(store: Store, embedder: Embedder | None = None) -> ChunkIndex:
-    """The retrieval index beside a store, updated to the documents that have a cartridge now."""
-    embedder = embedder or load_embedder()
-    folder = store.folder / "index"
-    documents = store.texts()
-    try:
-        index = ChunkIndex.load(folder, embedder)
-        changed = bool(index.update(documents)) or set(index.document_ids) != {d[0] for d in documents}
-    except (IndexBroken, OSError):
-        index, changed = ChunkIndex(documents, embedder), True
-    if changed:
-        with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
-            index.save(folder)
-    return index
 
 
 class Answerer:

@@ -1,4 +1,4 @@
-"""What every training step did, a line of JSON each: ``metrics.jsonl`` in the store's folder."""
+"""The log of training steps, one line of JSON each: ``metrics.jsonl`` in the store's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Report:
-    """What one step did, for the progress display and the log. Loss in nats per supervised token; ``skipped`` steps so far."""
+    """One step, for the progress display and the log. Loss in nats per supervised token; ``skipped`` steps so far."""
 
     step: int
     steps: int
@@ -26,10 +26,10 @@ class Report:
 
 
 class StepLog:
-    """The log, open behind the last line that counts."""
+    """The log, open for appending after the last checkpoint's line."""
 
     def __init__(self, file: Path, step: int) -> None:
-        """Drop the lines from ``step`` on, which a killed run wrote after its last checkpoint, and a torn one."""
+        """Drop the lines from ``step`` on, which a killed run wrote after its last checkpoint, and an incomplete last line."""
         self._log = file.open("a+b")
         self._log.seek(0)
         end = 0
@@ -40,7 +40,7 @@ class StepLog:
         self._log.truncate(end)
 
     def write(self, report: Report, targets: Sequence[str]) -> None:
-        """Add a step; a loss that is no number is null."""
+        """Add a step; a loss that is not finite is written as null."""
         loss = report.loss if math.isfinite(report.loss) else None
         line = {**asdict(report), "loss": loss, "pool": len(report.pool), "targets": targets}
         self._log.write(json.dumps(line).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Adam per cartridge: every cartridge has its own moments and its own step count, and they travel with it."""
+"""Adam per cartridge: every cartridge has its own moments and step count, which are saved with it."""
 
 from __future__ import annotations
 

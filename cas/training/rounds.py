@@ -1,107 +1,127 @@
-"""A collection that changes: what is new, changed and gone, and a *round* of training for exactly that.
+"""A collection that changes is trained in rounds: every round trains what is new or changed, and nothing else.
 
-A round gives new and changed documents a start, self-study and training of their own, among the cartridges of earlier rounds as
-read-only distractors. Those stay bit for bit as they were, and the round costs what its own documents cost.
+New and changed documents get cartridges, self-study and training of their own, among the cartridges of earlier rounds as
+read-only distractors. Those stay the same bit for bit, and a round costs what its own documents cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cas.config import Training
-    from cas.store.store import Store
+from cas.store.store import Store
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Ids of documents by how a collection differs from a store."""
+class Round:
+    """A round of training; all fields are ids of documents except the last two.
 
+    Attributes:
+        learners: whose cartridges it trains. frozen: whose cartridges stay as they are and only distract.
+        added, changed, gone: how the collection differs from the store.
+        new: training of an earlier round is finished, so this one is to begin.
+        postponed: an earlier round has to be finished first; the differences wait.
+    """
+
+    learners: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    new: bool = False
+    postponed: bool = False
 
-    def __bool__(self) -> bool:
+    @property
+    def differs(self) -> bool:
+        """Whether the collection differs from the store."""
         return bool(self.added or self.changed or self.gone)
 
-    def __str__(self) -> str:
+    @property
+    def differences(self) -> str:
+        """The same in words."""
         parts = ((self.added, "new"), (self.changed, "changed"), (self.gone, "gone"))
-        return ", ".join(f"{len(ids)} {what}" for ids, what in parts if ids) or "nothing changed"
+        return ", ".join(f"{len(ids)} {what}" for ids, what in parts if ids)
+
+    def lines(self) -> list[str]:
+        """For the user, above the plan."""
+        if self.postponed:
+            return [f"collection  {self.differences}: first the training that was begun without them"]
+        if self.new:
+            return [f"collection  {self.differences}; the other {len(self.frozen)} cartridges stay as they are"]
+        return []
 
 
-def changes(store: Store, documents: Collection) -> Changes:
-    """How these documents differ from those of the store, by id, title and text."""
-    rows = store.rows()
-    hashes = {d.id: d.hash for d in documents.documents}
-    return Changes(
-        added=tuple(i for i in hashes if i not in rows),
-        changed=tuple(i for i, h in hashes.items() if i in rows and rows[i].hash != h),
-        gone=tuple(i for i in rows if i not in hashes),
+def current_round(store: Store) -> Round:
+    """The round that a store is in, whatever became of its collection."""
+    rows = store.rows().values()
+    return Round(
+        learners=tuple(r.id for r in rows if r.round == store.round),
+        frozen=tuple(r.id for r in rows if r.round != store.round),
+    )
+
+
+def plan_round(store: Store | None, documents: Collection) -> Round:
+    """What training these documents means for a store (None: for a new one)."""
+    if store is None:
+        return Round(tuple(d.id for d in documents.documents))
+    rows, hashes = store.rows(), {d.id: d.hash for d in documents.documents}
+    added = tuple(i for i in hashes if i not in rows)
+    changed = tuple(i for i, h in hashes.items() if i in rows and rows[i].hash != h)
+    gone = tuple(i for i in rows if i not in hashes)
+    new = bool(added or changed or gone) and begun(store)
+    if new and not finished(store):
+        return replace(current_round(store), added=added, changed=changed, gone=gone, postponed=True)
+    old = {i for i in rows if new or rows[i].round != store.round}.difference(changed, gone)
+    return Round(
+        learners=tuple(i for i in hashes if i not in old),
+        frozen=tuple(i for i in hashes if i in old),
+        added=added,
+        changed=changed,
+        gone=gone,
+        new=new,
     )
 
 
 def begun(store: Store) -> bool:
-    """Whether this round has self-study or training already."""
+    """Whether the current round has self-study or training already."""
     return store.run_state() is not None or any(store.conversations.glob("unit-*.parquet"))
 
 
 def finished(store: Store) -> bool:
-    """Whether this round is trained to its end."""
+    """Whether the current round is trained to its end."""
     state = store.run_state()
     return state is not None and state["step"] >= state["settings"]["total_steps"]
 
 
-def refuse_changes(store: Store, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a store's training was begun with other settings than these."""
-    begun = (store.run_state() or {}).get("settings", {})
-    if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
+def learning_documents(round: Round, store: Store | None, documents: Collection) -> Collection:
+    """The documents that a round trains; those of the store if the given ones have to wait."""
+    if round.postponed:
+        assert store is not None
+        rows = store.rows().values()
+        documents = Collection(store.folder.name, tuple(Document(r.id, r.title, store.text(r.id)) for r in rows))
+    learners = set(round.learners)
+    chosen = tuple(d for d in documents.documents if d.id in learners)
+    return replace(documents, documents=chosen, questions=documents.questions_for(learners))
+
+
+def begin_round(store: Store, round: Round) -> None:
+    """Remove from the store what is gone or changed; all others stay as they are. Raises: ConfigError for a postponed round."""
+    if round.postponed:
         raise ConfigError(
-            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
+            f"{store.folder} is in training and its collection has changed ({round.differences}); finish the training first"
         )
-
-
-def update(store: Store, documents: Collection) -> Changes:
-    """Take out of the store what is gone or changed; ``synthesize`` and :class:`cas.Trainer`, given the documents of
-    :func:`learners`, then add and train what is new or changed. Nothing happens to all others.
-
-    Returns: what differed. Raises: ConfigError while a training is unfinished.
-    """
-    found = changes(store, documents)
-    new_round = begun(store)
-    if found and new_round and not finished(store):
-        raise ConfigError(
-            f"{store.folder} is in training and its collection has changed ({found}); finish the training first"
-        )
-    if found and (new_round or found.changed or found.gone):
+    if round.new or round.changed or round.gone:
         with store.training():
-            store.remove((*found.changed, *found.gone), new_round)
-    return found
+            store.remove((*round.changed, *round.gone), round.new)
 
 
-def learners(store: Store, documents: Collection) -> Collection:
-    """Those of the documents that this round trains."""
-    rows = store.rows()
-    mine = tuple(d for d in documents.documents if d.id not in rows or rows[d.id].round == store.round)
-    return replace(documents, documents=mine, questions=documents.questions_for(d.id for d in mine))
+def update(store: Store, documents: Collection) -> Round:
+    """Begin the round that these documents make necessary, if any. ``synthesize`` and :class:`cas.Trainer`, given its
+    :func:`learning_documents`, then add and train what is new or changed.
 
-
-def stored(store: Store) -> Collection:
-    """The documents as the store has them."""
-    documents = tuple(Document(i, row.title, store.text(i)) for i, row in store.rows().items())
-    return Collection(store.folder.name, documents, ())
-
-
-def members(store: Store) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Ids of the cartridges that learn in this round, and of those that do not any more."""
-    rows = store.rows().values()
-    return tuple(r.id for r in rows if r.round == store.round), tuple(r.id for r in rows if r.round != store.round)
-
-
-def guests_among(training: Training, frozen: int) -> int:
-    """Read-only distractors: as set, but where earlier cartridges are there, as many as a conversation may see."""
-    return max(training.guests, min(frozen, training.max_distractors if training.isolation < 1 else 0))
+    Returns: the round. Raises: ConfigError while a training is unfinished.
+    """
+    round = plan_round(store, documents)
+    begin_round(store, round)
+    return round

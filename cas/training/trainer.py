@@ -2,18 +2,18 @@
 
 A small pool of cartridges is on the device. A step takes a few of them as targets, draws conversations about each, and
 decides for every conversation whether it sees its own cartridge alone or among distractors. The frozen model answers
-with what it sees, the loss compares it with what it answered when it had the text, and only cartridges learn. Every so
-many steps the most trained leave the pool, with their Adam state, and the least trained enter.
+with what it sees, the loss compares the answer with the one it gave when it had the text, and only cartridges learn. At every
+rotation the most trained leave the pool, with their Adam state, and the least trained enter.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,20 @@ from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
-from cas.training.loss_guard import LossGuard
 from cas.training.metrics_log import Report, StepLog
 from cas.training.optim import adam_step, learning_rate
-from cas.training.rounds import guests_among, members, refuse_changes
+from cas.training.rounds import current_round
 from cas.training.schedule import Schedule, Step
+from cas.training.state import TrainerState
+
+
+class StepResult(NamedTuple):
+    """Of one step: mean loss in nats per supervised token, own tokens of its conversations, learning rate of the last target (0 if
+    the step was skipped)."""
+
+    loss: float
+    tokens: int
+    lr: float
 
 
 class Trainer:
@@ -59,120 +68,112 @@ class Trainer:
     ) -> None:
         store.check_model(model)
         self.model, self.store, self.conversations = model, store, conversations
-        self.training = t = training or Training(**options)
-        self.on_step = on_step
-        self.layout = store.layout
-        learning, frozen = members(store)
-        counts = {i: len(conversations.by_document[i]) for i in learning if i in conversations.by_document}
+        self.training = training or Training(**options)
+        self.layout, self.recompute, self.on_step = store.layout, recompute, on_step
+        members = current_round(store)
+        counts = {i: len(conversations.by_document[i]) for i in members.learners if i in conversations.by_document}
         if not counts:
             raise ConfigError("no conversations about the documents of this store; run its synthesis again")
-        if without := [i for i in learning if i not in counts]:
-            warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialised", stacklevel=2)
-        pool = min(20 if t.pool is None else t.pool, len(counts))
-        self.schedule = Schedule(  # who trains and who sees whom: cas/schedule.py
-            counts,
-            seed=t.seed,
-            pool=pool,
-            targets=min(t.targets, pool),
-            per_target=t.per_target,
-            isolation=t.isolation,
-            max_distractors=t.max_distractors,
-            guests=guests_among(t, len(frozen)),
-            frozen=frozen,
-            rotate_every=t.rotate_every,
-            rotate_fraction=t.rotate_fraction,
-        )
-        per_step = self.schedule.targets * t.per_target
-        self.steps = t.steps if t.steps is not None else max(1, round(t.epochs * sum(counts.values()) / per_step))
-        self._limits, self.recompute, self.rescue = (device_bytes, host_bytes), recompute, LossGuard()
-        self.ahead = model.device.type == "cuda"  # a CPU has no time to spare beside the steps
+        if without := [i for i in members.learners if i not in counts]:
+            warnings.warn(f"nothing to train on about {', '.join(without)}: left as initialized", stacklevel=2)
+        self.schedule = Schedule(counts, self.training, members.frozen)
+        self.steps = self.schedule.steps
+        self.state = TrainerState()
+        self.ahead = (
+            model.device.type == "cuda"
+        )  # a thread reads and writes beside the steps; a CPU has no time to spare
+        self._limits = device_bytes, host_bytes
+        self.manager = Manager(store, model.device, *self._limits)  # the residents; every run makes a new one
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
         """Train to the end, or until ``stop()`` or step ``until``; always leaves a checkpoint.
 
-        Returns: whether the last step was reached. Raises: RunError when no step can be taken any more (:mod:`cas.training.loss_guard`).
+        Returns: whether the last step was reached. Raises: RunError when every step is skipped (:mod:`cas.training.loss_guard`).
         """
         if not initialize_cartridges(self.model, self.store, self.conversations, stop):
             return False
         with self.store.training():
-            step, pool, guests = self._resume()
+            self._resume()
+            state, schedule = self.state, self.schedule
             end = self.steps if until is None else min(until, self.steps)
-            with closing(self.manager), closing(StepLog(self.store.metrics, step)) as log:
-                while step < end and not stop():
+            with closing(self.manager), closing(StepLog(self.store.metrics, state.step)) as log:
+                while state.step < end and not stop():
                     started = time.perf_counter()
-                    if self.schedule.rotates(step):
-                        pool, guests = self.schedule.rotate(step, pool, self._drawn)
-                        self.manager.rotate(pool, guests)
-                        if self.manager.ahead and step + self.training.rotate_every < end:
-                            self.manager.prefetch(*self.schedule.next_rotation(step, pool, self._drawn))
-                    work = self.schedule.step(step, pool, guests, self._drawn)
-                    loss, tokens, lr = self.train_step(step, work)
-                    seconds = time.perf_counter() - started
-                    turned = step // self.training.rotate_every
-                    skipped = self.rescue.skipped
-                    report = Report(step, self.steps, loss, lr, tokens, tokens / seconds, pool, turned, skipped)
+                    if schedule.rotates(state.step):
+                        state.pool, state.guests = schedule.rotate(state.step, state.pool, state.drawn)
+                        self.manager.rotate(state.pool, state.guests)
+                        if self.manager.ahead and state.step + self.training.rotate_every < end:
+                            self.manager.prefetch(*schedule.next_rotation(state.step, state.pool, state.drawn))
+                    work = schedule.step(state.step, state.pool, state.guests, state.drawn)
+                    result = self.train_step(state.step, work)
+                    report = self._report(result, time.perf_counter() - started)
                     log.write(report, work.targets)
-                    step += 1
-                    if step % self.training.checkpoint_every == 0:
-                        self._checkpoint(step, pool, guests, log)
+                    state.step += 1
+                    if state.step % self.training.checkpoint_every == 0:
+                        self._checkpoint(log)
                     if self.on_step is not None:
                         self.on_step(report)
-                self._checkpoint(step, pool, guests, log)
-        return step >= self.steps
+                self._checkpoint(log)
+        return state.step >= self.steps
 
-    def train_step(self, step: int, work: Step) -> tuple[float, int, float]:
-        """One step on the resident pool: forward, loss, backward, Adam on the targets. Returns loss, tokens, lr."""
-        t = self.training
+    def train_step(self, step: int, work: Step) -> StepResult:
+        """One step on the resident pool: forward, loss, backward, Adam on the targets."""
+        trainees, guard = self.manager.trainees, self.state.loss_guard
         seen = {name for example in work.examples for name in example.visible}
-        learners = set(self.manager.trainees) & seen if t.distractor_gradients else set(work.targets)
-        leaves = {
-            name: slot.kv.detach().requires_grad_(name in learners) for name, slot in self.manager.trainees.items()
-        }
+        learners = set(trainees) & seen if self.training.distractor_gradients else set(work.targets)
+        leaves = {name: slot.kv.detach().requires_grad_(name in learners) for name, slot in trainees.items()}
         examples = [self.conversations.by_document[e.document][e.index] for e in work.examples]
-        loss, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
-        loss.backward()
-        value, lr = float(loss.detach()), 0.0
-        gradients = {name: g for name in learners if (g := leaves[name].grad) is not None}
+        mean, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
+        mean.backward()
+        loss = float(mean.detach())
+        gradients = {name: g for name in sorted(learners) if (g := leaves[name].grad) is not None}
         assert len(gradients) == len(learners)
-        spoilers = self.rescue.spoils(value, gradients, self.model.geometry.vocabulary)
-        if spoilers:
-            for name in self.rescue.count(step, value, spoilers):
-                self._back(name)
+        if causes := guard.causes(loss, gradients, self.model.geometry.vocabulary):
             gradients = {}
+            for name in guard.count_skipped(step, loss, causes):
+                self._restore(name)
         else:
-            self.rescue.taken(learners)
-        for name, grad in sorted(gradients.items()):
+            guard.count_taken(learners)
+        lr = self._apply(step, gradients, work.targets)
+        self._count(examples, gradients, work.targets)
+        return StepResult(loss, tokens, lr)
+
+    def _apply(self, step: int, gradients: Mapping[str, Tensor], targets: Iterable[str]) -> float:
+        """Adam on the targets. Returns: the last one's learning rate, 0 if nothing is to be applied."""
+        t, lr = self.training, 0.0
+        for name, grad in gradients.items():
             slot = self.manager.trainees[name]
             if slot.pending is not None:
                 grad = grad + slot.pending
-            if name not in work.targets:
-                # Adam would blow a distractor's faint gradient up to a full step: it waits for its own turn.
+            if name not in targets:
+                # Adam would scale a distractor's small gradient up to a full step: it waits for its own turn.
                 slot.pending = grad
             else:
-                row = self._rows[name]
-                lr = learning_rate(t.lr, row.steps + 1, t.warmup, step, self.steps, t.final_lr)
-                adam_step(slot.kv, grad, slot.exp_avg, slot.exp_avg_sq, row.steps + 1, lr)
+                own_step = self.state.rows[name].steps + 1
+                lr = learning_rate(t.lr, own_step, t.warmup, step, self.steps, t.final_lr)
+                adam_step(slot.kv, grad, slot.exp_avg, slot.exp_avg_sq, own_step, lr)
                 slot.pending = None
             self.manager.touch(name)
-        for name in work.targets:
-            mine = [c for c in examples if c.document == name]
-            row = self._rows[name]
-            trained = sum(len(c.tokens(self.model)) for c in mine) if name in gradients else 0
-            self._rows[name] = replace(
-                row,
-                drawn=row.drawn + len(mine),
-                steps=row.steps + (name in gradients),
-                trained_tokens=row.trained_tokens + trained,
-            )
-            self._drawn[name] = row.drawn + len(mine)
-            self.manager.touch(name)  # what was drawn counts, of a skipped step too
-        return value, tokens, lr
+        return lr
 
-    def _back(self, name: str) -> None:
-        """Give a cartridge and its moments what they were at the last checkpoint; its conversations stay drawn."""
+    def _count(self, examples: Sequence[Conversation], gradients: Mapping[str, Tensor], targets: Iterable[str]) -> None:
+        """Add a step to the figures of its targets; conversations of a skipped step count as drawn, not as trained."""
+        for name in targets:
+            row, own, taken = self.state.rows[name], [c for c in examples if c.document == name], name in gradients
+            self.state.rows[name] = replace(
+                row,
+                drawn=row.drawn + len(own),
+                steps=row.steps + taken,
+                trained_tokens=row.trained_tokens + taken * sum(len(c.tokens(self.model)) for c in own),
+            )
+            self.state.drawn[name] = row.drawn + len(own)
+            self.manager.touch(name)
+
+    def _restore(self, name: str) -> None:
+        """Give a cartridge, its moments and its figures back from the last checkpoint; its conversations stay drawn."""
         self.store.forget(name)
         self.manager.reload(name)
-        self._rows[name] = replace(self.store.row(name), drawn=self._rows[name].drawn)
+        self.state.rows[name] = replace(self.store.row(name), drawn=self.state.drawn[name])
 
     def loss(
         self, conversations: list[Conversation], visible: list[tuple[str, ...]], cartridges: Mapping[str, Tensor]
@@ -191,7 +192,7 @@ class Trainer:
         ]
         ids = torch.tensor([[token for row in tokens for token in row]])
         device, supervised = self.model.device, torch.cat(rows)
-        if self.training.objective == "next-token":  # the model's own words as if it had had no doubt
+        if self.training.objective == "next-token":  # one-hot targets: the tokens that the teacher chose
             answers = np.concatenate([c.answer for c in conversations])[:, None]
             top_ids, top = torch.from_numpy(answers).long().to(device), torch.zeros(answers.shape, device=device)
         else:
@@ -212,31 +213,22 @@ class Trainer:
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
-        """Step, pool and guests of the last checkpoint, with the residents loaded; the settings must be the same."""
-        self._rows = self.store.rows()
-        self._drawn = {i: row.drawn for i, row in self._rows.items()}
-        state = self.store.run_state()
-        self._settings = {**asdict(self.training), "total_steps": self.steps}
-        self._settings.pop("checkpoint_every")
-        refuse_changes(self.store, self._settings)
-        state = state or {"step": 0, "pool": (), "guests": ()}
-        self.rescue = LossGuard(**state.get("rescue", {}))
-        step, pool, guests = int(state["step"]), tuple(state["pool"]), tuple(state["guests"])
-        # A new one every time: the old one may hold what a failed run did after the checkpoint.
+    def _resume(self) -> None:
+        """Go to the last checkpoint, with its residents loaded. Raises: ConfigError if the run was begun with other settings."""
+        settings = {**asdict(self.training), "total_steps": self.steps}
+        del settings["checkpoint_every"]
+        self.state = TrainerState.load(self.store, settings)
+        # Not the old one: it may hold what a failed run did after the checkpoint.
         self.manager = Manager(self.store, self.model.device, *self._limits, ahead=self.ahead)
-        self.manager.rotate(pool, guests)
-        return step, pool, guests
+        self.manager.rotate(self.state.pool, self.state.guests)
 
-    def _checkpoint(self, step: int, pool: tuple[str, ...], guests: tuple[str, ...], log: StepLog) -> None:
-        """Everything trained so far, and where the run is, in one transaction; the log is on disk before it."""
+    def _checkpoint(self, log: StepLog) -> None:
+        """Save everything trained so far, and where the run is; the log is on disk before that."""
         log.sync()
         self.manager.flush()
-        state = {
-            "step": step,
-            "pool": pool,
-            "guests": guests,
-            "settings": self._settings,
-            "rescue": asdict(self.rescue),
-        }
-        self.store.commit(self._rows, state)
+        self.state.save(self.store)
+
+    def _report(self, result: StepResult, seconds: float) -> Report:
+        step, pool, skipped = self.state.step, self.state.pool, self.state.loss_guard.skipped
+        rate, turned = result.tokens / seconds, step // self.training.rotate_every
+        return Report(step, self.steps, result.loss, result.lr, result.tokens, rate, pool, turned, skipped)

@@ -13,7 +13,7 @@ from budget.manager import trim_host_memory
 from cas.config import TrainConfig
 from cas.errors import BudgetError
 from cas.evaluation.arms import PeakMemory
-from cas.train import make_plan
+from cas.training.plan import plan_memory
 from cas.training.trainer import Report, Trainer
 from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 
@@ -106,7 +106,7 @@ def largest_pool(work: Work) -> Iterator[Sample]:
     planned, step, recompute = 0, 1 << 12, False
     while step:
         try:
-            recompute = make_plan(config, work.model, fictional(planned + step), None, planned + step).recompute
+            recompute = plan_memory(config, work.model, fictional(planned + step), None, planned + step).recompute
             planned += step
         except BudgetError:
             step //= 2

@@ -31,7 +31,7 @@ from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
 from cas.training.schedule import Step
-from cas.training.trainer import Report, Trainer
+from cas.training.trainer import Report, StepResult, Trainer
 
 TOP_K = 20
 # Tokens of a question and of its answer: what self-study of each model writes.
@@ -98,7 +98,7 @@ class Work:
         trainer = Trainer(self.model, store, self.conversations(store, each), steps=steps, **settings)
         train_step = trainer.train_step
 
-        def finished(step: int, work: Step) -> tuple[float, int, float]:
+        def finished(step: int, work: Step) -> StepResult:
             result = train_step(step, work)
             wait(self.model.device)
             return result
@@ -188,7 +188,7 @@ def timed_steps(
     trainer = work.trainer(store, each, steps + 1, **options)
     train_step, examples = trainer.train_step, list[Conversation]()
 
-    def watched(step: int, planned: Step) -> tuple[float, int, float]:
+    def watched(step: int, planned: Step) -> StepResult:
         examples[:] = [trainer.conversations.by_document[e.document][e.index] for e in planned.examples]
         return train_step(step, planned)
 
@@ -219,7 +219,7 @@ def profiled(
                 taken[kind] += event.self_cpu_time_total / 1e6 if event.key in names else 0.0
         return {**taken, "rest": total - sum(taken.values())}
 
-    def watched(step: int, work: Step) -> tuple[float, int, float]:
+    def watched(step: int, work: Step) -> StepResult:
         with profile() as ours:
             started = time.perf_counter()
             result = train_step(step, work)

@@ -9,7 +9,7 @@ from typing import Any
 from cas.evaluation.recording import Prediction
 from cas.evaluation.resume import cached_json
 from cas.selfstudy.conversations import Conversations
-from cas.training import rounds as living
+from cas.training import rounds
 from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 OLD, NEW = 20, 2
@@ -30,7 +30,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
 
     earlier = cached_json(asked, first)
     with closing(lab.started("grown", before)) as store:
-        living.update(store, after)
+        rounds.update(store, after)
     found: list[Prediction] = earlier["answers"]
     items = [c for i in fresh for c in lab.conversations.by_document[i]]
     with lab.trained("grown", after, Conversations(items, {}), pool=NEW, targets=NEW, per_target=64) as store:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 WATCHED = """
 import sys
 from cas import train
+from cas.training import pipeline
 from cas.config import TrainConfig, parse
 from cas.model.frozen import FrozenModel
 from cas.data.collection import Collection
@@ -21,8 +22,8 @@ from cas.evaluation.arms import PeakMemory
 
 config = parse(TrainConfig, "train", sys.argv[1:])
 plans = []
-make_plan = train.make_plan
-train.make_plan = lambda *args: plans.append(make_plan(*args)) or plans[-1]
+plan_memory = pipeline.plan_memory
+pipeline.plan_memory = lambda *args: plans.append(plan_memory(*args)) or plans[-1]
 with PeakMemory() as memory:
     assert train.train(config, "again") == 0
 print("planned", plans[0].device, "peak", memory.peak)

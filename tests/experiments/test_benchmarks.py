@@ -16,6 +16,7 @@ from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.training.schedule import Step
+from cas.training.trainer import StepResult
 from experiments.benchmarks import serving, training
 from experiments.benchmarks.work import Alone, Work, frozen, timed_steps
 
@@ -75,7 +76,7 @@ def test_products_are_those_that_a_step_multiplies(work: Work) -> None:
         trainer = work.trainer(store, 8, 1, isolation=1.0, pool=4)
         train_step, found = trainer.train_step, []
 
-        def counted(step: int, planned: Step) -> tuple[float, int, float]:
+        def counted(step: int, planned: Step) -> StepResult:
             examples = [trainer.conversations.by_document[e.document][e.index] for e in planned.examples]
             with Counter() as counter:
                 result = train_step(step, planned)

@@ -17,7 +17,7 @@ from cas.errors import CollectionError, ConfigError
 from cas.model.frozen import FrozenModel
 from cas.selfstudy import synthesize as selfstudy
 from cas.store.store import Store
-from cas.training import rounds as living
+from cas.training import rounds
 from cas.training.trainer import Trainer
 from retrieval import ChunkIndex, HashEmbedder
 
@@ -109,8 +109,8 @@ def test_a_round_that_is_cut_short_goes_on_to_the_same_bits(
     assert call(train.main, *TRAIN, "--store", "runs/whole")[0] == 0
     if where == "between":  # as if killed when the store was changed and nothing added yet
         store = Store.open(FOLDER, write=True)
-        living.update(store, Collection.load("manuals"))
-        assert set(store.rows()) == {"lamp", "pump"} and not living.begun(store)
+        rounds.update(store, Collection.load("manuals"))
+        assert set(store.rows()) == {"lamp", "pump"} and not rounds.begun(store)
         store.close()
     else:
         stopping, stop_in = console.Interrupt(), {"self-study": selfstudy.Teacher, "training": Trainer}[where]
@@ -146,7 +146,7 @@ def test_a_training_that_has_begun_is_finished_first(manuals: FrozenModel, monke
     change()
     store = Store.open(FOLDER, write=True)
     with pytest.raises(ConfigError, match="finish the training first"):
-        living.update(store, Collection.load("manuals"))
+        rounds.update(store, Collection.load("manuals"))
     store.close()
     status, out, err = call(train.main, *TRAIN)
     assert status == 0, err

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cas.config import Training
 from cas.training.schedule import Schedule, Step
 
 IDS = [f"d{i:02d}" for i in range(12)]
 
 
 def even(count: int = 12, conversations: int = 6, **options: Any) -> Schedule:
-    return Schedule({f"d{i:02d}": conversations for i in range(count)}, **options)
+    return Schedule({f"d{i:02d}": conversations for i in range(count)}, Training(**options))
 
 
 def play(
@@ -49,9 +50,9 @@ OPTIONS: dict[str, Any] = {
 PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from test_schedule import OPTIONS, Schedule, play
+from test_schedule import OPTIONS, Schedule, Training, play
 ids = json.loads(sys.argv[1])
-steps, drawn, rotations = play(Schedule({{i: 2 + int(i[1:]) for i in ids}}, **OPTIONS), 30)
+steps, drawn, rotations = play(Schedule({{i: 2 + int(i[1:]) for i in ids}}, Training(**OPTIONS)), 30)
 print(json.dumps([repr(steps), sorted(drawn.items()), rotations]))
 """
 
@@ -96,8 +97,11 @@ def test_invariants(
     rotate_every: int, rotate_fraction: float, seed: int,
 ) -> None:  # fmt: skip
     schedule = Schedule(
-        {f"d{i:02d}": n for i, n in enumerate(counts)}, seed, pool, targets, per_target, isolation, max_distractors, guests,
-        rotate_every, rotate_fraction,
+        {f"d{i:02d}": n for i, n in enumerate(counts)},
+        Training(
+            seed=seed, pool=pool, targets=targets, per_target=per_target, isolation=isolation, max_distractors=max_distractors,
+            guests=guests, rotate_every=rotate_every, rotate_fraction=rotate_fraction,
+        ),
     )  # fmt: skip
     steps, _, rotations = play(schedule, 12)
     for now, beside in rotations:
@@ -170,7 +174,7 @@ def test_rotate_fraction(fraction: float, stay: int) -> None:
 
 def test_need_is_counted_in_passes() -> None:
     """A long document with as many draws as a short one is further behind."""
-    schedule = Schedule({"long": 40, "short": 10, "other": 10}, pool=1, targets=1)
+    schedule = Schedule({"long": 40, "short": 10, "other": 10}, Training(pool=1, targets=1))
     assert schedule.rotate(0, (), {"long": 20, "short": 10, "other": 9})[0] == ("long",)
     assert schedule.step(1, ("long", "short"), (), {"long": 20, "short": 4}).targets == ("short",)
 
@@ -196,7 +200,7 @@ def test_a_pool_can_grow() -> None:
 def test_all_documents_are_trained_evenly() -> None:
     """100 documents of very different lengths through a pool of 20, with the defaults: never more than 1.5 passes apart."""
     conversations = {f"d{i:03d}": 16 + (i * 37) % 100 for i in range(100)}
-    schedule = Schedule(conversations, pool=20, targets=4, per_target=8, rotate_every=10, guests=5)
+    schedule = Schedule(conversations, Training(pool=20, targets=4, per_target=8, rotate_every=10, guests=5))
     total = sum(conversations.values())
     steps, drawn, _ = play(schedule, 4 * total // 32)
     passes = [drawn[name] / n for name, n in conversations.items()]
@@ -207,7 +211,7 @@ def test_all_documents_are_trained_evenly() -> None:
 
 
 def test_every_pass_draws_every_conversation_once() -> None:
-    steps, drawn, _ = play(Schedule({"a": 7, "b": 5}, pool=2, targets=2, per_target=1, seed=9), 35)
+    steps, drawn, _ = play(Schedule({"a": 7, "b": 5}, Training(pool=2, targets=2, per_target=1, seed=9)), 35)
     assert drawn == {"a": 35, "b": 35}
     for name, count in (("a", 7), ("b", 5)):
         order = [e.index for s in steps for e in s.examples if e.document == name]

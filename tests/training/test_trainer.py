@@ -29,10 +29,10 @@ from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
-from cas.training import loss_guard as rescue
+from cas.training import loss_guard
 from cas.training.optim import learning_rate
 from cas.training.schedule import Example, Step
-from cas.training.trainer import Report, Trainer, Training
+from cas.training.trainer import Report, StepResult, Trainer, Training
 
 MIXED: dict[str, Any] = {
     "steps": 12, "lr": 0.02, "warmup": 3, "pool": 3, "targets": 2, "per_target": 2, "isolation": 0.3, "max_distractors": 4,
@@ -255,9 +255,11 @@ def test_steps_equal_torch_adam(
                 assert torch.equal(slot.kv, before[name])
                 assert (slot.pending is not None) == (name in waiting)
             torch.testing.assert_close(slot.kv, kv.detach(), rtol=1e-6, atol=1e-6)
-    assert {name: trainer._rows[name].steps for name in pool} == {"doc-00": 2, "doc-01": 1, "doc-02": 2} == own_steps
+    assert (
+        {name: trainer.state.rows[name].steps for name in pool} == {"doc-00": 2, "doc-01": 1, "doc-02": 2} == own_steps
+    )
     trained = sum(len(conversations.by_document["doc-00"][n].tokens(model)) for n in range(3))
-    assert (trainer._rows["doc-00"].drawn, trainer._rows["doc-00"].trained_tokens) == (3, trained)
+    assert (trainer.state.rows["doc-00"].drawn, trainer.state.rows["doc-00"].trained_tokens) == (3, trained)
     assert (set(waiting) == {"doc-00"}) == distractor_gradients  # seen by doc-01's conversation and not target since
 
 
@@ -272,7 +274,7 @@ def test_guests_are_seen_and_never_change(
     )
     original = trainer.train_step
 
-    def watch(step: int, work: Step) -> tuple[float, int, float]:
+    def watch(step: int, work: Step) -> StepResult:
         assert set(trainer.manager.trainees).isdisjoint(trainer.manager.guests)
         seen.update(e.visible for e in work.examples)
         return original(step, work)
@@ -499,10 +501,10 @@ def test_a_failed_run_leaves_its_last_checkpoint(
 
     def explode(*arguments: Any) -> tuple[Tensor, int]:
         loss, tokens = original(*arguments)
-        return loss * float("nan") if trainer._rows["doc-00"].steps >= 3 else loss, tokens
+        return loss * float("nan") if trainer.state.rows["doc-00"].steps >= 3 else loss, tokens
 
     monkeypatch.setattr(trainer, "loss", explode)
-    monkeypatch.setattr(rescue, "END_AFTER", 1)
+    monkeypatch.setattr(loss_guard, "END_AFTER", 1)
     with pytest.raises(RunError, match=r"^at step [6-9] the loss is nan .* lower --lr$"):
         trainer.run()
     monkeypatch.undo()
@@ -527,7 +529,9 @@ def test_a_gradient_that_is_no_number_never_reaches_a_cartridge(
 
     monkeypatch.setattr(trainer, "loss", explode)
     before = {name: store.cartridge(name) for name in store.rows()}
-    with pytest.raises(RunError, match=r"^at step 11 the loss is \d.* or its gradient no number, for the 12th time"):
+    with pytest.raises(
+        RunError, match=r"^at step 11 the loss is \d.* or its gradient is not finite, for the 12th time"
+    ):
         trainer.run()
     assert store.verify() == [] and all(torch.equal(store.cartridge(n), kv) for n, kv in before.items())
 
@@ -666,7 +670,7 @@ def test_a_document_without_conversations_stays_as_initialised(
     some = Conversations([c for n, cs in conversations.by_document.items() if n != "doc-03" for c in cs], {})
     store = new_store()
     before = {name: store.cartridge(name) for name in store.rows()}
-    with pytest.warns(UserWarning, match=r"^nothing to train on about doc-03: left as initialised$"):
+    with pytest.warns(UserWarning, match=r"^nothing to train on about doc-03: left as initialized$"):
         trainer = Trainer(model, store, some, epochs=4, pool=3, guests=3, targets=2, per_target=2)
     trainer.run()
     assert {n for n, row in store.rows().items() if not row.steps} == {"doc-03"}

@@ -1,0 +1,320 @@
+"""From documents to a store that answers questions: plan, self-study, initialize, train, index."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from budget.planner import Plan
+from cas.config import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
+from cas.data.collection import Collection, split_long
+from cas.errors import ConfigError, StoreMismatch
+from cas.model.frozen import FrozenModel
+from cas.selfstudy.conversations import Conversations
+from cas.selfstudy.synthesize import synthesize
+from cas.store.index import load_embedder, open_index
+from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
+from cas.training.metrics_log import Report
+from cas.training.plan import plan_memory
+from cas.training.rounds import Round, begin_round, learning_documents, plan_round
+from cas.training.state import refuse_other_settings
+from cas.training.trainer import Trainer
+
+DEFAULT_RATIO = 16.0
+_SOURCE = ("collection", "collection_seed", "documents", "merge")  # options that say which documents are trained
+
+Stop = Callable[[], bool]
+
+
+class Progress(Protocol):
+    """A progress bar."""
+
+    def show(self, done: int, total: int, note: str = "") -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+class View(Protocol):
+    """Where a run shows what it does, and who can stop it."""
+
+    def line(self, text: str) -> None:
+        """A result."""
+
+    def warn(self, text: str) -> None:
+        """A remark that is not a result."""
+
+    def progress(self, title: str) -> AbstractContextManager[Progress]:
+        """A bar for one step."""
+
+    def listening(self) -> AbstractContextManager[Stop]:
+        """Something that tells whether to stop at the next safe place."""
+
+
+def run(config: TrainConfig, view: View) -> bool:
+    """Train a collection, or what has changed in it since it was trained. With ``config.dry_run`` nothing is written.
+
+    Returns: whether the end was reached; False when it was stopped, and the same call goes on from there.
+    Raises: CasError, before anything is written, for what the user has to change.
+    """
+    _check(config)
+    folder = store_folder(config.store, config.collection)
+    with ExitStack() as stack:
+        store = None
+        if Store.exists(folder):
+            store = stack.enter_context(Store.open(folder, write=not config.dry_run))
+        setup = plan(config, folder, store, view)
+        for text in setup.lines():
+            view.line(text)
+        if config.dry_run:
+            return True
+        if store is None:
+            store = stack.enter_context(_create_store(setup))
+        _begin(setup, store)
+        with view.listening() as stop:
+            if setup.memory is not None:
+                conversations = self_study(setup, store, view, stop)
+                if conversations is None:
+                    return False
+                if not initialize(setup, store, conversations, view, stop):
+                    return False
+                if not train(setup, store, conversations, view, stop):
+                    return False
+        index(setup, store, view)
+    return True
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with. ``documents`` are those that it trains; ``memory`` is None where there is nothing to train."""
+
+    config: TrainConfig
+    folder: Path
+    model: FrozenModel
+    ratio: float | None
+    documents: Collection
+    round: Round
+    memory: Plan | None
+
+    def lines(self) -> list[str]:
+        """For the user, before anything starts."""
+        source, dtype = self.model.source, str(self.model.dtype).removeprefix("torch.")
+        first = f"model       {source.name} ({source.kind}, {dtype}, {self.model.device})"
+        return [first, *self.round.lines(), *(self.memory.lines() if self.memory else ())]
+
+
+def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> Setup:
+    """Load documents and model, and compute what is to be trained and what memory that takes. Writes nothing."""
+    documents = _load_documents(config, view)
+    model = _load_model(config, store, view)
+    ratio = DEFAULT_RATIO if config.ratio is None and config.tokens is None else config.ratio
+    if config.span is not None and ratio is not None:
+        documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
+    round, pool, frozen = plan_round(store, documents), config.pool, list[int]()
+    if store is not None:
+        _refuse_other_collection(config, store, round)
+        rows = store.rows()
+        frozen = [rows[i].p for i in round.frozen]
+        if not round.new:  # the pool that this training was begun with
+            pool = pool or (store.run_state() or {}).get("settings", {}).get("pool")
+    learning = learning_documents(round, store, documents)
+    needed = plan_memory(config, model, learning, ratio, pool, frozen) if round.learners else None
+    load_embedder(config.embedder)  # refused now, not after hours of training
+    return Setup(config, folder, model, ratio, learning, round, needed)
+
+
+def _check(config: TrainConfig) -> None:
+    """Raise ConfigError for options that contradict each other, before anything is loaded."""
+    if config.collection is None:
+        raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+    if config.collection_seed and not any(name in config.collection for name in ("million_tokens", "niah")):
+        raise ConfigError("--collection-seed is for a collection that is made from it: million_tokens or niah")
+    config.part(Training), config.part(SelfStudy)
+    if config.tokens is not None and config.ratio is not None:
+        raise ConfigError("give the cartridge size either as --tokens or as --ratio")
+
+
+def _load_documents(config: TrainConfig, view: View) -> Collection:
+    assert config.collection is not None
+    documents = Collection.load(config.collection, seed=config.collection_seed)
+    for text in documents.skipped:
+        view.warn(text)
+    if config.documents is not None:
+        documents = documents.select(config.documents)
+    return documents.merged() if config.merge else documents
+
+
+def _load_model(config: TrainConfig, store: Store | None, view: View) -> FrozenModel:
+    """The model of the options, else of the store, else the default for the collection."""
+    fictional = config.collection in FICTIONAL
+    name = config.model or (READER if fictional else DEFAULT_MODEL)
+    if store is not None and not config.model:
+        name = str(store.meta["model"]["source"]["name"])
+    model = FrozenModel.from_pretrained(
+        name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
+    )
+    if model.reader and not fictional:
+        view.warn("warning: the embedded reader can read --collection million_tokens alone; give another --model")
+    return model
+
+
+def _refuse_other_collection(config: TrainConfig, store: Store, round: Round) -> None:
+    """Raise StoreMismatch if documents would be replaced or dropped because other ones were named."""
+    if round.postponed or not (round.changed or round.gone):
+        return
+    file = store.folder / "config.yaml"
+    before = yaml.safe_load(file.read_text()) if file.exists() else {}
+    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != getattr(config, k)]:
+        raise StoreMismatch(
+            f"{store.folder} was trained with another {', '.join(other)}: it would lose {len(round.gone)} documents and retrain "
+            f"{len(round.changed)}; give what it was trained on, or a new --store"
+        )
+
+
+# -- the store ------------------------------------------------------------------------------------------------------------
+
+
+def _store_settings(setup: Setup) -> dict[str, Any]:
+    config = setup.config
+    return {
+        "tokens": config.tokens,
+        "ratio": setup.ratio,
+        "positions": config.positions,
+        "initialisation": config.initialization,
+        "seed": config.seed,
+    }
+
+
+def _create_store(setup: Setup) -> Store:
+    store = Store.create(setup.folder, setup.model, span=setup.config.span, **_store_settings(setup))
+    _save_config(setup)
+    return store
+
+
+def _begin(setup: Setup, store: Store) -> None:
+    """Refuse what contradicts the store, then take out of it what is gone or changed."""
+    store.check_model(setup.model)
+    settings = _store_settings(setup)
+    if setup.config.span is not None:
+        settings["span"] = setup.config.span
+    if changed := [f"{k} {store.meta[k]} (now {v})" for k, v in settings.items() if store.meta[k] != v]:
+        raise StoreMismatch(
+            f"{setup.folder} was made with {', '.join(changed)}; use the same settings or give a new --store"
+        )
+    if setup.round.differs and not setup.round.postponed:
+        begin_round(store, setup.round)
+        _save_config(setup)
+    if setup.memory is not None:
+        refuse_other_settings(store, asdict(_training(setup)))
+
+
+def _training(setup: Setup) -> Training:
+    """The settings of the trainer, with the pool of the plan."""
+    assert setup.memory is not None
+    return replace(setup.config.part(Training), pool=setup.memory.pool)
+
+
+def _save_config(setup: Setup) -> None:
+    """Write the options, so that ``--config`` can give them again."""
+    options = asdict(replace(setup.config, config=None))
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    partial = setup.folder / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    partial.replace(setup.folder / "config.yaml")
+
+
+# -- self-study, initialize, train, index ---------------------------------------------------------------------------------
+
+
+class _Stopped(Exception):
+    """Self-study was stopped between two units."""
+
+
+def self_study(setup: Setup, store: Store, view: View, stop: Stop) -> Conversations | None:
+    """The documents' conversations, written where the store has none yet; None when stopped."""
+    with view.progress("self-study") as bar:
+
+        def progress(kept: int, wanted: int) -> None:
+            bar.show(kept, wanted)
+            if stop():
+                raise _Stopped
+
+        try:
+            conversations = synthesize(
+                setup.model, setup.documents, store, setup.config.part(SelfStudy), progress=progress
+            )
+        except _Stopped:
+            return None
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
+    view.line(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}")
+    return conversations
+
+
+def initialize(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> bool:
+    """Give every new cartridge its first values. Returns: False when stopped."""
+    with view.progress("initialize") as bar:
+        return initialize_cartridges(setup.model, store, conversations, stop, bar.show)
+
+
+def train(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> bool:
+    """Joint training from the last checkpoint on. Returns: False when stopped."""
+    assert setup.memory is not None
+    trainer = Trainer(
+        setup.model,
+        store,
+        conversations,
+        _training(setup),
+        host_bytes=memory(setup.config.host_memory, "--host-memory"),
+        device_bytes=setup.memory.trainees + setup.memory.guest_copies,
+        recompute=setup.memory.recompute,
+    )
+    with view.progress("training") as bar:
+        trainer.on_step = _show_steps(bar)
+        finished = trainer.run(stop=stop)
+    guard, rows = trainer.state.loss_guard, store.rows().values()
+    if guard.skipped:
+        view.line(
+            f"skipped     {guard.skipped} steps with a non-finite loss or gradient, or a loss above 2 log V; {guard.back} times a "
+            "cartridge was restored from its last checkpoint (a lower --lr may help)"
+        )
+    tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
+    view.line(
+        f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned"
+    )
+    return finished
+
+
+def _show_steps(bar: Progress) -> Callable[[Report], None]:
+    """What to do with every step's report: show it, and say once how long the training will take."""
+    started, done = time.monotonic(), 0
+
+    def show(report: Report) -> None:
+        nonlocal done
+        done += 1
+        note = (
+            f"loss {report.loss:.3f} {report.tokens_per_s:.0f} tok/s pool {len(report.pool)} turned {report.rotations}x"
+        )
+        bar.show(report.step + 1, report.steps, note + (f" skipped {report.skipped}" if report.skipped else ""))
+        if done == 10:
+            each = (time.monotonic() - started) / done
+            minutes = (report.steps - report.step - 1) * each / 60
+            remaining = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} minutes"
+            bar.say(f"time        about {remaining} to go ({each:.2f} s a step)")
+
+    return show
+
+
+def index(setup: Setup, store: Store, view: View) -> None:
+    """Bring the retrieval index up to date with the store's documents."""
+    open_index(store, load_embedder(setup.config.embedder))
+    if setup.round.postponed:
+        view.line(f"collection  {setup.round.differences}; train that with the same command")
