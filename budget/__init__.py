@@ -1,1 +1,1 @@
-"""Memory as a ledger: who is on the device, in host memory, on disk; what fits; who moves. Knows nothing of cas."""
+"""Memory: which tensors are on the device, in host memory or on disk, what fits, and moving them. Never imports cas."""

@@ -1,8 +1,10 @@
-"""Moves what the schedule names: cartridges with their optimiser state between device, host memory and a store.
+"""Moves cartridges with their optimizer state between device, host memory and a store, as the schedule asks.
 
-Three places, one rule: a cartridge is on the device, else perhaps in host memory, else only in the store. What was
-trained and is not in the store yet is *dirty*; host memory that is full spills its longest unused entry to the store.
-On a GPU a thread reads those that will enter next and writes those that left, while steps run.
+A cartridge is on the device, else in host memory if it fits there, else in the store alone. One that was trained and is not in
+the store yet is *dirty*; when host memory is full, its least recently used entry is written to the store and dropped. On a GPU a
+thread reads the cartridges of the next rotation and writes evicted ones while steps run.
+
+*Trainees* are the cartridges of the pool; *guests* are frozen distractors, read-only copies of cartridges outside it.
 """
 
 from __future__ import annotations
@@ -22,21 +24,21 @@ from budget.ledger import Ledger
 
 
 class BackingStore(Protocol):
-    """The slow, durable place."""
+    """Where cartridges are stored durably."""
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Fresh tensors of the newest written version: ``kv`` and, once trained, ``exp_avg``, ``exp_avg_sq``, perhaps
-        ``pending``. They are the caller's to change."""
+        ``pending``. The caller may change them."""
         ...
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a new version; it counts after the next checkpoint."""
+        """Write a new version, which becomes valid with the next checkpoint."""
         ...
 
 
 @dataclass
 class Slot:
-    """A trainee on the device, float32: the leaf that gets gradients, Adam's moments, and a gradient that waits."""
+    """A trainee on the device, float32: its values, Adam's moments, and a gradient that is not applied yet."""
 
     kv: Tensor
     exp_avg: Tensor
@@ -44,8 +46,8 @@ class Slot:
     pending: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"kv": self.kv.detach(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return found if self.pending is None else {**found, "pending": self.pending}
+        tensors = {"kv": self.kv.detach(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return tensors if self.pending is None else {**tensors, "pending": self.pending}
 
 
 @dataclass
@@ -56,24 +58,24 @@ class _Host:
 
 @dataclass
 class Counters:
-    """What the manager did since it was made."""
+    """What the manager did since it was created."""
 
     rotations: int = 0
     device_loads: int = 0
     store_reads: int = 0
-    read_ahead: int = 0  # of these, begun before they were needed
+    read_ahead: int = 0  # of these, started before they were needed
     store_writes: int = 0
 
 
 @dataclass
 class Manager:
-    """Residents of the device and the host cache behind them.
+    """The cartridges on the device, and the host cache for evicted ones.
 
     Attributes:
         device_bytes: limit for trainees (with gradient and moments) and guests; None for no limit.
-        host_bytes: limit for evicted cartridges kept in host memory; 0 sends each leaver straight to the store.
-        ahead: read and write in a thread beside the steps. It takes host memory for those on the way, at most as much as two
-            pools and the guests; the values are the same.
+        host_bytes: limit for evicted cartridges in host memory; with 0 each is written to the store at once.
+        ahead: read and write in a thread during the steps. This takes host memory for what is in transit, at most as much as
+            two pools and the guests; results are the same.
     """
 
     store: BackingStore
@@ -90,13 +92,13 @@ class Manager:
         self.ledger = Ledger({"device": self.device_bytes, "host": self.host_bytes})
         self._host: dict[str, _Host] = {}
         self._dirty: set[str] = set()  # trainees whose newest values are only on the device
-        # One worker, so that a read comes after the writes before it.
+        # One worker, so that reads follow earlier writes.
         self._worker = ThreadPoolExecutor(1) if self.ahead else None
-        self._coming: dict[tuple[str, bool], Future[dict[str, Tensor]]] = {}  # by name, and whether with its state
-        self._leaving: dict[str, Future[None]] = {}
+        self._reads: dict[tuple[str, bool], Future[dict[str, Tensor]]] = {}  # by name, and whether with Adam state
+        self._writes: dict[str, Future[None]] = {}
 
     def rotate(self, pool: Sequence[str], guests: Sequence[str]) -> None:
-        """Make exactly these trainees and guests resident. Leavers go first, so the device never holds both."""
+        """Make exactly these trainees and guests resident. Others are evicted first, so the device never holds both."""
         assert not set(pool) & set(guests)
         self.counters.rotations += 1
         self.wait_for_writes()
@@ -111,37 +113,37 @@ class Manager:
         for name in pool:
             if name not in self.trainees:
                 self._admit(name)
-        self._coming.clear()
+        self._reads.clear()
         trim_host_memory()
 
     def prefetch(self, pool: Sequence[str], guests: Sequence[str]) -> None:
-        """Begin to read what the next rotation will admit from the store."""
+        """Start reading from the store what the next rotation will load."""
         assert self._worker is not None
         wanted = [(name, True) for name in pool] + [(name, False) for name in guests if name not in self.guests]
         for name, whole in wanted:
-            if name not in self.trainees and name not in self._host and (name, whole) not in self._coming:
+            if name not in self.trainees and name not in self._host and (name, whole) not in self._reads:
                 parts = None if whole else ["kv"]
-                self._coming[name, whole] = self._worker.submit(self._read, name, parts)
+                self._reads[name, whole] = self._worker.submit(self._read, name, parts)
 
     def close(self) -> None:
-        """Wait for what is on the way, and end the thread. What was not flushed is lost."""
+        """Wait for reads and writes in progress, and end the thread. What was not flushed is lost."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
 
     def touch(self, name: str) -> None:
-        """Say that a trainee has changed."""
+        """Mark a trainee as changed."""
         assert name in self.trainees
         self._dirty.add(name)
 
     def reload(self, name: str) -> None:
-        """Replace a trainee by what the store has; what it was on the device is lost."""
+        """Replace a trainee by what the store has; its values on the device are lost."""
         self.trainees.pop(name)
         self.ledger.take("device", name)
         self._dirty.discard(name)
         self._admit(name)
 
     def flush(self, before_write: Callable[[str], None] | None = None) -> list[str]:
-        """Write everything dirty to the store (a checkpoint's first half); returns the names."""
+        """Write everything dirty to the store, which a checkpoint then commits. Returns: the names."""
         written = []
         self.wait_for_writes()
         for name, tensors in [(n, self.trainees[n].tensors()) for n in sorted(self._dirty)] + [
@@ -158,16 +160,16 @@ class Manager:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], wait: bool = False) -> None:
         self.counters.store_writes += 1
-        here = {k: t.to("cpu") for k, t in tensors.items()}
+        on_cpu = {k: t.to("cpu") for k, t in tensors.items()}
         if self._worker is None or wait:
-            self.store.write_tensors(name, here)
+            self.store.write_tensors(name, on_cpu)
         else:
-            self._leaving[name] = self._worker.submit(self.store.write_tensors, name, here)
+            self._writes[name] = self._worker.submit(self.store.write_tensors, name, on_cpu)
 
     def wait_for_writes(self) -> None:
-        """Wait until everything that left is in the store; an error there is raised here."""
-        for name in list(self._leaving):
-            self._leaving.pop(name).result()
+        """Wait until all evicted cartridges are written; raises what went wrong in the thread."""
+        for name in list(self._writes):
+            self._writes.pop(name).result()
 
     def _read(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         tensors = self.store.read_tensors(name, parts)
@@ -179,13 +181,13 @@ class Manager:
             tensors = self._host[name].tensors
             return tensors if parts is None else {k: tensors[k] for k in parts}
         self.counters.store_reads += 1
-        if name in self._leaving:
-            self._leaving.pop(name).result()
-        coming = self._coming.pop((name, parts is None), None)
-        if coming is None:
+        if name in self._writes:
+            self._writes.pop(name).result()
+        started = self._reads.pop((name, parts is None), None)
+        if started is None:
             return self._read(name, parts)
         self.counters.read_ahead += 1
-        return coming.result()
+        return started.result()
 
     def _admit(self, name: str) -> None:
         tensors = self._tensors(name, None)
@@ -204,9 +206,8 @@ class Manager:
                 else torch.zeros_like(leaf)
             )
 
-        leaf = kv.to(
-            self.device, torch.float32, non_blocking=True
-        )  # on a CPU the tensors themselves: nobody else has them
+        # On a CPU no copy: the store's tensors are the caller's own.
+        leaf = kv.to(self.device, torch.float32, non_blocking=True)
         slot = Slot(leaf, own("exp_avg"), own("exp_avg_sq"), own("pending") if "pending" in tensors else None)
         self.trainees[name] = slot
 
@@ -238,7 +239,7 @@ class Manager:
 
 
 def trim_host_memory() -> None:
-    """Hand freed host memory back to the system, where the C library can (glibc); it would keep the peak of every phase."""
+    """Return freed host memory to the system, where the C library can (glibc), which would otherwise keep the peak of every phase."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Bytes before anything starts, and the pool that fits. Plain arithmetic on sizes; no tensors."""
+"""Bytes that a training will take, and the largest pool that fits. Plain arithmetic on sizes; no tensors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: measured, see 
 
 
 class DoesNotFit(ValueError):
-    """The budget cannot hold what was asked for; the message has the figures."""
+    """The budget is too small for what was asked; the message has the figures."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the plan is made from, all in numbers of elements, tokens or bytes.
+    """What the plan is computed from, all in numbers of elements, tokens or bytes.
 
     Attributes:
         weights: bytes of the frozen model. element: bytes of one number in its compute dtype.
         largest: elements of the largest cartridge. total: elements of all cartridges together.
         documents: how many. tokens: of all documents.
         step_tokens: own tokens of one step; logit_rows: of these, rows whose logits are held at a time.
-        prefix: prefix positions that the step's conversations see, all added up (with the header).
+        prefix: sum of the prefix positions (header included) that the step's conversations see.
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
         longest: own tokens of the longest conversation. rows: conversations of a step.
         decoded: positions that one batch of self-study may hold.
-        matched: tokens of the longest document that gets a matched start (0: none does); matched_on: of conversations.
+        matched: tokens of the longest document that gets attention-matching initialization (0: none does); matched_on: tokens of
+            the conversations it is computed from.
     """
 
     weights: int
@@ -54,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes. ``device`` adds up runtime (on a CPU), weights, activations, pool and guests."""
+    """Memory in bytes. ``device`` is the sum of runtime (on a CPU), weights, activations, pool and frozen distractors (guests)."""
 
     documents: int
     tokens: int
@@ -72,26 +73,26 @@ class Plan:
     largest: int
 
     def lines(self) -> list[str]:
-        """The plan for people, a line each."""
+        """The plan as text, a line for each kind of memory."""
         return [
             f"documents   {self.documents:,} ({self.tokens:,} tokens)",
-            f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimiser state",
+            f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimizer state",
             f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, activations up to "
             f"{size(self.activations)}{' (layers computed twice)' if self.recompute else ''}, pool of {self.pool} "
-            f"{size(self.trainees)}, {self.guests} guests {size(self.guest_copies)}",
-            f"host        up to {size(self.host)} for evicted cartridges and those on the way",
+            f"{size(self.trainees)}, {self.guests} frozen distractors {size(self.guest_copies)}",
+            f"host        up to {size(self.host)} for evicted cartridges and those in transit",
             f"disk        {size(self.disk)} for cartridges and state",
         ]
 
 
 def activation_bytes(s: Sizes, recompute: bool = False, merged: bool = True) -> int:
-    """An upper bound of what one forward and backward over a packed step keeps. ``recompute``: layers keep their input alone,
-    and one at a time is computed again. Without ``merged`` attention no attention weights are kept, and residents are counted by
-    :func:`make_plan`.
+    """An upper bound of what forward and backward over a packed step keep. ``recompute``: layers keep only their input and are
+    computed again one at a time. ``merged``: attention of a CPU, which keeps its weights; without it
+    resident cartridges are counted by :func:`make_plan`.
 
     Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
-    weights of every head, and what is seen in the compute dtype; once, the weights' gradients and masks; for the
-    rows at a time three float32 copies of the logits and one in the compute dtype.
+    weights of every head, and the visible prefix in the compute dtype; once, the weights' gradients and masks; for the
+    rows held at a time, three float32 copies of the logits and one in the compute dtype.
     """
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
@@ -106,15 +107,15 @@ def activation_bytes(s: Sizes, recompute: bool = False, merged: bool = True) -> 
 
 
 def decoding_bytes(s: Sizes) -> int:
-    """An upper bound of what a batch of self-study keeps: its whole KV cache, once gathered and once more on the way, and
+    """An upper bound of what a batch of self-study keeps: its whole KV cache twice (gathered, and while gathering), and
     the logits of one new token for as many rows as would fit at 64 positions each."""
     per_position = 2 * s.layers * s.kv_heads * s.head_dim * s.element
     return 2 * s.decoded * per_position + s.decoded // 64 * s.vocabulary * 4
 
 
 def matching_bytes(s: Sizes) -> int:
-    """An upper bound of what a matched start keeps: the document's KV, read and stacked; of one key head four float32 copies of
-    all scores, conversations padded to twice their tokens; and a layer's activations."""
+    """An upper bound of what attention-matching initialization keeps: the document's KV twice; of one key head four float32 copies
+    of all scores, conversations padded to twice their tokens; and a layer's activations."""
     if not s.matched:
         return 0
     kv = 2 * s.layers * s.kv_heads * s.head_dim * s.matched
@@ -134,15 +135,18 @@ def make_plan(
     merged: bool | None = None,
     frozen: int = 0,
 ) -> Plan:
-    """What training will take. Without ``pool``, the largest that fits ``budget`` (at most 20, as in 2606.04557). Pool and
-    guests together are never more than the documents and the ``frozen`` cartridges beside them. Where it fits only so, layers are
-    computed twice. ``merged``: attention is that of a CPU (default: where it is one).
+    """What training will take. Layers are computed twice where it does not fit otherwise.
 
-    Raises: DoesNotFit with the figures when the budget cannot hold it.
+    Args:
+        pool: cartridges in training at a time; by default as many as fit ``budget``, at most 20 (as in 2606.04557).
+        guests: frozen distractors; with the pool never more than the documents and the ``frozen`` cartridges of earlier rounds.
+        merged: attention is that of a CPU; by default ``on_cpu``.
+
+    Raises: DoesNotFit with the figures if the budget cannot hold it.
     """
     runtime = RUNTIME_BYTES if on_cpu else 0
     merged = on_cpu if merged is None else merged
-    # A GPU step has residents side by side in the compute dtype: cast, put together, and with a gradient of that.
+    # A GPU step concatenates residents in the compute dtype: cast, concatenated, and the gradient of that.
     beside = 0 if on_cpu else 3 * s.element * s.largest
     each, guest = trainee_bytes(s.largest), guest_bytes(s.largest)
 
@@ -163,14 +167,14 @@ def make_plan(
     else:
         raise DoesNotFit(
             f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, activations up to {size(activations)}, "
-            f"runtime {size(runtime)}, {copies(least)} guests {size(copies(least) * guest)}, pool of {least} "
-            f"{size(least * each)} make {size(needed(least))}; raise --budget or lower --pool, --guests, --targets or --per-target"
+            f"runtime {size(runtime)}, {copies(least)} frozen distractors {size(copies(least) * guest)}, pool of {least} "
+            f"{size(least * each)} need {size(needed(least))}; raise --budget or lower --pool, --guests, --targets or --per-target"
         )
     pool = fitting[0]
     guests = copies(pool)
     everything = 12 * s.total
     host = everything if host_budget is None else min(host_budget, everything)
-    if not on_cpu:  # those that a thread reads and writes beside the steps
+    if not on_cpu:  # in transit: a thread reads and writes during the steps
         host += (2 * 12 * pool + 4 * guests) * s.largest
     return Plan(
         documents=s.documents,
@@ -192,7 +196,7 @@ def make_plan(
 
 
 def size(count: float) -> str:
-    """Bytes for people: 3.4 GiB."""
+    """Bytes as text: 3.4 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -86,7 +86,7 @@ class Schedule:
         return sorted(shuffled, key=lambda i: drawn.get(i, 0) / self.conversations[i])
 
     def rotates(self, step: int) -> bool:
-        """Whether pool and guests are chosen anew before this step."""
+        """Whether pool and guests are chosen again before this step."""
         return step % self.training.rotate_every == 0
 
     def rotate(

@@ -79,14 +79,12 @@ class Trainer:
         self.schedule = Schedule(counts, self.training, members.frozen)
         self.steps = self.schedule.steps
         self.state = TrainerState()
-        self.ahead = (
-            model.device.type == "cuda"
-        )  # a thread reads and writes beside the steps; a CPU has no time to spare
+        self.ahead = model.device.type == "cuda"  # read and write in a thread during the steps; a CPU is busy with them
         self._limits = device_bytes, host_bytes
-        self.manager = Manager(store, model.device, *self._limits)  # the residents; every run makes a new one
+        self.manager = Manager(store, model.device, *self._limits)  # every run makes a new one
 
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
-        """Train to the end, or until ``stop()`` or step ``until``; always leaves a checkpoint.
+        """Train to the end, or until ``stop()`` or step ``until``; always ends with a checkpoint.
 
         Returns: whether the last step was reached. Raises: RunError when every step is skipped (:mod:`cas.training.loss_guard`).
         """
@@ -218,7 +216,7 @@ class Trainer:
         settings = {**asdict(self.training), "total_steps": self.steps}
         del settings["checkpoint_every"]
         self.state = TrainerState.load(self.store, settings)
-        # Not the old one: it may hold what a failed run did after the checkpoint.
+        # A new one: the old one may hold changes of a failed run after the checkpoint.
         self.manager = Manager(self.store, self.model.device, *self._limits, ahead=self.ahead)
         self.manager.rotate(self.state.pool, self.state.guests)
 

@@ -331,7 +331,7 @@ def test_plan_is_told_in_figures() -> None:
         "4.0 MiB",
         "12.0 MiB",
         "pool of 7 112.0 MiB",
-        "3 guests 6.0 MiB",
+        "3 frozen distractors 6.0 MiB",
         "weights 500.0 MiB",
         "720.0 MiB",
     )

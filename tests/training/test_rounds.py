@@ -45,7 +45,7 @@ def test_what_changed_is_trained_and_nothing_else(manuals: FrozenModel) -> None:
     status, out, err = call(train.main, *TRAIN)
     assert status == 0, err
     assert "1 new, 1 changed, 1 gone; the other 2 cartridges stay as they are" in out and "documents   2" in out
-    assert "2 guests" in out  # the lamp and the pump distract
+    assert "2 frozen distractors" in out  # the lamp and the pump distract
     after, run, number = state()
     assert set(after) == {"crane", "lamp", "pump", "tide"} and number == 1
     assert all(after[name] == before[name] for name in ("lamp", "pump"))
