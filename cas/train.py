@@ -26,7 +26,9 @@ def train(config: TrainConfig, again: str) -> int:
     from cas.training import pipeline
 
     view = _Console()
-    if not pipeline.run(config, view):
+    try:
+        pipeline.run(config, view)
+    except pipeline.Stopped:
         view.warn(f"interrupted, saved; go on with:\n  {again}")
         return view.interrupt.exit_status
     if not config.dry_run:

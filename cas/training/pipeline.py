@@ -57,11 +57,14 @@ class View(Protocol):
         """Something that tells whether to stop at the next safe place."""
 
 
-def run(config: TrainConfig, view: View) -> bool:
+class Stopped(Exception):
+    """A run was stopped at a safe place and everything is saved; the same call goes on from there."""
+
+
+def run(config: TrainConfig, view: View) -> None:
     """Train a collection, or what has changed in it since it was trained. With ``config.dry_run`` nothing is written.
 
-    Returns: whether the end was reached; False when it was stopped, and the same call goes on from there.
-    Raises: CasError, before anything is written, for what the user has to change.
+    Raises: Stopped when ``view`` stopped it; CasError, before anything is written, for what the user has to change.
     """
     _check(config)
     folder = store_folder(config.store, config.collection)
@@ -73,21 +76,16 @@ def run(config: TrainConfig, view: View) -> bool:
         for text in setup.lines():
             view.line(text)
         if config.dry_run:
-            return True
+            return
         if store is None:
             store = stack.enter_context(_create_store(setup))
         _begin(setup, store)
-        with view.listening() as stop:
-            if setup.memory is not None:
+        if setup.memory is not None:
+            with view.listening() as stop:
                 conversations = self_study(setup, store, view, stop)
-                if conversations is None:
-                    return False
-                if not initialize(setup, store, conversations, view, stop):
-                    return False
-                if not train(setup, store, conversations, view, stop):
-                    return False
+                initialize(setup, store, conversations, view, stop)
+                train(setup, store, conversations, view, stop)
         index(setup, store, view)
-    return True
 
 
 # -- plan -----------------------------------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
     model = _load_model(config, store, view)
     ratio = DEFAULT_RATIO if config.ratio is None and config.tokens is None else config.ratio
     if config.span is not None and ratio is not None:
-        documents = split_long(documents, int(config.span * ratio), lambda text: len(model.encode(text)))
+        documents = split_long(documents, int(config.span * ratio), model.count_tokens)
     round, pool, frozen = plan_round(store, documents), config.pool, list[int]()
     if store is not None:
         _refuse_other_collection(config, store, round)
@@ -235,38 +233,31 @@ def _save_config(setup: Setup) -> None:
 # -- self-study, initialize, train, index ---------------------------------------------------------------------------------
 
 
-class _Stopped(Exception):
-    """Self-study was stopped between two units."""
-
-
-def self_study(setup: Setup, store: Store, view: View, stop: Stop) -> Conversations | None:
-    """The documents' conversations, written where the store has none yet; None when stopped."""
+def self_study(setup: Setup, store: Store, view: View, stop: Stop) -> Conversations:
+    """The documents' conversations; writes those that the store does not have yet."""
     with view.progress("self-study") as bar:
 
-        def progress(kept: int, wanted: int) -> None:
-            bar.show(kept, wanted)
+        def progress(done: int, total: int) -> None:
+            bar.show(done, total)
             if stop():
-                raise _Stopped
+                raise Stopped
 
-        try:
-            conversations = synthesize(
-                setup.model, setup.documents, store, setup.config.part(SelfStudy), progress=progress
-            )
-        except _Stopped:
-            return None
+        study = setup.config.part(SelfStudy)
+        conversations = synthesize(setup.model, setup.documents, store, study, progress=progress)
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
     view.line(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}")
     return conversations
 
 
-def initialize(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> bool:
-    """Give every new cartridge its first values. Returns: False when stopped."""
+def initialize(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> None:
+    """Give every new cartridge its first values."""
     with view.progress("initialize") as bar:
-        return initialize_cartridges(setup.model, store, conversations, stop, bar.show)
+        if not initialize_cartridges(setup.model, store, conversations, stop, bar.show):
+            raise Stopped
 
 
-def train(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> bool:
-    """Joint training from the last checkpoint on. Returns: False when stopped."""
+def train(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> None:
+    """Joint training, from the last checkpoint on."""
     assert setup.memory is not None
     trainer = Trainer(
         setup.model,
@@ -290,7 +281,8 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     view.line(
         f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned"
     )
-    return finished
+    if not finished:
+        raise Stopped
 
 
 def _show_steps(bar: Progress) -> Callable[[Report], None]:

@@ -35,7 +35,7 @@ def plan_memory(
 
     Raises: BudgetError with the figures if the budget cannot hold it.
     """
-    tokens = [len(model.encode(d.text)) for d in documents.documents]
+    tokens = [model.count_tokens(d.text) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
     try:
         return make_plan(
