@@ -8,7 +8,8 @@ from collections import OrderedDict
 class Ledger:
     """Bytes by tier and name, in order of last use, against a limit per tier.
 
-    A tier without a limit is unbounded. The caller must make room before it adds something; exceeding a limit is an assertion error.
+    A tier without a limit is unbounded. The caller must make room before it adds something; exceeding a limit is an
+    assertion error.
     """
 
     def __init__(self, limits: dict[str, int | None]) -> None:

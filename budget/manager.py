@@ -1,8 +1,8 @@
 """Moves cartridges with their optimizer state between device, host memory and a store, as the schedule asks.
 
-A cartridge is on the device, else in host memory if it fits there, else in the store alone. One that was trained and is not in
-the store yet is *dirty*; when host memory is full, its least recently used entry is written to the store and dropped. On a GPU a
-thread reads the cartridges of the next rotation and writes evicted ones while steps run.
+A cartridge is on the device, else in host memory if it fits there, else in the store alone. One that was trained and is
+not in the store yet is *dirty*; when host memory is full, its least recently used entry is written to the store and
+dropped. On a GPU a thread reads the cartridges of the next rotation and writes evicted ones while steps run.
 
 *Trainees* are the cartridges of the pool; *guests* are frozen distractors, read-only copies of cartridges outside it.
 """
@@ -74,8 +74,8 @@ class Manager:
     Attributes:
         device_bytes: limit for trainees (with gradient and moments) and guests; None for no limit.
         host_bytes: limit for evicted cartridges in host memory; with 0 each is written to the store at once.
-        ahead: read and write in a thread during the steps. This takes host memory for what is in transit, at most as much as
-            two pools and the guests; results are the same.
+        ahead: read and write in a thread during the steps. This takes host memory for what is in transit, at most as
+            much as two pools and the guests; results are the same.
     """
 
     store: BackingStore
@@ -239,7 +239,7 @@ class Manager:
 
 
 def trim_host_memory() -> None:
-    """Return freed host memory to the system, where the C library can (glibc), which would otherwise keep the peak of every phase."""
+    """Return freed host memory to the system; glibc would otherwise keep the peak of every phase."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

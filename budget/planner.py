@@ -26,8 +26,8 @@ class Sizes:
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
         longest: own tokens of the longest conversation. rows: conversations of a step.
         decoded: positions that one batch of self-study may hold.
-        matched: tokens of the longest document that gets attention-matching initialization (0: none does); matched_on: tokens of
-            the conversations it is computed from.
+        matched: tokens of the longest document that gets attention-matching initialization (0: none does); matched_on:
+            tokens of the conversations it is computed from.
     """
 
     weights: int
@@ -55,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes. ``device`` is the sum of runtime (on a CPU), weights, activations, pool and frozen distractors (guests)."""
+    """Memory in bytes. ``device``: runtime (on a CPU), weights, activations, pool and guests (frozen distractors)."""
 
     documents: int
     tokens: int
@@ -77,22 +77,22 @@ class Plan:
         return [
             f"documents   {self.documents:,} ({self.tokens:,} tokens)",
             f"cartridge   at most {size(self.largest * 4)} of values, {size(self.largest * 12)} with optimizer state",
-            f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, activations up to "
-            f"{size(self.activations)}{' (layers computed twice)' if self.recompute else ''}, pool of {self.pool} "
-            f"{size(self.trainees)}, {self.guests} frozen distractors {size(self.guest_copies)}",
+            f"device      {size(self.device)}: runtime {size(self.runtime)}, weights {size(self.weights)}, "
+            f"activations up to {size(self.activations)}{' (layers computed twice)' if self.recompute else ''}, "
+            f"pool of {self.pool} {size(self.trainees)}, {self.guests} frozen distractors {size(self.guest_copies)}",
             f"host        up to {size(self.host)} for evicted cartridges and those in transit",
             f"disk        {size(self.disk)} for cartridges and state",
         ]
 
 
 def activation_bytes(s: Sizes, recompute: bool = False, merged: bool = True) -> int:
-    """An upper bound of what forward and backward over a packed step keep. ``recompute``: layers keep only their input and are
-    computed again one at a time. ``merged``: attention of a CPU, which keeps its weights; without it
-    resident cartridges are counted by :func:`make_plan`.
+    """An upper bound of what forward and backward over a packed step keep. ``recompute``: layers keep only their input
+    and are computed again one at a time. ``merged``: attention of a CPU, which keeps its weights; without it resident
+    cartridges are counted by :func:`make_plan`.
 
-    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the attention
-    weights of every head, and the visible prefix in the compute dtype; once, the weights' gradients and masks; for the
-    rows held at a time, three float32 copies of the logits and one in the compute dtype.
+    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the
+    attention weights of every head, and the visible prefix in the compute dtype; once, the weights' gradients and
+    masks; for the rows held at a time, three float32 copies of the logits and one in the compute dtype.
     """
     kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
     per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
@@ -114,8 +114,8 @@ def decoding_bytes(s: Sizes) -> int:
 
 
 def matching_bytes(s: Sizes) -> int:
-    """An upper bound of what attention-matching initialization keeps: the document's KV twice; of one key head four float32 copies
-    of all scores, conversations padded to twice their tokens; and a layer's activations."""
+    """An upper bound of what attention-matching initialization keeps: the document's KV twice; of one key head four
+    float32 copies of all scores, conversations padded to twice their tokens; and a layer's activations."""
     if not s.matched:
         return 0
     kv = 2 * s.layers * s.kv_heads * s.head_dim * s.matched
@@ -139,7 +139,7 @@ def make_plan(
 
     Args:
         pool: cartridges in training at a time; by default as many as fit ``budget``, at most 20 (as in 2606.04557).
-        guests: frozen distractors; with the pool never more than the documents and the ``frozen`` cartridges of earlier rounds.
+        guests: frozen distractors; with the pool never more than documents and ``frozen`` cartridges of earlier rounds.
         merged: attention is that of a CPU; by default ``on_cpu``.
 
     Raises: DoesNotFit with the figures if the budget cannot hold it.
@@ -166,9 +166,10 @@ def make_plan(
             break
     else:
         raise DoesNotFit(
-            f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, activations up to {size(activations)}, "
-            f"runtime {size(runtime)}, {copies(least)} frozen distractors {size(copies(least) * guest)}, pool of {least} "
-            f"{size(least * each)} need {size(needed(least))}; raise --budget or lower --pool, --guests, --targets or --per-target"
+            f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, "
+            f"activations up to {size(activations)}, runtime {size(runtime)}, {copies(least)} frozen distractors "
+            f"{size(copies(least) * guest)}, pool of {least} {size(least * each)} need {size(needed(least))}; "
+            "raise --budget or lower --pool, --guests, --targets or --per-target"
         )
     pool = fitting[0]
     guests = copies(pool)

@@ -44,8 +44,8 @@ def rows_at_once(head: torch.nn.Linear) -> int:
 
 
 def distillation_mean(hidden: Tensor, head: torch.nn.Linear, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
-    """The mean of :func:`distillation_loss` over rows, from the states before the output layer, in the memory of a few rows:
-    every chunk's logits are turned into the gradient of its states before the next chunk's are made.
+    """The mean of :func:`distillation_loss` over rows, from the states before the output layer, in the memory of a few
+    rows: every chunk's logits are turned into the gradient of its states before the next chunk's are made.
 
     Args:
         hidden: [N, D]; head: the frozen output layer, without a bias; logits are what it gives.

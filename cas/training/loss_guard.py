@@ -1,8 +1,8 @@
 """The loss guard: a step with a non-finite loss or gradient, or with a loss above 2 log V, is skipped.
 
-A skipped step changes no cartridge and is counted; its conversations are not drawn again in this pass. A cartridge that causes
-several skipped steps in a row is restored, with its Adam moments, from the last checkpoint. A training whose steps are all skipped
-ends with one line.
+A skipped step changes no cartridge and is counted; its conversations are not drawn again in this pass. A cartridge that
+causes several skipped steps in a row is restored, with its Adam moments, from the last checkpoint. A training whose
+steps are all skipped ends with one line.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LossGuard:
     def causes(self, loss: float, gradients: Mapping[str, Tensor], vocabulary: int) -> list[str]:
         """The cartridges because of which a step must be skipped; none if it may be taken.
 
-        All of them where the loss (nats per token) is not finite or above 2 log V, twice the loss of a uniform guess; else those
-        with a non-finite gradient.
+        All of them where the loss (nats per token) is not finite or above 2 log V, twice the loss of a uniform guess;
+        else those with a non-finite gradient.
         """
         if not loss <= 2 * math.log(vocabulary):
             return sorted(gradients)
@@ -46,12 +46,12 @@ class LossGuard:
         return sorted(name for name, g in gradients.items() if not math.isfinite(float(g.sum())))
 
     def count_skipped(self, step: int, loss: float, causes: Iterable[str]) -> list[str]:
-        """Count a skipped step. Returns: the cartridges to restore. Raises: RunError after END_AFTER skipped steps in a row."""
+        """Count a skipped step. Returns: the cartridges to restore. Raises: RunError after END_AFTER in a row."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= END_AFTER:
             raise RunError(
-                f"at step {step} the loss is {loss:.3g} or its gradient is not finite, for the {END_AFTER}th time in a row; "
-                "give a new --store and a lower --lr"
+                f"at step {step} the loss is {loss:.3g} or its gradient is not finite, "
+                f"for the {END_AFTER}th time in a row; give a new --store and a lower --lr"
             )
         restore = []
         for name in causes:

@@ -88,12 +88,12 @@ def run(config: TrainConfig, view: View) -> None:
         index(setup, store, view)
 
 
-# -- plan -----------------------------------------------------------------------------------------------------------------
+# -- plan --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with. ``documents`` are those that it trains; ``memory`` is None where there is nothing to train."""
+    """What a run works with. ``documents``: those that it trains; ``memory``: None if there is nothing to train."""
 
     config: TrainConfig
     folder: Path
@@ -173,12 +173,12 @@ def _refuse_other_collection(config: TrainConfig, store: Store, round: Round) ->
     before = yaml.safe_load(file.read_text()) if file.exists() else {}
     if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != getattr(config, k)]:
         raise StoreMismatch(
-            f"{store.folder} was trained with another {', '.join(other)}: it would lose {len(round.gone)} documents and retrain "
-            f"{len(round.changed)}; give what it was trained on, or a new --store"
+            f"{store.folder} was trained with another {', '.join(other)}: it would lose {len(round.gone)} documents "
+            f"and retrain {len(round.changed)}; give what it was trained on, or a new --store"
         )
 
 
-# -- the store ------------------------------------------------------------------------------------------------------------
+# -- the store ---------------------------------------------------------------------------------------------------------
 
 
 def _store_settings(setup: Setup) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _save_config(setup: Setup) -> None:
     partial.replace(setup.folder / "config.yaml")
 
 
-# -- self-study, initialize, train, index ---------------------------------------------------------------------------------
+# -- self-study, initialize, train, index ------------------------------------------------------------------------------
 
 
 def self_study(setup: Setup, store: Store, view: View, stop: Stop) -> Conversations:
@@ -274,12 +274,13 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     guard, rows = trainer.state.loss_guard, store.rows().values()
     if guard.skipped:
         view.line(
-            f"skipped     {guard.skipped} steps with a non-finite loss or gradient, or a loss above 2 log V; {guard.back} times a "
-            "cartridge was restored from its last checkpoint (a lower --lr may help)"
+            f"skipped     {guard.skipped} steps with a non-finite loss or gradient, or a loss above 2 log V; "
+            f"{guard.back} times a cartridge was restored from its last checkpoint (a lower --lr may help)"
         )
     tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
     view.line(
-        f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {trainer.steps} steps planned"
+        f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, "
+        f"{trainer.steps} steps planned"
     )
     if not finished:
         raise Stopped

@@ -1,4 +1,4 @@
-"""The memory of a training, from its settings, its documents and the model's shape; :mod:`budget.planner` adds it up."""
+"""The memory plan of a training: the sizes that :mod:`budget.planner` needs, from settings, documents and model."""
 
 from __future__ import annotations
 

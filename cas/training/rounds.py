@@ -1,7 +1,7 @@
 """A collection that changes is trained in rounds: every round trains what is new or changed, and nothing else.
 
-New and changed documents get cartridges, self-study and training of their own, among the cartridges of earlier rounds as
-read-only distractors. Those stay the same bit for bit, and a round costs what its own documents cost.
+New and changed documents get cartridges, self-study and training of their own, among the cartridges of earlier rounds
+as read-only distractors. Those stay the same bit for bit, and a round costs what its own documents cost.
 """
 
 from __future__ import annotations
@@ -106,10 +106,11 @@ def learning_documents(round: Round, store: Store | None, documents: Collection)
 
 
 def begin_round(store: Store, round: Round) -> None:
-    """Remove from the store what is gone or changed; all others stay as they are. Raises: ConfigError for a postponed round."""
+    """Remove from the store what is gone or changed. Raises: ConfigError for a postponed round."""
     if round.postponed:
         raise ConfigError(
-            f"{store.folder} is in training and its collection has changed ({round.differences}); finish the training first"
+            f"{store.folder} is in training and its collection has changed ({round.differences}); "
+            "finish the training first"
         )
     if round.new or round.changed or round.gone:
         with store.training():

@@ -1,7 +1,7 @@
-"""Which cartridges are in the pool, which a step trains, and what each conversation sees: pure functions of the seed, the step
-and what was trained so far.
+"""Which cartridges are in the pool, which a step trains, and what each conversation sees.
 
-Memory plays no part here: where cartridges are stored between their turns never changes a result.
+Pure functions of the seed, the step and what was trained so far. Memory plays no part here: where cartridges are stored
+between their turns never changes a result.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Step:
 
 
 def guest_count(training: Training, frozen: int) -> int:
-    """How many frozen distractors are resident: as set, but beside ``frozen`` cartridges of earlier rounds at least as many
-    as one conversation may see."""
+    """How many frozen distractors are resident: as set, but beside ``frozen`` cartridges of earlier rounds at least as
+    many as one conversation may see."""
     return max(training.guests, min(frozen, training.max_distractors if training.isolation < 1 else 0))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training schedule of 2606.04557 as public accounts describe it (mixed visibility, least-trained-first rotation).
+    """The training schedule of 2606.04557, as far as public accounts describe it.
 
     Attributes:
         conversations: how many training conversations each document has.
@@ -80,7 +80,7 @@ class Schedule:
         )  # seeded by the string, the same on every machine
 
     def _by_need(self, ids: Sequence[str], drawn: Mapping[str, int], purpose: Random) -> list[str]:
-        """Least trained first, counted in passes over a document's own conversations, so that long documents get their share."""
+        """Least trained first, in passes over a document's own conversations, so that long ones get their share."""
         shuffled = sorted(ids)
         purpose.shuffle(shuffled)
         return sorted(shuffled, key=lambda i: drawn.get(i, 0) / self.conversations[i])
@@ -127,7 +127,7 @@ class Schedule:
     def next_rotation(
         self, step: int, pool: Sequence[str], drawn: Mapping[str, int]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Pool and guests of the first rotation after this step, so that they can be read from the store in the meantime."""
+        """Pool and guests of the next rotation after this step, for reading them ahead."""
         drawn = dict(drawn)
         while True:
             for target in self._targets(step, pool, drawn):

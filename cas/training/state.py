@@ -1,4 +1,4 @@
-"""Where a training run is: what a checkpoint holds besides tensors, and what a resumed run must have in common with it."""
+"""The state of a training run: what a checkpoint holds besides tensors, and the settings that a run must keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cas.training.loss_guard import LossGuard
 
 @dataclass
 class TrainerState:
-    """The state of a run.
+    """Where a run is.
 
     Attributes:
         step: steps done. pool, guests: ids of the resident cartridges, trained and read-only (the frozen distractors).
@@ -32,7 +32,7 @@ class TrainerState:
 
     @classmethod
     def load(cls, store: Store, settings: dict[str, Any]) -> TrainerState:
-        """The state at the last checkpoint, or at step 0. Raises: ConfigError if the run was begun with other settings."""
+        """The state at the last checkpoint, or at step 0. Raises: ConfigError for other settings than the run's."""
         refuse_other_settings(store, settings)
         rows, saved = store.rows(), store.run_state() or {"step": 0, "pool": (), "guests": ()}
         return cls(

@@ -1,9 +1,9 @@
-"""Joint training of many cartridges over one frozen model: the method of 2606.04557, as we reconstruct it, top to bottom.
+"""Joint training of many cartridges over one frozen model: the method of 2606.04557, as we reconstruct it.
 
 A small pool of cartridges is on the device. A step takes a few of them as targets, draws conversations about each, and
 decides for every conversation whether it sees its own cartridge alone or among distractors. The frozen model answers
-with what it sees, the loss compares the answer with the one it gave when it had the text, and only cartridges learn. At every
-rotation the most trained leave the pool, with their Adam state, and the least trained enter.
+with what it sees, the loss compares the answer with the one it gave when it had the text, and only cartridges learn. At
+every rotation the most trained leave the pool, with their Adam state, and the least trained enter.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from cas.training.state import TrainerState
 
 
 class StepResult(NamedTuple):
-    """Of one step: mean loss in nats per supervised token, own tokens of its conversations, learning rate of the last target (0 if
-    the step was skipped)."""
+    """Of one step: mean loss in nats per supervised token, own tokens of its conversations, learning rate of the last
+    target (0 if the step was skipped)."""
 
     loss: float
     tokens: int
@@ -49,8 +49,8 @@ class StepResult(NamedTuple):
 class Trainer:
     """Trains a store's cartridges on its conversations; resumes where the store's last checkpoint is.
 
-    ``host_bytes`` is memory for cartridges outside the pool, ``recompute`` keeps fewer activations and computes layers twice;
-    neither changes a result. ``options`` are fields of :class:`Training`.
+    ``host_bytes`` is memory for cartridges outside the pool, ``recompute`` keeps fewer activations and computes layers
+    twice; neither changes a result. ``options`` are fields of :class:`Training`.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class Trainer:
     def run(self, stop: Callable[[], bool] = lambda: False, until: int | None = None) -> bool:
         """Train to the end, or until ``stop()`` or step ``until``; always ends with a checkpoint.
 
-        Returns: whether the last step was reached. Raises: RunError when every step is skipped (:mod:`cas.training.loss_guard`).
+        Returns: whether the last step was reached.
+        Raises: RunError when every step is skipped (:mod:`cas.training.loss_guard`).
         """
         if not initialize_cartridges(self.model, self.store, self.conversations, stop):
             return False
@@ -212,7 +213,7 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """Go to the last checkpoint, with its residents loaded. Raises: ConfigError if the run was begun with other settings."""
+        """Go to the last checkpoint and load its residents. Raises: ConfigError for other settings than the run's."""
         settings = {**asdict(self.training), "total_steps": self.steps}
         del settings["checkpoint_every"]
         self.state = TrainerState.load(self.store, settings)

@@ -53,8 +53,8 @@ print("planned", plans[0].device, "peak", memory.peak)
     ids=["small", "budget"],
 )
 def test_training_stays_within_the_plan(words: list[str], tmp_path: Path) -> None:
-    """SmolLM2 on the eight example documents: anonymous memory at its peak is at most what the plan said, and the plan is at
-    most the budget; and the plan is no fantasy, at least a third of it is used."""
+    """SmolLM2 on the eight example documents: anonymous memory at its peak is at most what the plan said, and the plan
+    is at most the budget; and the plan is no fantasy, at least a third of it is used."""
     short = ["--collection", "examples", "--conversations", "32", "--steps", "10", "--rotate-every", "4"]
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *short, *words, "--store", str(tmp_path / "store")],

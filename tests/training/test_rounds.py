@@ -1,4 +1,5 @@
-"""A collection that changes: exactly what is new or changed is trained, what is gone is dropped, all else stays bit for bit."""
+"""A collection that changes: exactly what is new or changed is trained, what is gone is dropped, all else stays bit for
+bit."""
 
 from __future__ import annotations
 

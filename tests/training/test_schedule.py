@@ -198,7 +198,8 @@ def test_a_pool_can_grow() -> None:
 
 
 def test_all_documents_are_trained_evenly() -> None:
-    """100 documents of very different lengths through a pool of 20, with the defaults: never more than 1.5 passes apart."""
+    """100 documents of very different lengths through a pool of 20, with the defaults: never more than 1.5 passes
+    apart."""
     conversations = {f"d{i:03d}": 16 + (i * 37) % 100 for i in range(100)}
     schedule = Schedule(conversations, Training(pool=20, targets=4, per_target=8, rotate_every=10, guests=5))
     total = sum(conversations.values())

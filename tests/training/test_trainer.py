@@ -97,7 +97,8 @@ def test_fifty_steps_learn(tmp_path: Path, model: FrozenModel, initialisation: s
 
 
 def test_only_joint_training_survives_loading_all(tmp_path: Path, model: FrozenModel) -> None:
-    """What the method is for: alone both are learned, but with all loaded isolated training has learned next to nothing."""
+    """What the method is for: alone both are learned, but with all loaded isolated training has learned next to
+    nothing."""
     documents = many_documents(4)
     talks = converse(model, documents, per_document=2)
     items = [c for cs in talks.by_document.values() for c in cs]
@@ -342,7 +343,8 @@ def test_memory_never_changes_a_bit(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Gate 4: straight to disk, through a host that spills, through one that holds all, and never leaving the device."""
+    """Gate 4: straight to disk, through a host that spills, through one that holds all, and never leaving the
+    device."""
     settings = {"positions": options.get("positions", "fixed")}
     options = {k: v for k, v in options.items() if k != "positions"}
     one = 4 * model.geometry.elements(16)
@@ -420,7 +422,8 @@ def test_device_limit_is_kept(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_run_gives_the_same_bits(tmp_path: Path, threads: int) -> None:
-    """With steps so large that parallel kernels split their work, and one head, so that they split it across documents."""
+    """With steps so large that parallel kernels split their work, and one head, so that they split it across
+    documents."""
     model = FrozenModel(tiny_hf("llama", num_key_value_heads=1), tiny_tokenizer(), Source("folder", "one-head"))
     documents = many_documents(6, words=60)
     talks = converse(model, documents, per_document=8)
@@ -493,7 +496,8 @@ def test_killed_anywhere_and_gone_on_with_equals_never_killed(tmp_path: Path) ->
 def test_a_failed_run_leaves_its_last_checkpoint(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that stays no number is said in one line; the same trainer goes on from the checkpoint, with no step twice."""
+    """A loss that stays no number is said in one line; the same trainer goes on from the checkpoint, with no step
+    twice."""
     whole, store = new_store("whole"), new_store("store")
     Trainer(model, whole, conversations, **MIXED).run()
     trainer = Trainer(model, store, conversations, host_bytes=None, **MIXED)
