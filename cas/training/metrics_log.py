@@ -29,7 +29,7 @@ class StepLog:
     """The log, open for appending after the last checkpoint's line."""
 
     def __init__(self, file: Path, step: int) -> None:
-        """Drop lines from ``step`` on, which a killed run wrote after its last checkpoint, and an incomplete last one."""
+        """Drop lines from ``step`` on, which a killed run wrote after its last checkpoint, and an incomplete one."""
         self._log = file.open("a+b")
         self._log.seek(0)
         end = 0
