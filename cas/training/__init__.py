@@ -1,1 +1,1 @@
-"""Training: initialization, schedule, loss, optimizer, the joint loop."""
+"""Training: initialization, schedule, loss, optimizer, the joint loop, and the pipeline from documents to an index."""

@@ -158,6 +158,19 @@ def test_a_training_that_has_begun_is_finished_first(manuals: FrozenModel, monke
     assert state() == state(Path("runs/whole")) and set(state()[0]) == {"crane", "lamp", "pump", "tide"}
 
 
+def test_an_earlier_cartridge_that_changes_before_its_round_begins_is_trained_in_it(manuals: FrozenModel) -> None:
+    assert call(train.main, *TRAIN)[0] == 0
+    change()
+    with Store.open(FOLDER, write=True) as store:  # as if killed when the store was changed and nothing added yet
+        rounds.update(store, Collection.load("manuals"))
+    (Path("manuals") / "pump.md").write_text(f"# The pump\n\n{TEXTS['ferry']} Pumped.\n")
+    status, out, err = call(train.main, *TRAIN)
+    assert status == 0 and "documents   3" in out, err
+    rows = state()[0]
+    assert {name: rows[name][0].round for name in rows} == {"crane": 1, "lamp": 0, "pump": 1, "tide": 1}
+    assert all(rows[name][0].steps > 0 for name in rows)
+
+
 def test_another_collection_replaces_nothing(manuals: FrozenModel) -> None:
     assert call(train.main, *TRAIN)[0] == 0
     before = state()

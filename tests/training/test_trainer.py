@@ -493,10 +493,10 @@ def test_killed_anywhere_and_gone_on_with_equals_never_killed(tmp_path: Path) ->
         assert result(folder) == expected, (folder / "killed.json").read_text()
 
 
-def test_a_failed_run_leaves_its_last_checkpoint(
+def test_a_failed_run_keeps_its_last_checkpoint(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that stays no number is said in one line; the same trainer goes on from the checkpoint, with no step
+    """A loss that stays non-finite is reported in one line; the same trainer goes on from the checkpoint, with no step
     twice."""
     whole, store = new_store("whole"), new_store("store")
     Trainer(model, whole, conversations, **MIXED).run()
@@ -519,7 +519,7 @@ def test_a_failed_run_leaves_its_last_checkpoint(
     assert (contents(store), log(store)) == (contents(whole), log(whole))
 
 
-def test_a_gradient_that_is_no_number_never_reaches_a_cartridge(
+def test_a_non_finite_gradient_never_reaches_a_cartridge(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = new_store()
@@ -540,11 +540,11 @@ def test_a_gradient_that_is_no_number_never_reaches_a_cartridge(
     assert store.verify() == [] and all(torch.equal(store.cartridge(n), kv) for n, kv in before.items())
 
 
-def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
-    """Let the loss of these steps be ``value``, with a gradient to match."""
+def change_loss(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
+    """Multiply the loss of these steps by ``value``, and so its gradient."""
     loss, step, now = trainer.loss, trainer.train_step, [0]
 
-    def spoilt(*arguments: Any) -> tuple[Tensor, int]:
+    def changed(*arguments: Any) -> tuple[Tensor, int]:
         found, tokens = loss(*arguments)
         return (found * value if now[0] in steps else found), tokens
 
@@ -552,11 +552,11 @@ def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> Non
         now[0] = number
         return step(number, work)
 
-    trainer.loss, trainer.train_step = spoilt, counted  # type: ignore[method-assign]
+    trainer.loss, trainer.train_step = changed, counted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
-def test_a_spoilt_step_is_skipped_and_counted(
+def test_a_step_with_an_impossible_loss_is_skipped_and_counted(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, value: float
 ) -> None:
     """Nothing moves in it, and a run that is cut there goes on to the same end."""
@@ -564,7 +564,7 @@ def test_a_spoilt_step_is_skipped_and_counted(
     for store, ends in zip(stores, ((None,), (4, 5, 6, None)), strict=True):
         for end in ends:
             trainer = Trainer(model, store, conversations, **MIXED)
-            spoil(trainer, {4, 5}, value)
+            change_loss(trainer, {4, 5}, value)
             before = {n: store.cartridge(n) for n in store.rows()}
             trainer.run(until=end)
             if end in (5, 6):
@@ -579,17 +579,17 @@ def test_a_spoilt_step_is_skipped_and_counted(
     assert sum(r.steps for r in rows) == sum(len(line["targets"]) for i, line in enumerate(lines) if i not in (4, 5))
 
 
-def test_a_cartridge_that_spoils_step_after_step_goes_back(
+def test_a_cartridge_that_causes_skipped_steps_in_a_row_is_restored(
     new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
 ) -> None:
-    """To its last checkpoint, moments too; what was trained since is gone, what others learnt is not."""
+    """From its last checkpoint, moments too; others keep what they learned since."""
     store = new_store()
     settings = MIXED | {"pool": 2, "targets": 2, "rotate_every": 100, "checkpoint_every": 4}
     trainer = Trainer(model, store, conversations, **settings)
     trainer.run(until=4)
     checkpoint = contents(store)
     trainer = Trainer(model, store, conversations, **settings)
-    spoil(trainer, {6, 7, 8})  # trained at 4 and 5, then spoilt three times, past a checkpoint at 8
+    change_loss(trainer, {6, 7, 8})  # trained at 4 and 5, then skipped three times, past a checkpoint at 8
     trainer.training = replace(trainer.training, checkpoint_every=100)
     trainer.run(until=9)
     after = contents(store)
