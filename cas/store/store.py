@@ -120,9 +120,6 @@ class Store:
                     f"{folder} has store format {stored}, this version reads {READS[0]} to {FORMAT}; "
                     "train into a new --store"
                 )
-            if write and stored != FORMAT:  # an older version must not take our records for damaged ones
-                store.meta["format"] = FORMAT
-                records.write(lambda txn: txn.put(b"meta", record(store.meta)))
         except BaseException:
             records.close()  # a process can hold a file open only once
             raise
@@ -167,6 +164,9 @@ class Store:
                 ) from error
             self.records.environment.reader_check()  # a killed reader would pin the pages it was reading
             self._delete_uncommitted()
+            if self.meta["format"] != FORMAT:  # an older version must not take our records for damaged ones
+                self.meta["format"] = FORMAT
+                self.records.write(lambda txn: txn.put(b"meta", record(self.meta)))
             yield
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class Store:
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
             StoreLocked if a trainer holds the store.
         """
-        rows, meta = self.rows(), dict(self.meta)
+        rows, meta = self.rows(), {**self.meta, "format": FORMAT}
         for document in documents.documents:
             if document.id in rows and rows[document.id].hash != document.hash:
                 raise CollectionError(f"{document.id} has changed since it was trained; train into a new --store")

@@ -236,6 +236,7 @@ def test_a_store_of_format_2_goes_on_to_the_same_values(
         assert read.row("lamp").version == 0 and not torch.equal(read.cartridge("lamp"), initial["lamp"])
         assert read.verify() == [] and len(read.texts()) == 3
     with Store.open(old.folder, write=True) as store:
+        assert store.meta["format"] == 2  # until something is written
         store.add_documents(collection, model.count_tokens)
         assert initialize_cartridges(model, store, asked)
         assert all(torch.equal(store.cartridge(i), kv) for i, kv in initial.items())
@@ -259,7 +260,7 @@ def test_the_trainer_initializes_a_new_store(tmp_path: Path, model: FrozenModel,
     asked = asked_about(model, collection)
     with Store.create(tmp_path / "s", model, tokens=16, initialisation="first") as store:
         store.add_documents(collection, model.count_tokens)
-        with pytest.warns(UserWarning, match="nothing to train on about tide: left as initialised"):
+        with pytest.warns(UserWarning, match="nothing to train on about tide: left as initialized"):
             trainer = Trainer(model, store, asked, Training(steps=2))
         assert not trainer.run(stop=lambda: True) and not any(row.initialized for row in store.rows().values())
         assert trainer.run() and all(row.initialized for row in store.rows().values())
