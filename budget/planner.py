@@ -169,7 +169,7 @@ def make_plan(
             f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, "
             f"activations up to {size(activations)}, runtime {size(runtime)}, {copies(least)} frozen distractors "
             f"{size(copies(least) * guest)}, pool of {least} {size(least * each)} need {size(needed(least))}; "
-            "raise --budget or lower --pool, --guests, --targets or --per-target"
+            "raise --budget or lower --pool, --frozen-distractors, --targets or --per-target"
         )
     pool = fitting[0]
     guests = copies(pool)

@@ -136,7 +136,6 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
     if config.collection_seed and not any(name in config.collection for name in ("million_tokens", "niah")):
         raise ConfigError("--collection-seed is for a collection that is made from it: million_tokens or niah")
-    config.part(Training), config.part(SelfStudy)
     if config.tokens is not None and config.ratio is not None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
 
