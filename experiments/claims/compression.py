@@ -12,13 +12,13 @@ RATIOS = (2, 4, 8, 16, 32, 88)  # the last leaves 4 positions, which is the leas
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A joint training of every size."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for ratio in RATIOS:
-        with lab.trained(f"ratio{ratio}", made={"ratio": float(ratio)}) as store:
-            found += lab.ask(store, f"ratio{ratio}_", ["oracle", "loaded10"])
+        with lab.trained(f"ratio{ratio}", options={"ratio": float(ratio)}) as store:
+            predictions += lab.ask(store, f"ratio{ratio}_", ["oracle", "loaded10"])
             rows = store.rows().values()
             lab.measure(f"ratio{ratio}.compression", [r.tokens / r.p for r in rows], [r.id for r in rows])
-    return found
+    return predictions
 
 
 CLAIM = Claim(
@@ -37,7 +37,7 @@ CLAIM = Claim(
         ("ratio2_oracle", "ratio16_oracle"),
         ("ratio16_oracle", "ratio88_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "as on FinQA, 88x loses at least 20 points to 2x",
             "ratio2_oracle_minus_ratio88_oracle",

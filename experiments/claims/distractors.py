@@ -11,7 +11,7 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Gradients for distractors, on and off; a small pool with guests and without."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
     for name, settings in (
         ("joint", {}),
@@ -20,8 +20,8 @@ def run(lab: ClaimContext) -> list[Prediction]:
         ("pool6_guests10", small | {"guests": 10}),
     ):
         with lab.trained(name, **settings) as store:
-            found += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
-    return found
+            predictions += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -48,7 +48,7 @@ CLAIM = Claim(
         ("distractor_gradients_oracle", "joint_oracle"),
         ("pool6_guests10_loaded10", "pool6_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "gradients of distractors help when ten are loaded",
             "distractor_gradients_loaded10_minus_joint_loaded10",

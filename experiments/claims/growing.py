@@ -29,19 +29,19 @@ def run(lab: ClaimContext) -> list[Prediction]:
             return {"answers": answers, "tokens": sum(row.trained_tokens for row in store.rows().values())}
 
     earlier = cached_json(asked, first)
-    with closing(lab.started("grown", before)) as store:
+    with closing(lab.initialized("grown", before)) as store:
         living.update(store, after)
-    found: list[Prediction] = earlier["answers"]
+    predictions: list[Prediction] = earlier["answers"]
     items = [c for i in fresh for c in lab.conversations.by_document[i]]
     with lab.trained("grown", after, Conversations(items, {}), pool=NEW, targets=NEW, per_target=64) as store:
         rows = store.rows()
         lab.measure("cost.share", [sum(rows[i].trained_tokens for i in fresh) / earlier["tokens"]])
-        found += lab.ask(store, "grown_old_", ["oracle", "loaded10"], old, after)
-        found += lab.ask(store, "grown_new_", ["oracle", "loaded10"], new, after)
+        predictions += lab.ask(store, "grown_old_", ["oracle", "loaded10"], old, after)
+        predictions += lab.ask(store, "grown_new_", ["oracle", "loaded10"], new, after)
     with lab.trained("whole", after) as store:
-        found += lab.ask(store, "whole_old_", ["oracle", "loaded10"], old, after)
-        found += lab.ask(store, "whole_new_", ["oracle", "loaded10"], new, after)
-    return found
+        predictions += lab.ask(store, "whole_old_", ["oracle", "loaded10"], old, after)
+        predictions += lab.ask(store, "whole_new_", ["oracle", "loaded10"], new, after)
+    return predictions
 
 
 CLAIM = Claim(
@@ -70,7 +70,7 @@ CLAIM = Claim(
         ("whole_new_loaded10", "grown_new_loaded10"),
         ("whole_new_oracle", "grown_new_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion("a tenth more documents cost about a tenth", "cost.share", "most", 0.12),
         Criterion(
             "old documents lose at most 2 points with ten loaded",

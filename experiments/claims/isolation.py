@@ -13,11 +13,11 @@ NAME = {0.5: "joint", 1.0: "isolated"}
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A training for every share."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for share in SHARES:
         with lab.trained(NAME.get(share, f"isolation{share:g}"), isolation=share) as store:
-            found += lab.ask(store, f"isolation{100 * share:.0f}_", ["oracle", "loaded10"])
-    return found
+            predictions += lab.ask(store, f"isolation{100 * share:.0f}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -37,7 +37,7 @@ CLAIM = Claim(
         ("isolation75_loaded10", "isolation50_loaded10"),
         ("isolation75_loaded10", "isolation0_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "at 0.75, ten loaded answer more than after isolated training",
             "isolation75_loaded10_minus_isolation100_loaded10",

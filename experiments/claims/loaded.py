@@ -14,14 +14,16 @@ LOADED = (2, 5, 10, 20)
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A training from first tokens, as in the paper, for every most number of distractors."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for most in SEEN:
         seen: dict[str, Any] = {"max_distractors": most, "pool": 24, "targets": 16, "isolation": 0.5 if most else 1.0}
-        with lab.trained(f"first_distractors{most}", made={"initialisation": "first"}, **FIRST_TOKENS | seen) as store:
-            found += lab.ask(
+        with lab.trained(
+            f"first_distractors{most}", options={"initialisation": "first"}, **FIRST_TOKENS | seen
+        ) as store:
+            predictions += lab.ask(
                 store, f"seen{most}_", ["oracle", *(f"loaded{k}" for k in LOADED if k <= len(store.rows()))]
             )
-    return found
+    return predictions
 
 
 CLAIM = Claim(
@@ -47,7 +49,7 @@ CLAIM = Claim(
         ("seen20_loaded20", "seen10_loaded20"),
         ("seen20_loaded20", "seen2_loaded20"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "isolated cartridges lose at least 20 points with 20 loaded",
             "seen0_oracle_minus_seen0_loaded20",

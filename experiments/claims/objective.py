@@ -12,14 +12,14 @@ OBJECTIVES = ("distillation", "next-token")
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Both objectives, from first tokens as in the paper and from matched starts."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for start in ("matched", "first"):
         for objective in OBJECTIVES:
             name = "joint" if (start, objective) == ("matched", "distillation") else f"{start}_{objective}"
             settings = FIRST_TOKENS if start == "first" else {}
-            with lab.trained(name, made={"initialisation": start}, objective=objective, **settings) as store:
-                found += lab.ask(store, f"{start}_{objective}_", ["oracle", "loaded10"])
-    return found
+            with lab.trained(name, options={"initialisation": start}, objective=objective, **settings) as store:
+                predictions += lab.ask(store, f"{start}_{objective}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -39,7 +39,7 @@ CLAIM = Claim(
         for start in ("first", "matched")
         for arm in ("oracle", "loaded10")
     ],
-    shown=[
+    criteria=[
         Criterion(
             f"distillation is better, from {said}",
             f"{start}_distillation_oracle_minus_{start}_next-token_oracle",

@@ -27,7 +27,7 @@ CLAIM = Claim(
         ("text minus cartridge", "full_document_minus_joint_oracle"),
     ],
     compare=[("full_document", "joint_oracle"), ("joint_oracle", "no_context")],
-    shown=[
+    criteria=[
         Criterion("the text is at most 6 points better", "full_document_minus_joint_oracle", "most", 6),
         Criterion("the cartridge knows what the model does not", "joint_oracle_minus_no_context", "least", 20),
     ],

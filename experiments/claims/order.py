@@ -12,14 +12,14 @@ POLICIES = ("fixed", "offset", "sequential")
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Ten loaded, in order of id, reversed, and without the own one; a training under every policy of positions."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for policy in POLICIES:
-        made = {"positions": policy} if policy != "fixed" else {}
-        with lab.trained("joint" if policy == "fixed" else policy, made=made) as store:
-            found += lab.ask(store, f"{policy}_", ["oracle", "loaded10", "loaded10_reversed"])
+        options = {"positions": policy} if policy != "fixed" else {}
+        with lab.trained("joint" if policy == "fixed" else policy, options=options) as store:
+            predictions += lab.ask(store, f"{policy}_", ["oracle", "loaded10", "loaded10_reversed"])
             if policy == "fixed":
-                found += lab.ask(store, "", ["absent10", "no_context"])
-    return found
+                predictions += lab.ask(store, "", ["absent10", "no_context"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -50,7 +50,7 @@ CLAIM = Claim(
         ("fixed_loaded10", "offset_loaded10"),
         ("fixed_loaded10", "sequential_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion("`fixed`: no order is better", "fixed_loaded10_minus_fixed_loaded10_reversed", "most", 0.5),
         Criterion(
             "`sequential`: no order is better",

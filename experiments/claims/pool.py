@@ -26,11 +26,11 @@ SAID = {
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A training for every pool and rotation."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for name, settings in POOLS.items():
         with lab.trained(name, **settings) as store:
-            found += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
-    return found
+            predictions += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -47,7 +47,7 @@ CLAIM = Claim(
     compare=[
         (f"{name}_{arm}", f"pool24_{arm}") for name in POOLS if name != "pool24" for arm in ("oracle", "loaded10")
     ],
-    shown=[
+    criteria=[
         Criterion(
             "half the cartridges in the pool lose at most 2 points, ten loaded",
             "pool12_loaded10_minus_pool24_loaded10",

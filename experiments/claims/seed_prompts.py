@@ -11,14 +11,14 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """All kinds, and plain questions alone, in as many steps; the starts are fitted to the same kinds."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     with lab.trained("joint") as store:
-        found += lab.ask(store, "five_", ["oracle", "loaded10"])
+        predictions += lab.ask(store, "five_", ["oracle", "loaded10"])
     items = [c for per in lab.conversations.by_document.values() for c in per if c.kind == "question"]
     epochs = lab.config.epochs * len(lab.conversations) / len(items)
     with lab.trained("one_kind", conversations=Conversations(items, {}), epochs=epochs) as store:
-        found += lab.ask(store, "one_", ["oracle", "loaded10"])
-    return found
+        predictions += lab.ask(store, "one_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
@@ -33,7 +33,7 @@ CLAIM = Claim(
         for arm in ("oracle", "loaded10")
     ],
     compare=[("five_oracle", "one_oracle"), ("five_loaded10", "one_loaded10")],
-    shown=[
+    criteria=[
         Criterion("five kinds are better, own cartridge", "five_oracle_minus_one_oracle", "least", 0),
         Criterion("and with ten loaded", "five_loaded10_minus_one_loaded10", "least", 0),
     ],

@@ -38,10 +38,10 @@ def unrelated(lab: ClaimContext) -> Callable[[Store], None]:
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Every start under the same training; what it answers after none, a quarter, half and all of it."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for start in STARTS:
         how: dict[str, Any] = {
-            "made": {"initialisation": "first" if start == "unrelated" else start},
+            "options": {"initialisation": "first" if start == "unrelated" else start},
             **FIRST_TOKENS,
             "lr": 0.05,
         }
@@ -50,12 +50,12 @@ def run(lab: ClaimContext) -> list[Prediction]:
         steps = len(lab.conversations) * FIRST_TOKENS["epochs"] / 128
         for quarter in QUARTERS:
             with lab.trained(name, until=round(steps * quarter / 4) if quarter < 4 else None, **how) as store:
-                found += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
+                predictions += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
         losses = [line["loss"] for line in lab.log(name)]
         for quarter in (1, 2, 4):
-            some = losses[max(0, len(losses) * quarter // 4 - max(1, len(losses) // 10)) : len(losses) * quarter // 4]
-            lab.measure(f"{start}_at{25 * quarter}.loss", some)
-    return found
+            end = len(losses) * quarter // 4
+            lab.measure(f"{start}_at{25 * quarter}.loss", losses[max(0, end - max(1, len(losses) // 10)) : end])
+    return predictions
 
 
 CLAIM = Claim(
@@ -82,7 +82,7 @@ CLAIM = Claim(
         ("sampled_at100_oracle", "first_at100_oracle"),
         ("matched_at25_oracle", "first_at100_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "first tokens are better than unrelated text",
             "first_at100_oracle_minus_unrelated_at100_oracle",

@@ -2,8 +2,8 @@
 
     python -m experiments.train_reader --output runs/reader
 
-What it reads stands in ``experiments/reader_scenes.py``. Scenes begin small and grow whenever nine of ten
-questions about single facts are answered. Interrupted, the same command goes on.
+What it reads is in ``experiments/reader_training/scenes.py``. Scenes begin small and grow whenever nine of ten questions
+about single facts are answered. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from cas import console
-from cas.config import DEFAULT_SYSTEM, parse
+from cas.config import parse
 from cas.data.worlds import TWO, WHOLE
 from cas.errors import ConfigError
 from experiments.reader_training.packing import LAYERS, LOOKS, Packed
 from experiments.reader_training.scenes import LEVELS, Scene, scenes
+from experiments.reader_training.tokenizer import make_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 ROPE_BASE = 1e8
-SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
 @dataclass(frozen=True)
@@ -70,41 +65,6 @@ class Config:
     """Seed of weights and scenes; worlds of collections have other seeds."""
     init: str | None = None
     """Folder of a model to start from, in place of random weights."""
-
-
-def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
-    """A byte-level BPE tokenizer trained on scenes of its own seed; it can spell any text.
-
-    A word is the same token at the start of a text or line as behind a space, or matching it would mean learning which
-    token spells which: a space is put there, and taken away behind line breaks by the decoder.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Replace(Regex(r"\n(?=\S)"), "\n ")
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def texts() -> Iterator[str]:
-        for scene in islice(scenes(-1, len(LEVELS) - 1), count):
-            yield from scene.texts
-            for e in scene.exchanges:
-                yield from (e.user, e.answer)
-            yield DEFAULT_SYSTEM
-
-    bpe.train_from_iterator(texts(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|system|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:

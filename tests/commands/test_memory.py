@@ -17,7 +17,7 @@ from cas import train
 from cas.config import TrainConfig, parse
 from cas.model.frozen import FrozenModel
 from cas.data.collection import Collection
-from cas.evaluation.arms import PeakMemory
+from cas.evaluation.machine import PeakMemory
 
 config = parse(TrainConfig, "train", sys.argv[1:])
 plans = []
