@@ -69,7 +69,8 @@ def single_measurement(value: float) -> dict[str, float]:
 
 
 def show_answers(answerer: Answerer, questions: Sequence[Question]) -> None:
-    """Print three questions, what is right, the answer from four retrieved cartridges, and their shares of the attention."""
+    """Print three questions, what is right, the answer from four retrieved cartridges, and their shares of the
+    attention."""
     from cas.answering.prompts import brief
 
     for question in questions[:: max(1, len(questions) // 3)][:3]:

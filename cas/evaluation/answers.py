@@ -190,8 +190,8 @@ def answer_prompts(
 ) -> list[Prediction]:
     """Greedy answers to prompts with their scores, in the order of the questions.
 
-    ``arm``: the name under which they are recorded. ``log_perplexity`` is minus the mean log-probability (nats per token) of
-    the first gold answer and the end of the turn.
+    ``arm``: the name under which they are recorded. ``log_perplexity`` is minus the mean log-probability (nats per
+    token) of the first gold answer and the end of the turn.
     """
     gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in questions]
     answers = generate(model, prompts, cartridges, layout, max_new_tokens=max_new_tokens)

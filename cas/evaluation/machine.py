@@ -57,8 +57,8 @@ def versions() -> dict[str, str | None]:
 
 
 class PeakMemory:
-    """Peak anonymous memory of this process inside the context, in bytes, sampled twice a second; the peak resident size
-    where the system does not report anonymous memory."""
+    """Peak anonymous memory of this process inside the context, in bytes, sampled twice a second; the peak resident
+    size where the system does not report anonymous memory."""
 
     peak = 0
 

@@ -67,9 +67,9 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 
 
 def overlap_scores(text: str, answers: Sequence[str]) -> dict[str, float]:
-    """``rouge_l`` (F-measure, stemmed; rouge-score) and ``chrf`` (chrF2; sacrebleu), 0 to 1, best over the gold answers.
+    """``rouge_l`` (F-measure, stemmed; rouge-score) and ``chrf`` (chrF2; sacrebleu), best over the gold answers.
 
-    For answers that are sentences, where exact match is always 0.
+    Both are from 0 to 1. For answers that are sentences, where exact match is always 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import CHRF
@@ -156,11 +156,10 @@ def paired_difference(
 def sign_flip(a: npt.ArrayLike, b: npt.ArrayLike, clusters: Sequence[str], seed: int = 0, flips: int = 10_000) -> float:
     """Two-sided p-value of "a and b do not differ": (n,) values each, two arms on the same questions.
 
-    Under that hypothesis all differences of a document may flip their sign together. The p-value is the share of ``flips``
-    random flips under which the sum is at least as far from 0 as the observed one, which counts as a flip itself (a paired
-    permutation test; Good, *Permutation Tests*, 2000, ch. 3). With few documents it cannot be small: for five, at least
-    2 / 2**5.
-    Raises UserError for arms of unequal length.
+    Under that hypothesis all differences of a document may flip their sign together. The p-value is the share of
+    ``flips`` random flips under which the sum is at least as far from 0 as the observed one, which counts as a flip
+    itself (a paired permutation test; Good, *Permutation Tests*, 2000, ch. 3). With few documents it cannot be small:
+    for five, at least 2 / 2**5. Raises UserError for arms of unequal length.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape or first.size != len(clusters) or not first.size:

@@ -34,8 +34,8 @@ def relative(path: str | os.PathLike[str]) -> str:
 def refuse_private(published: Any) -> None:
     """Raise ConfigError when a string in a JSON-like value, keys too, has an absolute path, the user's or host's name.
 
-    :func:`cas.evaluation.recording.write_run` calls it; a long run should call it on its settings before it starts. Paths under the
-    literal ``$CAS_DATA``, relative ones (:func:`relative`) and URLs pass.
+    :func:`cas.evaluation.recording.write_run` calls it; a long run should call it on its settings before it starts.
+    Paths under the literal ``$CAS_DATA``, relative ones (:func:`relative`) and URLs pass.
     """
     host = socket.gethostname()
     names = {host, host.partition(".")[0], _user()} - _NOT_PERSONAL

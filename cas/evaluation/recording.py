@@ -1,12 +1,13 @@
 """The record of every experiment: ``predictions.jsonl``, a line per arm, seed and question, and ``results.json``.
 
-Every figure under ``metrics`` follows from the predictions alone: ``python -m cas.evaluation.check`` recomputes it. Figures
-that do not (seconds, bytes) are under ``measurements``.
+Every figure under ``metrics`` follows from the predictions alone: ``python -m cas.evaluation.check`` recomputes it.
+Figures that do not (seconds, bytes) are under ``measurements``.
 
 Keys are ``<arm>.<metric>`` and ``<a>_minus_<b>.<metric>``, values ``{mean, low, high, n}``. Exact match, F1, contains,
-ROUGE-L and chrF are in percent (a difference in points), log-perplexity in nats, any other score as recorded. The records
-of all seeds are kept, not averaged first, and ``n`` counts them; the interval resamples documents, each with all its questions and
-seeds (:func:`cas.evaluation.metrics.interval`), so asking again with another seed does not by itself make it narrower.
+ROUGE-L and chrF are in percent (a difference in points), log-perplexity in nats, any other score as recorded. The
+records of all seeds are kept, not averaged first, and ``n`` counts them; the interval resamples documents, each with
+all its questions and seeds (:func:`cas.evaluation.metrics.interval`), so asking again with another seed does not by
+itself make it narrower.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def recompute(
 def table(results: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str]) -> str:
     """Markdown table, legible as plain text, of ``mean [low, high]``: arms (or ``a_minus_b``) down, metrics across.
 
-    Measurements named ``<row>.<column>`` are included. A missing figure is shown as a dash; a row or a column without any
-    figure is most likely a spelling mistake and raises UserError.
+    Measurements named ``<row>.<column>`` are included. A missing figure is shown as a dash; a row or a column without
+    any figure is most likely a spelling mistake and raises UserError.
     """
     figures = {**results["metrics"], **results["measurements"]}
     lines = [["arm", *(f"{column}{_unit(column)}" for column in columns)]]

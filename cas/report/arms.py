@@ -191,8 +191,8 @@ class Comparison:
     def shared_texts(
         self, arm: Arm, questions: Sequence[Question]
     ) -> Iterator[tuple[list[Question], list[Prompt], list[int]]]:
-        """Texts that many questions share, as tokens, with these questions and their prompts: the gold documents of each
-        question, or the collection as far as it fits into the window."""
+        """Texts that many questions share, as tokens, with these questions and their prompts: the gold documents of
+        each question, or the collection as far as it fits into the window."""
         sets = [tuple(d.id for d in self.collection.documents)]
         if arm.kind != "truncated":
             sets = list(dict.fromkeys(tuple(sorted(q.document_ids)) for q in questions))
@@ -213,8 +213,8 @@ class Comparison:
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def run(self, arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
-        """Answers of an arm with their scores (``predictions``), and what the model read for them (``measured``): tokens
-        where the document goes, all prompt tokens, bytes of KV."""
+        """Answers of an arm with their scores (``predictions``), and what the model read for them (``measured``):
+        tokens where the document goes, all prompt tokens, bytes of KV."""
         predictions: list[Prediction] = []
         sizes: list[tuple[str, int, int]] = []  # document, tokens of context, all tokens of the prompt
         template = self.model.template

@@ -2,9 +2,9 @@
 
     cas report --store runs/manuals --output runs/manuals_report
 
-Every arm answers with the same model, header, question, embedder and decoding; arms differ only in what stands where the
-document goes. A budget counts the tokens there: text with its titles, or positions of cartridges. Writes ``results.json``,
-``predictions.jsonl``, ``report.md`` and ``report.html`` (a single file that loads nothing).
+Every arm answers with the same model, header, question, embedder and decoding; arms differ only in what stands where
+the document goes. A budget counts the tokens there: text with its titles, or positions of cartridges. Writes
+``results.json``, ``predictions.jsonl``, ``report.md`` and ``report.html`` (a single file that loads nothing).
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def load_collection(config: Config, model: FrozenModel, store: Store) -> Collect
     known = {d.id for d in collection.documents}
     if missing := [i for i in store.rows() if i not in known]:
         raise ConfigError(
-            f"--collection {name} lacks {len(missing)} documents of the store, such as {missing[0]}; give the one it was "
-            "trained on"
+            f"--collection {name} lacks {len(missing)} documents of the store, such as {missing[0]}; give the one it "
+            "was trained on"
         )
     collection = collection.select(list(store.rows()))
     if len(collection.questions) < LEAST_QUESTIONS:
         raise ConfigError(
-            f"{name} has {len(collection.questions)} questions about these documents; write at least {LEAST_QUESTIONS} into "
-            "questions.jsonl beside them, a line each: "
+            f"{name} has {len(collection.questions)} questions about these documents; write at least {LEAST_QUESTIONS} "
+            "into questions.jsonl beside them, a line each: "
             '{"id": "q1", "document_ids": ["…"], "question": "…", "answers": ["…"]}'
         )
     return collection

@@ -25,8 +25,8 @@ TIMINGS = ("retrieve_s", "first_token_s", "answer_s")
 def time_arms(comparison: Comparison, embedder: Embedder, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """Seconds until cartridges or text are retrieved, until the first token, and until the end of the answer.
 
-    Every arm in turn answers every question alone. Nothing is kept from one question to the next: cartridges are read from
-    the store, texts are prefilled again. The first question of every arm is asked once before, untimed.
+    Every arm in turn answers every question alone. Nothing is kept from one question to the next: cartridges are read
+    from the store, texts are prefilled again. The first question of every arm is asked once before, untimed.
 
     Args:
         embedder: one without a cache.
@@ -77,8 +77,8 @@ def _time_answer(
 
 
 def training_cost(store: Store) -> dict[str, Any]:
-    """What a store cost: seconds of self-study, of initialization (None where its folder does not say) and of training, and
-    training's conversation tokens and steps."""
+    """What a store cost: seconds of self-study, of initialization (None where its folder does not say) and of training,
+    and training's conversation tokens and steps."""
     durations: dict[str, float] = {}
     file = store.folder / "seconds.jsonl"
     for line in file.read_text().splitlines() if file.exists() else ():

@@ -23,7 +23,7 @@ def installed() -> bool:
 
 @torch.no_grad()
 def compress(model: FrozenModel, ids: Sequence[int], positions: int) -> Tensor:
-    """The KV of a text after the header, pruned to ``positions`` in every head of every layer by Expected Attention (2510.00636).
+    """The KV of a text after the header, pruned to ``positions`` in every head by Expected Attention (2510.00636).
 
     The header stays whole. Returns: [L, 2, H, positions, D] in the model's dtype, keys rotated as in the text.
     """
@@ -41,7 +41,8 @@ def compress(model: FrozenModel, ids: Sequence[int], positions: int) -> Tensor:
     whole = torch.tensor([[*model.template.header_ids, *ids]], device=model.device)
     length, keep = whole.shape[1], header + min(positions, len(ids))
     cache: Any = DynamicCache()
-    # Half a position more than wanted, as kvpress rounds down. It needs cache_position, which transformers no longer passes.
+    # Half a position more than wanted, as kvpress rounds down. It needs cache_position, which transformers no longer
+    # passes.
     with Press(compression_ratio=max(0.0, 1 - (keep + 0.5) / length))(model.hf):
         model.hf.base_model(
             input_ids=whole,

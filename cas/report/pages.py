@@ -18,7 +18,10 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 def write_pages(
     folder: Path, run: Mapping[str, Any], predictions: Sequence[Prediction], texts: Mapping[str, tuple[str, str]]
 ) -> None:
-    """Write ``report.md`` and ``report.html``. ``texts``: question and gold answer by question id; empty keeps them out."""
+    """Write ``report.md`` and ``report.html``.
+
+    ``texts``: question and gold answer by question id; empty keeps them out.
+    """
     view = View(run, predictions, texts)
     (folder / "report.md").write_text(markdown(view), encoding="utf-8")
     environment = jinja2.Environment(
@@ -41,8 +44,8 @@ def markdown(view: View) -> str:
         "answer ms": "answer",
     }
     caption = (
-        f"Percent: {view.unit}; 95 % intervals over documents. Tokens: what stands where the document goes, text or cartridge "
-        "positions. Milliseconds: one question at a time, finding and loading included."
+        f"Percent: {view.unit}; 95 % intervals over documents. Tokens: what stands where the document goes, text or "
+        "cartridge positions. Milliseconds: one question at a time, finding and loading included."
     )
     arms = _table(list(columns), [[row[key] for key in columns.values()] for row in view.rows()])
     sections = [("All arms", [caption, "", *arms])]

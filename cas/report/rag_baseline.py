@@ -1,7 +1,7 @@
 """The RAG baseline, as strong as we can make it, at any budget of prompt tokens.
 
-Chunks of whole sentences, ranked by vectors, BM25 or both, best first, as many as the budget holds. The size of a chunk,
-its overlap, the ranking, and whether titles go before chunks are chosen on validation questions.
+Chunks of whole sentences, ranked by vectors, BM25 or both, best first, as many as the budget holds. The size of a
+chunk, its overlap, the ranking, and whether titles go before chunks are chosen on validation questions.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ class Rag:
         return self._indexes[key]
 
     def chunks(self, questions: Sequence[str], setting: Setting, tokens: int) -> list[list[str]]:
-        """For each question the best chunks that have at most ``tokens`` tokens together, with blank lines and titles. The first
-        chunk that does not fit ends the list; if that is the best one, it is cut to fit."""
+        """For each question the best chunks that have at most ``tokens`` tokens together, with blank lines and titles.
+
+        The first chunk that does not fit ends the list; if that is the best one, it is cut to fit.
+        """
         index, words = self.index(setting)
         top = min(len(index), max(1, tokens // 8))  # shorter chunks are rare
         if setting.ranking == "words":

@@ -37,8 +37,8 @@ TITLES = {
 
 
 def pairs_to_test(arms: Sequence[Arm], main: Arm, measurements: Figures) -> list[tuple[Arm, Arm]]:
-    """The pairs of arms whose difference is tested: every number of retrieved cartridges with RAG at about half as many to
-    eight times as many tokens, and ``main``, which the verdict is about, with related arms."""
+    """The pairs of arms whose difference is tested: every number of retrieved cartridges with RAG at about half as many
+    to eight times as many tokens, and ``main``, which the verdict is about, with related arms."""
     pairs: list[tuple[Arm, Arm]] = []
     for arm in (a for a in arms if is_retrieved(a)):
         tokens = measurements[f"{arm}.context_tokens"]["mean"]
@@ -77,8 +77,8 @@ def by_kind(predictions: Sequence[Prediction], kinds: Mapping[str, str], metric:
 
 
 def pair_tests(run: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """For every compared pair ``a``, ``b`` (arms): difference and interval, p-value ``p`` (sign flips of documents), and
-    ``p_holm``, corrected for the number of pairs."""
+    """For every compared pair ``a``, ``b`` (arms): difference and interval, p-value ``p`` (sign flips of documents),
+    and ``p_holm``, corrected for the number of pairs."""
     metric = run["settings"]["metric"]
     by_arm: dict[str, dict[str, Prediction]] = {}
     for p in predictions:
@@ -177,7 +177,7 @@ class View:
         if {FULL_DOCUMENT, self.main} <= {*self.arms}:
             t = self.test(FULL_DOCUMENT, self.main)
             sentences.append(
-                f"With the right documents' whole text in the prompt, which nobody has at question time, it is "
+                "With the right documents' whole text in the prompt, which nobody has at question time, it is "
                 f"{self.figure(FULL_DOCUMENT)['mean']:.1f} %, {_points(t)}."
             )
         return sentences
@@ -187,9 +187,9 @@ class View:
         cas_s, rag_s = (self.figure(arm, "first_token_s")["mean"] for arm in (self.main, self.rival))
         kv = [self.figure(arm, "kv_bytes")["mean"] / 2**20 for arm in (self.main, self.rival)]
         sentences = [
-            f"The first token comes after {cas_s * 1000:.0f} ms over {title_of(self.main)} and after {rag_s * 1000:.0f} ms "
-            f"with {title_of(self.rival)}, finding and loading included; they hold {kv[0]:.2f} and {kv[1]:.2f} MiB of KV "
-            "cache."
+            f"The first token comes after {cas_s * 1000:.0f} ms over {title_of(self.main)} and after "
+            f"{rag_s * 1000:.0f} ms with {title_of(self.rival)}, finding and loading included; they hold {kv[0]:.2f} "
+            f"and {kv[1]:.2f} MiB of KV cache."
         ]
         cost = self.settings["cost"]
         names = {"self_study_s": "self-study", "starts_s": "starts", "training_s": "training"}
@@ -198,8 +198,8 @@ class View:
             f"{name} {'not recorded' if cost[key] is None else _duration(cost[key])}" for key, name in names.items()
         )
         sentences.append(
-            f"Training took {_duration(spent)} ({parts}) on the machine that did it: {cost['trained_tokens']:,} tokens of "
-            f"conversation for {self.settings['tokens']:,} tokens of documents."
+            f"Training took {_duration(spent)} ({parts}) on the machine that did it: {cost['trained_tokens']:,} tokens "
+            f"of conversation for {self.settings['tokens']:,} tokens of documents."
         )
         for other in (arm for arm in (self.rival, FULL_DOCUMENT) if arm in self.arms):
             saved = self.figure(other, "answer_s")["mean"] - self.figure(self.main, "answer_s")["mean"]
@@ -273,8 +273,8 @@ class View:
         return {i: (cas[i]["scores"][self.metric] >= 0.5, rag[i]["scores"][self.metric] >= 0.5) for i in cas}
 
     def win_rows(self) -> list[tuple[Any, ...]]:
-        """Of the verdict's arm and its rival: how many questions both, only CAS, only RAG, neither answer; in all and by
-        kind."""
+        """Of the verdict's arm and its rival: how many questions both, only CAS, only RAG, neither answer; in all and
+        by kind."""
         kinds = self.settings["kinds"]
         rows = []
         for kind in ["all", *self.kinds]:
@@ -284,8 +284,8 @@ class View:
         return rows
 
     def examples(self, only: str, count: int = 8) -> list[dict[str, str]]:
-        """Questions that only one side answers (``"cas"`` or ``"rag"``), at most ``count``, evenly over the documents: ids, and
-        texts if there are any."""
+        """Questions that only one side answers (``"cas"`` or ``"rag"``), at most ``count``, evenly over the documents:
+        ids, and texts if there are any."""
         ids = [i for i, pair in self._right().items() if pair == (only == "cas", only == "rag")]
         examples = []
         for i in ids[:: max(1, len(ids) // count)][:count]:

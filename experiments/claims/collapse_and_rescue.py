@@ -1,14 +1,14 @@
-"""Isolated cartridges collapse when they are loaded together, joint training rescues them: the claims of 2606.04557, on worlds.
+"""The main claims of 2606.04557 on worlds: isolated cartridges collapse when loaded together, joint training prevents it.
 
     python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
 
-Every seed has a world of its own, one self-study, and all trainings, each at its best learning rate on validation questions.
-``joint_first`` and ``isolated_first``: cartridges initialized with the document's first tokens, as in the paper, trained on
-equal tokens. ``paper``: the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: with attention-matching
-initialization (``cas/training/initialization.py``), on fewer tokens, again equal. ``start``: this initialization, untrained.
-``monolithic``: one cartridge with the positions of four. ``monolithic16``: one for sixteen documents with as many positions as
-their sixteen cartridges. Validation questions are of all kinds and ask nothing that a test question asks. Every part resumes by
-the same command.
+Every seed has a world of its own, one self-study, and all trainings, each at its best learning rate on validation
+questions. ``joint_first`` and ``isolated_first``: cartridges initialized with the document's first tokens, as in the
+paper, trained on equal tokens. ``paper``: the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: with
+attention-matching initialization (``cas/training/initialization.py``), on fewer tokens, again equal. ``start``: this
+initialization, untrained. ``monolithic``: one cartridge with the positions of four. ``monolithic16``: one for sixteen
+documents with as many positions as their sixteen cartridges. Validation questions are of all kinds and ask nothing that
+a test question asks. Every part resumes by the same command.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def validation(config: Config, seed: int, count: int = 256) -> list[Question]:
-    """Questions of this world that no test question asks, in any wording; they have wordings of test questions, and as large
-    shares of every kind."""
+    """Questions of this world that no test question asks, in any wording; they have wordings of test questions, and as
+    large shares of every kind."""
     from cas.data.collection import Question
     from cas.data.worlds import INDIRECT, LOOKUP, TWO, WHOLE, Shape, make_records, single, two, whole
 
@@ -232,8 +232,11 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
 def rename_arms(
     predictions: Sequence[Prediction], questions: Sequence[Question], few: Sequence[str], seed: int
 ) -> list[Prediction]:
-    """The predictions under the names of the claims. Those of IN_PARTS are repeated by kind of question, pooled over equal
-    thirds of the kinds that one document answers, and about the ``few`` documents."""
+    """The predictions under the names of the claims.
+
+    Those of IN_PARTS are repeated by kind of question, pooled over equal thirds of the kinds that one document answers,
+    and about the ``few`` documents.
+    """
     kinds = {q.id: q.kind or "" for q in questions}
     single = [k for k in dict.fromkeys(kinds.values()) if k != "two documents"]
     least = min(sum(k == kind for k in kinds.values()) for kind in single)
@@ -268,7 +271,8 @@ def claimed_name(arm: Arm) -> str:
 def best_chunks(
     model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], embedder: Embedder
 ) -> tuple[str, dict[str, float]]:
-    """The name of the RAG arm (words of a chunk, retriever) that answers most validation questions, and the share of each."""
+    """The name of the RAG arm (words of a chunk, retriever) that answers most validation questions, and the share of
+    each."""
     from cas.evaluation.answers import run_arms
 
     shares = {}

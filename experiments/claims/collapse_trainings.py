@@ -74,8 +74,8 @@ class Config:
     questions: int | None = None
     """Test questions per seed; default all."""
     only: tuple[str, ...] = ()
-    """Run only these parts and stop, so that several processes can share the work: text (arms that need no training), or
-    names of trainings."""
+    """Run only these parts and stop, so that several processes can share the work: text (arms that need no training),
+    or names of trainings."""
 
 
 def world_of(config: Config, seed: int) -> Collection:
@@ -178,8 +178,8 @@ def chosen_rate(
     questions: Sequence[Question],
     seed: int,
 ) -> float:
-    """The learning rate of the most validation questions answered on the first seed, with ten loaded (or the only one), by short
-    trainings on ``trained``."""
+    """The learning rate of the most validation questions answered on the first seed, with ten loaded (or the only one),
+    by short trainings on ``trained``."""
     from cas.evaluation.answers import run_arms
     from cas.evaluation.resume import write
 

@@ -27,10 +27,13 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="distractors",
     title="Distractors that learn, and guests",
-    paper="Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what is loaded later.",
+    paper=(
+        "Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what "
+        "is loaded later."
+    ),
     ours=(
-        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 distractors; 10 read-only "
-        "guests are more."
+        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 "
+        "distractors; 10 read-only guests are more."
     ),
     run=run,
     table=[

@@ -1,4 +1,4 @@
-"""Beyond the papers: a collection grows by a tenth, at a tenth of the training, and nothing that was learnt gets worse."""
+"""Not in the papers: a collection grows by a tenth, at a tenth of the training, and old documents lose nothing."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ CLAIM = Claim(
     title="A collection that grows",
     paper="Not in the papers: 2606.04557 trains a fixed collection.",
     ours=(
-        "20 documents trained, then 2 new ones among them, which stay frozen; against all 22 trained at once. With ten loaded, old "
-        "cartridges meet new ones that they never saw in training."
+        "20 documents trained, then 2 new ones among them, which stay frozen; against all 22 trained at once. With ten "
+        "loaded, old cartridges meet new ones that they never saw in training."
     ),
     run=run,
     table=[

@@ -1,12 +1,13 @@
-"""Whether joint training rescues co-loaded cartridges: joint and isolated training on equal tokens, each at its best rate.
+"""Whether joint training rescues co-loaded cartridges: joint and isolated training on equal tokens, each at its best
+rate.
 
 Both arms train the same documents on the same conversations for the same number of steps; ``isolated`` always shows a
 cartridge alone. Learning rates are chosen on self-study conversations held out from training, never on test questions.
 
     python -m experiments.joint_vs_isolated --collection fairytaleqa --prefix val/ --shortest 8 --ratio 8 --output DIR
 
-Every part resumes; ``--train joint`` (or ``isolated``) runs the training of that arm alone, so that two processes can share
-a machine, and the command without it measures.
+Every part resumes; ``--train joint`` (or ``isolated``) runs the training of that arm alone, so that two processes can
+share a machine, and the command without it measures.
 """
 
 from __future__ import annotations
@@ -128,11 +129,11 @@ def experiment(config: Config) -> int:
 
 
 def excerpts(collection: Collection, words: int) -> Collection:
-    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and the
-    questions about them.
+    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and
+    the questions about them.
 
-    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose answers
-    do not stand in the excerpt are about it.
+    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose
+    answers do not stand in the excerpt are about it.
     """
     from cas.selfstudy.seed_prompts import normal
 
@@ -241,7 +242,7 @@ def train(
 
 
 def held_out_loss(trainer: Trainer, held_out: Conversations) -> dict[str, float]:
-    """Distillation loss (nats per token) on conversations that were not trained, alone and with all cartridges loaded."""
+    """Distillation loss (nats per token) on held-out conversations, alone and with all cartridges loaded."""
     import torch
 
     names = list(trainer.store.rows())

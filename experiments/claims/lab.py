@@ -1,8 +1,8 @@
 """The claims of the papers, run again: ``python -m experiments.claims`` runs all, ``python -m experiments.<name>`` one.
 
-This module has what they share: fictional worlds of small documents, one self-study per seed, trainings that several claims
-compare (run once, by the first claim that needs them), results and verdicts. Every claim is a file that says what the paper
-found, what is trained and asked, and what would confirm it. Everything resumes by the same command.
+This module has what they share: fictional worlds of small documents, one self-study per seed, trainings that several
+claims compare (run once, by the first claim that needs them), results and verdicts. Every claim is a file that says
+what the paper found, what is trained and asked, and what would confirm it. Everything resumes by the same command.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def key(figure: str) -> str:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a claim says of a figure (exact match, unless it has a dot): its 95 % interval is above (``least``) or at most (``most``)
-    the limit."""
+    """What a claim says of a figure (exact match, unless it has a dot): its 95 % interval is above (``least``) or at
+    most (``most``) the limit."""
 
     text: str
     figure: str
@@ -172,8 +172,11 @@ class ClaimContext:
         return Store.create(folder, self.model, **options)
 
     def initialized(self, name: str, collection: Collection | None = None, **options: Any) -> Store:
-        """A store, open for writing, whose cartridges are initialized. ``options``: how it is created; attention-matching
-        cartridges of the usual size are copied from the base store, not fitted again."""
+        """A store, open for writing, whose cartridges are initialized.
+
+        ``options``: how it is created; attention-matching cartridges of the usual size are copied from the base store,
+        not fitted again.
+        """
         conversations, store = self.conversations, self._store(name, **options)
         store.add_documents(collection or self.collection)
         usual = {k: store.meta[k] for k in ("ratio", "tokens", "initialisation", "positions")}
@@ -200,8 +203,8 @@ class ClaimContext:
     ) -> Iterator[Store]:
         """The store of a training, which runs unless it has run before.
 
-        ``options``: how the store is created. ``prepare``: called once the cartridges are initialized. ``until``: stop at this
-        step, for a curve. ``training``: fields of :class:`Training` that differ from the usual ones.
+        ``options``: how the store is created. ``prepare``: called once the cartridges are initialized. ``until``: stop
+        at this step, for a curve. ``training``: fields of :class:`Training` that differ from the usual ones.
         """
         with closing(self.initialized(name, collection, **(options or {}))) as store:
             if prepare is not None and all(row.steps == 0 for row in store.rows().values()):
@@ -228,7 +231,10 @@ class ClaimContext:
         collection: Collection | None = None,
         **options: Any,
     ) -> list[Prediction]:
-        """Answers under arms, given by name, as results record them. ``options``: of :func:`cas.evaluation.answers.run_arms`."""
+        """Answers under arms, given by name, as results record them.
+
+        ``options``: of :func:`cas.evaluation.answers.run_arms`.
+        """
         predictions = run_arms(
             self.model,
             store,

@@ -30,10 +30,13 @@ CLAIM = Claim(
     name="loaded",
     title="Collapse and rescue against the number loaded",
     paper=(
-        "Isolated: 73.6 alone, 26.0 with 20 loaded. Joint: 79.0 and 77.8. Trained with 10 distractors and loaded with 20: 56.4; "
-        "trained with 20: 77.8 (2606.04557)."
+        "Isolated: 73.6 alone, 26.0 with 20 loaded. Joint: 79.0 and 77.8. Trained with 10 distractors and loaded with "
+        "20: 56.4; trained with 20: 77.8 (2606.04557)."
     ),
-    ours="Training from first tokens with at most 0 (isolated), 2, 5, 10 or 20 distractors; the own cartridge among 1 to 20 loaded.",
+    ours=(
+        "Training from first tokens with at most 0 (isolated), 2, 5, 10 or 20 distractors; the own cartridge among 1 "
+        "to 20 loaded."
+    ),
     run=run,
     table=[
         (

@@ -47,10 +47,13 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="long_corpus",
     title="A corpus longer than the window",
-    paper="A 484,000-token book is learnt by a model of a 128,000-token window, and its cartridge beats the truncated text (2506.06266).",
+    paper=(
+        "A 484,000-token book is learnt by a model of a 128,000-token window, and its cartridge beats the truncated "
+        "text (2506.06266)."
+    ),
     ours=(
-        "Documents of about twice the reader's window of 8,192. All their cartridges loaded, one monolithic cartridge of the same size, "
-        "and the text, cut at the window."
+        "Documents of about twice the reader's window of 8,192. All their cartridges loaded, one monolithic cartridge "
+        "of the same size, and the text, cut at the window."
     ),
     run=run,
     table=[

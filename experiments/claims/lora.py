@@ -28,8 +28,8 @@ RATES = {"prefix": (0.02, 0.05, 0.1), "lora": (0.001, 0.003, 0.01)}
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Train both on the conversations about four documents, each at its best rate by held-out loss; ask about these documents and,
-    with its text in context, about another one."""
+    """Train both on the conversations about four documents, each at its best rate by held-out loss; ask about these
+    documents and, with its text in context, about another one."""
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = lab.collection.select(DOCUMENTS)
@@ -110,7 +110,7 @@ def prefix_loss(lab: ClaimContext, held_out: Sequence[Conversation], kv: dict[st
     return total / count
 
 
-# -- LoRA -----------------------------------------------------------------------------------------------------------------
+# -- LoRA --------------------------------------------------------------------------------------------------------------
 
 TARGETS = ("q_proj", "v_proj")
 
@@ -172,10 +172,14 @@ def _losses(conversations: Sequence[Conversation], logits: torch.Tensor) -> torc
 CLAIM = Claim(
     name="lora",
     title="Prefix against LoRA of equal memory",
-    paper="A prefix beats memory-matched LoRA and keeps MMLU, where LoRA falls to 45.3, 9 points below the prefix (2506.06266).",
+    paper=(
+        "A prefix beats memory-matched LoRA and keeps MMLU, where LoRA falls to 45.3, 9 points below the prefix "
+        "(2506.06266)."
+    ),
     ours=(
-        "One cartridge or one LoRA (queries and values) of as many numbers for the same four documents, the same conversations, loss and "
-        "steps, each at its best of three rates. Unrelated: questions about another world's document, whose text is in context."
+        "One cartridge or one LoRA (queries and values) of as many numbers for the same four documents, the same "
+        "conversations, loss and steps, each at its best of three rates. Unrelated: questions about another world's "
+        "document, whose text is in context."
     ),
     run=run,
     table=[

@@ -73,10 +73,12 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="midconversation",
     title="A cartridge loaded in mid-conversation",
-    paper="Loading a cartridge in mid-conversation invalidates the conversation's KV cache: a stated limit (2606.04557).",
+    paper=(
+        "Loading a cartridge in mid-conversation invalidates the conversation's KV cache: a stated limit (2606.04557)."
+    ),
     ours=(
-        "Under `fixed` no token moves: the first turn's KV stays, and the second turn sees a cartridge that the first did not. Against "
-        "computing the whole conversation again with both loaded."
+        "Under `fixed` no token moves: the first turn's KV stays, and the second turn sees a cartridge that the first "
+        "did not. Against computing the whole conversation again with both loaded."
     ),
     run=run,
     table=[

@@ -31,11 +31,14 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="modular",
     title="Modular against monolithic",
-    paper="One cartridge per document answers 10 to 31 points more than one monolithic cartridge of the same size (2606.04557).",
+    paper=(
+        "One cartridge per document answers 10 to 31 points more than one monolithic cartridge of the same size "
+        "(2606.04557)."
+    ),
     ours=(
-        "A monolithic cartridge of four cartridges' positions against four retrieved, and one of all their positions against all "
-        "loaded; as many passes over the same conversations. The monolithic ones start from first tokens, at the learning rate of "
-        "the papers, as self-study about many documents fits no start."
+        "A monolithic cartridge of four cartridges' positions against four retrieved, and one of all their positions "
+        "against all loaded; as many passes over the same conversations. The monolithic ones start from first tokens, "
+        "at the learning rate of the papers, as self-study about many documents fits no start."
     ),
     run=run,
     table=[

@@ -29,7 +29,10 @@ CLAIM = Claim(
     name="needles",
     title="Needles: one of many keys, many values, chains of variables",
     paper="RULER multi-key above 99 % at 92x; variable tracking beats the full KV cache at 45.9x (2506.06266).",
-    ours="Haystacks of 300 words and more, after RULER: a number of one of 8 keys, all words of one key, all variables of a value; 16x.",
+    ours=(
+        "Haystacks of 300 words and more, after RULER: a number of one of 8 keys, all words of one key, all variables "
+        "of a value; 16x."
+    ),
     run=run,
     table=[
         (f"{kind}: {said}", f"{name}_{arm}")

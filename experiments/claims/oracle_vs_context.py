@@ -17,7 +17,10 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="oracle_vs_context",
     title="The right cartridge against the right text in context",
-    paper="The oracle cartridge is within 2 to 6 points of full in-context learning (LongHealth 79.0 of 87.4) (2606.04557).",
+    paper=(
+        "The oracle cartridge is within 2 to 6 points of full in-context learning (LongHealth 79.0 of 87.4) "
+        "(2606.04557)."
+    ),
     ours="The own cartridge of joint training at 16x, the document's text, and neither.",
     run=run,
     table=[

@@ -25,10 +25,13 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="order",
     title="Order of loading; the right cartridge absent",
-    paper="All 20 loaded answer the same in any order; target present 78 to 87, target absent 27 to 31, no context 37.5 (2606.04557).",
+    paper=(
+        "All 20 loaded answer the same in any order; target present 78 to 87, target absent 27 to 31, no context 37.5 "
+        "(2606.04557)."
+    ),
     ours=(
-        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are turned to where they "
-        "stand. Ten others without the own one, against nothing loaded."
+        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are turned "
+        "to where they stand. Ten others without the own one, against nothing loaded."
     ),
     run=run,
     table=[

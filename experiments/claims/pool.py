@@ -37,7 +37,10 @@ CLAIM = Claim(
     name="pool",
     title="Size of the pool, and rotation",
     paper="A pool of 20 of hundreds, half of it exchanged every 10 steps, trains them all (2606.04557).",
-    ours="Pools of 6, 12 and all 24; half is exchanged every 2, 10 or 40 steps. The same number of conversations a step and in all.",
+    ours=(
+        "Pools of 6, 12 and all 24; half is exchanged every 2, 10 or 40 steps. The same number of conversations a step "
+        "and in all."
+    ),
     run=run,
     table=[
         (f"{SAID[name]}; {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")

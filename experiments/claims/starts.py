@@ -62,10 +62,13 @@ CLAIM = Claim(
     name="starts",
     title="What a cartridge starts from",
     paper=(
-        "First tokens 55.3, unrelated text 51.3, noise 29.9 (LongHealth, 2506.06266); sampled chunks converge faster than first tokens "
-        "(2508.17032)."
+        "First tokens 55.3, unrelated text 51.3, noise 29.9 (LongHealth, 2506.06266); sampled chunks converge faster "
+        "than first tokens (2508.17032)."
     ),
-    ours="Joint training at one learning rate (0.05) from every start; the own cartridge after 0, 25, 50 and 100 % of it, and the loss.",
+    ours=(
+        "Joint training at one learning rate (0.05) from every start; the own cartridge after 0, 25, 50 and 100 % of "
+        "it, and the loss."
+    ),
     run=run,
     table=[
         *(

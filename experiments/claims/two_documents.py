@@ -42,8 +42,14 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="two_documents",
     title="Two-document questions by composition",
-    paper="Cartridges trained apart and put side by side answer questions about both, better than either alone (2506.06266).",
-    ours="Which of two is older, and facts about a founder whom the other document tells of: both cartridges, either one, both texts.",
+    paper=(
+        "Cartridges trained apart and put side by side answer questions about both, better than either alone "
+        "(2506.06266)."
+    ),
+    ours=(
+        "Which of two is older, and facts about a founder whom the other document tells of: both cartridges, either "
+        "one, both texts."
+    ),
     run=run,
     table=[
         ("no context", "no_context"),

@@ -1,9 +1,9 @@
 """Joint training against isolated training on fictional documents, on two cores in minutes.
 
-``python -m experiments.demo --output runs/demo`` trains cartridges on documents of ``million_tokens`` with the embedded reader, and a
-sample of them again in isolation: with the same initialization, and as in the paper (first tokens, ``offset`` positions,
-2606.04557). A table compares them, loaded with nine others, with no context, the whole document and RAG. The same command
-resumes an interrupted run.
+``python -m experiments.demo --output runs/demo`` trains cartridges on documents of ``million_tokens`` with the embedded
+reader, and a sample of them again in isolation: with the same initialization, and as in the paper (first tokens,
+``offset`` positions, 2606.04557). A table compares them, loaded with nine others, with no context, the whole document
+and RAG. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations

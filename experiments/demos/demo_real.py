@@ -1,7 +1,7 @@
 """Eight documents, a 135M model, two cores: the full pipeline in one command, with a table at the end.
 
-``python -m experiments.demo_real --output runs/demo_real`` trains cartridges on ``examples/harbour`` and compares them, on
-questions whose wording no training conversation has, with no context and with the whole document in the prompt.
+``python -m experiments.demo_real --output runs/demo_real`` trains cartridges on ``examples/harbour`` and compares them,
+on questions whose wording no training conversation has, with no context and with the whole document in the prompt.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from cas.data.worlds import SUMMARY, TWO, WHOLE
 from experiments.reader_training.scenes import Exchange, Scene, Told
 
-# What heads of a layer are told to look at: (layer, heads). Naming has a head each for a name's first and last word. Finding
-# is done by all heads of two layers: what can be read in many places can be learned by a cartridge in many.
+# What heads of a layer are told to look at: (layer, heads). Naming has a head each for a name's first and last word.
+# Finding is done by all heads of two layers: what can be read in many places can be learned by a cartridge in many.
 LOOKS = {
     "naming": ((2, (0, 1)),),
     "telling": ((3, (0, 1, 2, 3)),),
@@ -39,9 +39,9 @@ class Look:
 class Packed:
     """Scenes packed one behind the other, and the attention over them.
 
-    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header, the
-    texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the header, as
-    those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
+    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header,
+    the texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the
+    header, as those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
 
     With ``look``, a forward also collects in ``looking`` how far a few heads are from where they should look, which
     :class:`Pointing` says.
@@ -192,10 +192,10 @@ class Tokens:
 class Pointing:
     """Collects where the tokens of a scene's exchanges and texts should look, by index into the scene.
 
-    *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value in the
-    texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same value in the
-    text. *Writing*: the name that was written there, at itself. *Second*: what takes one more thought, when what was found
-    says where to look: facts about a founder, the older one of two, people who share something.
+    *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value
+    in the texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same
+    value in the text. *Writing*: the name that was written there, at itself. *Second*: what takes one more thought,
+    when what was found says where to look: facts about a founder, the older one of two, people who share something.
     """
 
     def __init__(self, texts: Sequence[Tokens], begins: Sequence[int], told: Sequence[Told]) -> None:
@@ -259,7 +259,7 @@ class Pointing:
                     self._copy("second", row, told, tokens, [[question + t for t in word]])
 
     def _count(self, e: Exchange, told: Tokens, row: int) -> None:
-        """Of counts the first token looks at all that is counted; of lists every name at its own fact, then at itself."""
+        """A count's first token looks at all that is counted; in a list every name looks at its own fact, then at itself."""
         for fact in e.facts:
             words = told.words(fact[0])
             for spot, at in self._spots(e, fact):

@@ -2,9 +2,9 @@
 
     python -m experiments.reader --output DIR
 
-Lookups in a chunk of 512 tokens, in a whole document, in retrieved chunks with the right one among others; and with 2, 4 and
-10 documents loaded as separately prefilled KV (``fixed``, ``offset``) or as one text. The other kinds of question are
-measured in the whole document, or with both documents.
+Lookups in a chunk of 512 tokens, in a whole document, in retrieved chunks with the right one among others; and with 2,
+4 and 10 documents loaded as separately prefilled KV (``fixed``, ``offset``) or as one text. The other kinds of question
+are measured in the whole document, or with both documents.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What the embedded reader is trained on: scenes of fictional worlds, from lists of names up to twelve documents side by side.
+"""What the embedded reader is trained on: scenes of fictional worlds, from lists of names to twelve documents.
 
-A *scene* is some texts, each prefilled by itself, and exchanges (a user's message and the answer) that see one or several
-of them. Four kinds of scene come equally often: one whole document, or several loaded as composed cartridges would be,
-at the same positions and blind to one another; retrieved chunks of several documents in one text; a chunk with requests to
-write questions about it; a chunk with questions to answer. A fifth kind, lists of names and values, teaches what matching is.
+A *scene* is some texts, each prefilled by itself, and exchanges (a user's message and the answer) that see one or
+several of them. Four kinds of scene come equally often: one whole document, or several loaded like composed cartridges,
+at the same positions and invisible to each other; retrieved chunks of several documents in one text; a chunk
+with requests to write questions about it; a chunk with questions to answer. A fifth kind, lists of names and values,
+teaches what matching is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NOTHING = "Nothing."  # is to be asked about a sentence that tells no fact; self
 
 @dataclass(frozen=True)
 class Exchange:
-    """A user's message and the answer, which sees these texts of its scene; and the facts it rests upon (Asked.facts)."""
+    """A user's message, the answer, the texts of the scene that these see, and the facts they need (Asked.facts)."""
 
     kind: str
     user: str
@@ -68,7 +69,7 @@ LEVELS: tuple[tuple[Shape, int, int], ...] = (
 
 
 def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
-    """Scenes without end, a function of seed and number alone: half of them at ``level``, the rest at any level up to it."""
+    """Endless scenes, a function of seed and number alone: half at ``level``, the rest at any level up to it."""
     number = start
     while True:
         random = Random(f"reader/{seed}/{number}")
@@ -185,7 +186,8 @@ def _chunks(random: Random, text: str, size: int) -> list[str]:
 
 
 def _lists(random: Random, side_by_side: int) -> Scene:
-    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose around.
+    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose
+    around.
 
     The few attributes come back under every name, so that neither name nor attribute alone finds a value.
     """

@@ -2,8 +2,8 @@
 
     python -m experiments.train_reader --output runs/reader
 
-What it reads is in ``experiments/reader_training/scenes.py``. Scenes begin small and grow whenever nine of ten questions
-about single facts are answered. The same command resumes an interrupted run.
+What it reads is in ``experiments/reader_training/scenes.py``. Scenes begin small and grow whenever nine of ten
+questions about single facts are answered. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -98,18 +98,18 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 
 def look_up(hf: Any, config: Config) -> None:
-    """Set some attention heads so that the model can go on with a sequence it has seen (an induction circuit), and so that
-    a value is found by the name that heads of a layer before looked at.
+    """Set some attention heads so that the model can go on with a sequence it has seen (an induction circuit), and so
+    that a value is found by the name that heads of a layer before looked at.
 
-    Random weights had hardly begun to go on with sequences after 600,000 tokens of them; from here twenty steps do. Some of
-    the residual stream's components are kept free for a trail of the three tokens before, some for a name, one is constant,
-    the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens back, by rotation
-    alone, and write the trail. In the second layer keys are trails; the queries of half the heads are the token itself
-    (what came behind it before?), those of the others its trail, not nearby (where did I read these words?); all copy the
-    token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that tell look where the same words
-    were read, and copy the name written there; heads that find look where the same name has been written, and copy, in turns,
-    token or name. Of the layer behind, half the heads look where the written name itself stands, the others where the name just
-    found has been written; all copy. Everything else starts near zero.
+    Random weights had hardly begun to go on with sequences after 600,000 tokens of them; from here twenty steps do.
+    Some of the residual stream's components are kept free for a trail of the three tokens before, some for a name, one
+    is constant, the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens
+    back, by rotation alone, and write the trail. In the second layer keys are trails; the queries of half the heads are
+    the token itself (what came behind it before?), those of the others its trail, not nearby (where did I read these
+    words?); all copy the token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that
+    tell look where the same words were read, and copy the name written there; heads that find look where the same name
+    has been written, and copy, in turns, token or name. Of the layer behind, half the heads look where the written name
+    itself stands, the others where the name just found has been written; all copy. Everything else starts near zero.
     """
     import torch
 

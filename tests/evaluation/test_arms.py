@@ -46,7 +46,7 @@ def test_an_arm_and_its_name_give_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "speed", "oracle3", "no_context_hybrid_", "retrieved", "absent", "loaded_ten"])
 def test_an_unknown_arm_is_one_clear_line(name: str) -> None:
-    with pytest.raises(UserError, match="there is no arm .*; arms are no_context, full_document, "):
+    with pytest.raises(UserError, match=r"there is no arm .*; arms are no_context, full_document, "):
         Arm.parse(name)
 
 

@@ -1,4 +1,4 @@
-"""The experiments: what their arms put before the model, and joint against isolated from end to end, on a tiny model."""
+"""What the arms of experiments put before the model, and joint against isolated training from end to end."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_questions_of_the_self_study_are_not_asked(tiny: Callable[..., FrozenMod
     assert unseen_questions(collection.questions, Conversations([seen], {})) == list(collection.questions[1:])
 
 
-# -- collapse and rescue ------------------------------------------------------------------------------------------------
+# -- collapse and rescue -----------------------------------------------------------------------------------------------
 
 
 def test_validation_questions_are_others_than_test_questions_and_of_the_same_kinds() -> None:

@@ -1,5 +1,5 @@
-"""RAG against CAS: budgets are kept, settings are chosen on other questions, tests agree with known ones, and the report
-stands alone."""
+"""RAG against CAS: budgets are kept, settings are chosen on other questions, tests agree with known ones, and the
+report stands alone."""
 
 from __future__ import annotations
 
