@@ -128,14 +128,14 @@ def trainer_for(
     """A trainer of one arm on a store of its own, whose cartridges are initialized. ``share``: of the passes."""
     from cas.training.trainer import Trainer, Training
 
-    positions, joint, start = TRAININGS.get(arm, ("fixed", False, "first"))
-    epochs = share * (config.epochs if start == "matched" else config.first_epochs)
+    positions, joint, initialization = TRAININGS.get(arm, ("fixed", False, "first"))
+    epochs = share * (config.epochs if initialization == "matched" else config.first_epochs)
     folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
     many = MONOLITHIC.get(arm)
     tokens = many * span(model, config, seed) if many else None
-    store = open_store(folder, model, config, positions, seed, tokens, start)
+    store = open_store(folder, model, config, positions, seed, tokens, initialization)
     store.add_documents(collection)
-    if start == "matched":
+    if initialization == "matched":
         with base_store(config, model, seed) as base, store.training():
             rows = store.rows()
             for i in (i for i, row in rows.items() if row.version == 0):

@@ -34,8 +34,8 @@ CLAIM = Claim(
     ),
     run=run,
     table=[
-        (f"{ratio}x, {said}", f"ratio{ratio}_{arm}")
-        for arm, said in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
+        (f"{ratio}x, {label}", f"ratio{ratio}_{arm}")
+        for arm, label in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
         for ratio in RATIOS
     ],
     compare=[

@@ -1,4 +1,4 @@
-"""Claim 6: whether distractors learn too, and read-only guests from outside the pool."""
+"""Claim 6: whether distractors learn too, and frozen distractors from outside the pool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Gradients for distractors, on and off; a small pool with guests and without."""
+    """Gradients for distractors, on and off; a small pool with and without frozen distractors."""
     predictions: list[Prediction] = []
     small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
     for name, settings in (
@@ -26,23 +26,23 @@ def run(lab: ClaimContext) -> list[Prediction]:
 
 CLAIM = Claim(
     name="distractors",
-    title="Distractors that learn, and guests",
+    title="Distractors that learn, and frozen distractors",
     paper=(
         "Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what "
         "is loaded later."
     ),
     ours=(
         "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 "
-        "distractors; 10 read-only guests are more."
+        "distractors; 10 frozen distractors are more."
     ),
     run=run,
     table=[
-        (f"{said}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
-        for name, said in (
+        (f"{label}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+        for name, label in (
             ("joint", "without gradients"),
             ("distractor_gradients", "with gradients"),
             ("pool6", "pool of 6"),
-            ("pool6_guests10", "pool of 6 and 10 guests"),
+            ("pool6_guests10", "pool of 6 and 10 frozen distractors"),
         )
         for arm in ("oracle", "loaded10")
     ],
@@ -59,7 +59,7 @@ CLAIM = Claim(
             0,
         ),
         Criterion(
-            "guests help a small pool when ten are loaded",
+            "frozen distractors help a small pool when ten are loaded",
             "pool6_guests10_loaded10_minus_pool6_loaded10",
             "least",
             0,

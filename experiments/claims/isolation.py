@@ -24,11 +24,11 @@ CLAIM = Claim(
     name="isolation",
     title="How often a conversation sees its own cartridge alone",
     paper="With probability 0.75 alone, else among 1 to 10 distractors (2606.04557).",
-    ours="0, 0.25, 0.5, 0.75 and 1 (isolated training), from matched starts.",
+    ours="0, 0.25, 0.5, 0.75 and 1 (isolated training), with attention-matching initialization.",
     run=run,
     table=[
-        (f"{share:g}, {said}", f"isolation{100 * share:.0f}_{arm}")
-        for arm, said in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
+        (f"{share:g}, {label}", f"isolation{100 * share:.0f}_{arm}")
+        for arm, label in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
         for share in SHARES
     ],
     compare=[

@@ -13,7 +13,7 @@ LOADED = (2, 5, 10, 20)
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """A training from first tokens, as in the paper, for every most number of distractors."""
+    """A training from first tokens, as in the paper, for every maximum number of distractors."""
     predictions: list[Prediction] = []
     for most in SEEN:
         seen: dict[str, Any] = {"max_distractors": most, "pool": 24, "targets": 16, "isolation": 0.5 if most else 1.0}
@@ -60,7 +60,7 @@ CLAIM = Claim(
             20,
         ),
         Criterion(
-            "joint training with 20 wins at least 20 back",
+            "joint training with 20 recovers at least 20",
             "seen20_loaded20_minus_seen0_loaded20",
             "least",
             20,

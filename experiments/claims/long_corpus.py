@@ -48,7 +48,7 @@ CLAIM = Claim(
     name="long_corpus",
     title="A corpus longer than the window",
     paper=(
-        "A 484,000-token book is learnt by a model of a 128,000-token window, and its cartridge beats the truncated "
+        "A 484,000-token book is learned by a model of a 128,000-token window, and its cartridge beats the truncated "
         "text (2506.06266)."
     ),
     ours=(

@@ -38,7 +38,7 @@ def turn_kv(lab: ClaimContext, layout: Layout, tokens: list[int], kv: Tensor) ->
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """A question about one document and its answer, then one about another whose cartridge comes only now."""
+    """A question about one document and its answer, then one about another whose cartridge is loaded only now."""
     predictions: list[Prediction] = []
     model, end = lab.model, list(lab.model.template.end_ids)
     one = [q for q in lab.questions if len(q.document_ids) == 1]

@@ -37,8 +37,8 @@ CLAIM = Claim(
     ),
     ours=(
         "A monolithic cartridge of four cartridges' positions against four retrieved, and one of all their positions "
-        "against all loaded; as many passes over the same conversations. The monolithic ones start from first tokens, "
-        "at the learning rate of the papers, as self-study about many documents fits no start."
+        "against all loaded; as many passes over the same conversations. The monolithic ones start as first tokens, at "
+        "the learning rate of the papers, as self-study about many documents gives no attention to match."
     ),
     run=run,
     table=[

@@ -35,9 +35,9 @@ CLAIM = Claim(
     ),
     run=run,
     table=[
-        (f"{kind}: {said}", f"{name}_{arm}")
+        (f"{kind}: {label}", f"{name}_{arm}")
         for name, kind in KINDS.items()
-        for arm, said in (
+        for arm, label in (
             ("no_context", "no context"),
             ("full_document", "text"),
             ("oracle", "own cartridge"),

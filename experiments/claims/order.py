@@ -30,15 +30,15 @@ CLAIM = Claim(
         "(2606.04557)."
     ),
     ours=(
-        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are turned "
+        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are shifted "
         "to where they stand. Ten others without the own one, against nothing loaded."
     ),
     run=run,
     table=[
         *(
-            (f"{policy}, {said}", f"{policy}_{arm}")
+            (f"{policy}, {label}", f"{policy}_{arm}")
             for policy in POLICIES
-            for arm, said in (
+            for arm, label in (
                 ("oracle", "own cartridge"),
                 ("loaded10", "ten loaded"),
                 ("loaded10_reversed", "reversed"),

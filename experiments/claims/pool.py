@@ -15,7 +15,7 @@ POOLS: dict[str, dict[str, Any]] = {  # as many conversations a step under all
     "pool12_every40": {"pool": 12, "targets": 12, "per_target": 11, "rotate_every": 40},
     "pool24": {"pool": 24, "targets": 16, "per_target": 8},
 }
-SAID = {
+LABELS = {
     "pool6": "6 resident, rotated every 10 steps",
     "pool12": "12, every 10",
     "pool12_every2": "12, every 2",
@@ -43,7 +43,7 @@ CLAIM = Claim(
     ),
     run=run,
     table=[
-        (f"{SAID[name]}; {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+        (f"{LABELS[name]}; {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
         for name in POOLS
         for arm in ("oracle", "loaded10")
     ],

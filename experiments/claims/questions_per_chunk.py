@@ -38,13 +38,16 @@ CLAIM = Claim(
     name="questions_per_chunk",
     title="Questions per chunk",
     paper="About 20 questions are written in one call per chunk (2606.04557, second hand).",
-    ours="Documents are one chunk each. All its questions, or one in 2, 4, 8, in as many steps from the same starts.",
+    ours=(
+        "Documents are one chunk each. All its questions, or one in 2, 4, 8, in as many steps from the same "
+        "initialization."
+    ),
     run=run,
     table=[
-        *((f"{said}: conversations a document", f"{name}.conversations") for said, name in _names()),
+        *((f"{label}: conversations a document", f"{name}.conversations") for label, name in _names()),
         *(
-            (f"{said}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
-            for said, name in _names()
+            (f"{label}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+            for label, name in _names()
             for arm in ("oracle", "loaded10")
         ),
     ],

@@ -75,11 +75,11 @@ CLAIM = Claim(
     name="routers",
     title="Keys as routers",
     paper=(
-        "Keys stay near where they start and route, values hold the content; keys swapped between tasks cost 4 to 7 % "
-        "(2508.17032)."
+        "Keys stay near their initialization and route, values hold the content; keys swapped between tasks cost 4 to "
+        "7 % (2508.17032)."
     ),
     ours=(
-        "From first tokens, 20 positions each. Drift: how far keys and values moved, as a share of where they started. "
+        "From first tokens, 20 positions each. Drift: how far keys and values moved, relative to their initialization. "
         "Every cartridge with the next document's trained keys. Values trained alone, over own keys and over one "
         "text's keys for all, which halves memory."
     ),

@@ -29,7 +29,7 @@ CLAIM = Claim(
     paper="38.6x less memory and 26.4x the peak throughput of full context at its quality, on average (2506.06266).",
     ours=(
         "A cartridge of a sixteenth of its document. As many users as fit the memory of two with four documents' text "
-        "each, every user with documents of his own, decode 32 tokens: as text, and as cartridges."
+        "each, every user with documents of their own, decode 32 tokens: as text, and as cartridges."
     ),
     run=run,
     table=[

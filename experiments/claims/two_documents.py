@@ -1,4 +1,4 @@
-"""Claim 17: questions that need two documents, from two cartridges that were never trained as one."""
+"""Claim 17: questions that need two documents, from two cartridges that were never trained together."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CLAIM = Claim(
         "(2506.06266)."
     ),
     ours=(
-        "Which of two is older, and facts about a founder whom the other document tells of: both cartridges, either "
+        "Which of two is older, and facts about a founder whom the other document describes: both cartridges, either "
         "one, both texts."
     ),
     run=run,
