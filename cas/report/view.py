@@ -177,7 +177,7 @@ class View:
         if {FULL_DOCUMENT, self.main} <= {*self.arms}:
             t = self.test(FULL_DOCUMENT, self.main)
             sentences.append(
-                "With the right documents' whole text in the prompt, which nobody has at question time, it is "
+                "With the right documents' whole text in the prompt, which needs to know them at question time, it is "
                 f"{self.figure(FULL_DOCUMENT)['mean']:.1f} %, {_points(t)}."
             )
         return sentences

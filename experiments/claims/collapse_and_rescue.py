@@ -1,4 +1,4 @@
-"""The main claims of 2606.04557 on worlds: isolated cartridges collapse when loaded together, joint training prevents it.
+"""The main claims of 2606.04557 on worlds: isolated cartridges collapse when loaded together, joint training helps.
 
     python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
 

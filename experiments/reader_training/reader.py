@@ -37,7 +37,7 @@ Way = Literal["fixed", "offset", "text"]
 
 @dataclass(frozen=True)
 class Context:
-    """What the model reads before a question. ``str(context)`` is its name in results, such as ``documents4_offset``."""
+    """What the model reads before a question. ``str(context)`` is its name in results (``documents4_offset``)."""
 
     kind: Literal["no_context", "chunk512", "whole_document", "rag_shaped", "documents"]
     count: int | None = None
