@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from cas.answering.answerer import Answerer
     from cas.data.collection import Question
     from cas.evaluation.recording import Prediction
+    from cas.model.frozen import FrozenModel
+    from cas.store.store import Store
     from cas.training.trainer import Trainer
 
 
@@ -25,6 +27,13 @@ def log_arm(arm: str) -> None:
 def counter(title: str) -> Callable[[int, int], None]:
     """A progress callback that counts on one line of stderr."""
     return lambda done, total: print(f"\r{title}  {done}/{total} ", end="", file=sys.stderr, flush=True)
+
+
+def open_store(folder: Path, model: FrozenModel, **options: Any) -> Store:
+    """The store in a folder, open for writing; created with ``options`` (see :meth:`Store.create`) if there is none."""
+    from cas.store.store import Store
+
+    return Store.open(folder, write=True) if Store.exists(folder) else Store.create(folder, model, **options)
 
 
 def train(trainer: Trainer, title: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def prompt_groups(
         group = [q for q in questions if tuple(sorted(q.document_ids)) == ids]
         text = prompting.whole_documents(model, [collection[i] for i in ids])
         wordings = [question.question + prompting.brief(model) for question in group]
-        prompts = [Prompt(prompting.question_tokens(model, wording), ("text",)) for wording in wordings]
+        prompts = [Prompt(model.question_tokens(wording), ("text",)) for wording in wordings]
         yield PromptGroup(group, prompts, {"text": text}, after_text)
 
 
@@ -162,7 +162,9 @@ def run_arms(
         cartridges: by id, in place of the store's (another training of the same documents).
         prefix: put before the arm's name in the predictions, such as ``joint_``.
         progress: called with the name of every arm that is done.
+    Raises: StoreMismatch for another model than the store's.
     """
+    store.check_model(model)
     kv = dict(cartridges) if cartridges is not None else {name: store.cartridge(name) for name in store.rows()}
     kv = {name: tensor.to(model.device, model.dtype) for name, tensor in kv.items()}
     place = {question.id: i for i, question in enumerate(questions)}

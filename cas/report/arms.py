@@ -42,11 +42,11 @@ class Comparison:
         self.settings: dict[int, Setting] = {}  # of RAG, by budget
         self.notes: list[str] = []
         self.other_stores = {
-            name: Store.open(folder, model)
+            name: Store.open(folder)
             for name, folder in (("isolated", config.isolated), ("monolithic", config.monolithic))
             if folder is not None
         }
-        for other in self.others.values():
+        for other in self.other_stores.values():
             other.check_model(model)
         mean = sum(self.sizes.values()) / len(self.sizes)
         equal = {round(k * mean) for k in self.ks()}
@@ -207,7 +207,7 @@ class Comparison:
             if len(tokens) > self.room and arm.kind != "truncated":
                 self.note("full_document: documents beyond the model's window are cut there")
             wordings = [self.wording(q.question) for q in group]
-            prompts = [Prompt(prompting.question_tokens(self.model, wording), ("text",)) for wording in wordings]
+            prompts = [Prompt(self.model.question_tokens(wording), ("text",)) for wording in wordings]
             yield group, prompts, tokens[: self.room]
 
     # -- measuring ----------------------------------------------------------------------------------------------------

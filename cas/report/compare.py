@@ -56,16 +56,11 @@ def compare(config: Config) -> int:
     from cas.store.store import Store
     from retrieval import SentenceEmbedder
 
-    without_model = Store.open(config.store)
-    recorded = without_model.meta["model"]
-    without_model.close()
+    store = Store.open(config.store)
     output = Path(config.output)
     check_settings(output, {k: v for k, v in asdict(config).items() if k not in ("output", "no_text", "name")})
-    source = recorded["source"]
-    model = FrozenModel.from_pretrained(
-        source["name"], revision=source["revision"], device=config.device, system=recorded["system"]
-    )
-    store = Store.open(config.store, model)
+    model = FrozenModel.from_store(store, device=config.device)
+    store.check_model(model)
     collection = load_collection(config, model, store)
     validation, test = split(collection, config)
     metric = config.metric or ("exact_match" if model.reader else "contains")

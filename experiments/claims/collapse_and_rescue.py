@@ -172,7 +172,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     from cas.evaluation.resume import cached_json, write
     from cas.selfstudy.conversations import Conversations
     from cas.selfstudy.synthesize import SelfStudy, synthesize
-    from cas.training.initialization import fit_matched_cartridges
+    from cas.training.initialization import initialize_cartridges
     from retrieval import SentenceEmbedder
 
     folder = Path(config.output) / f"seed-{seed}"
@@ -188,8 +188,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
         questions = unseen_questions(collection.questions, conversations)
         embedder = CachingEmbedder(SentenceEmbedder())
         run_all = partial(run_arms, model, embedder=embedder, seed=seed, progress=common.log_arm)
-        with base.training():
-            fit_matched_cartridges(base, conversations, progress=common.counter("initialization"))
+        initialize_cartridges(model, base, conversations, progress=common.counter("initialization"))
         record |= {"conversations": len(conversations), "documents": len(collection)}
         if not config.only or TEXTS in config.only:
             search = partial(best_chunks, model, base, collection, checked, embedder)

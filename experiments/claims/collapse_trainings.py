@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cas.config import READER
 from cas.evaluation.arms import Arm
@@ -94,27 +94,6 @@ def sixteen(collection: Collection) -> list[str]:
     return [d.id for d in collection.documents[:SIXTEEN]]
 
 
-def open_store(
-    folder: Path,
-    model: FrozenModel,
-    config: Config,
-    positions: str,
-    seed: int,
-    tokens: int | None = None,
-    initialisation: str = "first",
-) -> Store:
-    """A store of this experiment, created if there is none."""
-    from cas.store.store import Store
-
-    if (folder / "cartridges.lmdb").exists():
-        return Store.open(folder, model, write=True)
-    tokens = tokens or config.tokens
-    ratio = None if tokens else config.ratio
-    return Store.create(
-        folder, model, ratio=ratio, tokens=tokens, positions=positions, initialisation=initialisation, seed=seed
-    )
-
-
 def trainer_for(
     config: Config,
     model: FrozenModel,
@@ -132,13 +111,13 @@ def trainer_for(
     epochs = share * (config.epochs if initialization == "matched" else config.first_epochs)
     folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
     many = MONOLITHIC.get(arm)
-    tokens = many * span(model, config, seed) if many else None
-    store = open_store(folder, model, config, positions, seed, tokens, initialization)
-    store.add_documents(collection)
+    options = store_options(config, seed, many * span(model, config, seed) if many else config.tokens)
+    store = common.open_store(folder, model, positions=positions, initialisation=initialization, **options)
+    store.add_documents(collection, model.count_tokens)
     if initialization == "matched":
         with base_store(config, model, seed) as base, store.training():
             rows = store.rows()
-            for i in (i for i, row in rows.items() if row.version == 0):
+            for i in (i for i, row in rows.items() if row.version < 1):
                 store.write_tensors(i, {"kv": base.cartridge(i)})
             store.commit(rows, None)
     pool = min(config.pool, len(collection))
@@ -156,6 +135,11 @@ def trainer_for(
     return Trainer(model, store, conversations, settings)
 
 
+def store_options(config: Config, seed: int, tokens: int | None) -> dict[str, Any]:
+    """How stores are created: with ``tokens`` positions for every cartridge, or by ratio."""
+    return {"ratio": None if tokens else config.ratio, "tokens": tokens or None, "seed": seed}
+
+
 def span(model: FrozenModel, config: Config, seed: int) -> int:
     """Positions of the largest cartridge of a seed's collection."""
     with base_store(config, model, seed) as base:
@@ -165,7 +149,8 @@ def span(model: FrozenModel, config: Config, seed: int) -> int:
 def base_store(config: Config, model: FrozenModel, seed: int) -> closing[Store]:
     """The store with the self-study of a seed and, once made, the attention-matching initialization."""
     folder = Path(config.output) / f"seed-{seed}" / "base"
-    return closing(open_store(folder, model, config, "fixed", seed, initialisation="matched"))
+    options = store_options(config, seed, config.tokens)
+    return closing(common.open_store(folder, model, positions="fixed", initialisation="matched", **options))
 
 
 def chosen_rate(

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from cas.data.collection import Collection, Document, Question
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.conversations import Conversations
-    from cas.store.store import Store
     from cas.training.trainer import Trainer
 
 ARMS = (ORACLE, Arm("loaded"), Arm("retrieved", 4))
@@ -94,7 +93,6 @@ def experiment(config: Config) -> int:
     from cas.data.collection import Collection
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.synthesize import SelfStudy, synthesize
-    from cas.store.store import Store
 
     whole = Collection.load(config.collection)
     chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[
@@ -107,12 +105,7 @@ def experiment(config: Config) -> int:
         documents = excerpts(documents, config.excerpt_words)
     model = FrozenModel.from_pretrained(config.model)
     base = Path(config.output) / "base"
-    exists = Store.exists(base)
-    store = (
-        Store.open(base, write=True)
-        if exists
-        else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
-    )
+    store = common.open_store(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     everything = synthesize(
         model,
         documents,
@@ -172,14 +165,10 @@ def trainer_for(
     epochs: float,
 ) -> Trainer:
     """A trainer on this arm's own store."""
-    from cas.store.store import Store
     from cas.training.trainer import Trainer, Training
 
     folder = Path(config.output) / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    if Store.exists(folder):
-        store = Store.open(folder, write=True)
-    else:
-        store = Store.create(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    store = common.open_store(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     store.add_documents(documents, model.count_tokens)
     settings = Training(
         epochs=epochs,
@@ -281,7 +270,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     )
     predictions = []
     for arm, record in records.items():
-        store: Store = Store.open(Path(config.output) / record["store"], model)
+        store: Store = Store.open(Path(config.output) / record["store"])
         run_questions = partial(run_arms, model, store, documents, questions, seed=config.seed, progress=common.log_arm)
         predictions += run_questions(TEXT_ARMS) if arm == "joint" else []
         predictions += run_questions(ARMS, prefix=f"{arm}_")

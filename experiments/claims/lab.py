@@ -150,8 +150,7 @@ class ClaimContext:
         with closing(self._store("base")) as base:
             study, progress = SelfStudy(seed=self.seed), common.counter("self-study")
             conversations = synthesize(self.model, self.collection, base, study, progress=progress)
-            with base.training():
-                fit_matched_cartridges(base, conversations, progress=common.counter("initialization"))
+            initialize_cartridges(self.model, base, conversations, progress=common.counter("initialization"))
         return conversations
 
     @cached_property
@@ -163,13 +162,10 @@ class ClaimContext:
         return sorted(Random(self.seed).sample(questions, count), key=lambda q: q.id)
 
     def _store(self, name: str, **options: Any) -> Store:
-        folder = self.folder / name
-        if (folder / "cartridges.lmdb").exists():
-            return Store.open(folder, self.model, write=True)
         options = {"initialisation": "matched", "seed": self.seed, **options}
         if "tokens" not in options:
             options.setdefault("ratio", self.config.ratio)
-        return Store.create(folder, self.model, **options)
+        return common.open_store(self.folder / name, self.model, **options)
 
     def initialized(self, name: str, collection: Collection | None = None, **options: Any) -> Store:
         """A store, open for writing, whose cartridges are initialized.
@@ -178,15 +174,15 @@ class ClaimContext:
         not fitted again.
         """
         conversations, store = self.conversations, self._store(name, **options)
-        store.add_documents(collection or self.collection)
+        store.add_documents(collection or self.collection, self.model.count_tokens)
         usual = {k: store.meta[k] for k in ("ratio", "tokens", "initialisation", "positions")}
         with closing(self._store("base")) as base, store.training():
             if usual == {k: base.meta[k] for k in usual} and store.layout == base.layout:
                 rows, base_rows = store.rows(), base.rows()
-                for i in (i for i, row in rows.items() if row.version == 0 and i in base_rows):
+                for i in (i for i, row in rows.items() if row.version < 1 and i in base_rows):
                     store.write_tensors(i, {"kv": base.cartridge(i)})
                 store.commit(rows, None)
-            fit_matched_cartridges(store, conversations)
+        initialize_cartridges(self.model, store, conversations)
         return store
 
     @contextmanager
@@ -263,7 +259,7 @@ class ClaimContext:
 
     def question_tokens(self, question: Question) -> tuple[int, ...]:
         """A question with the request for a short answer, as tokens after the document."""
-        return prompting.question_tokens(self.model, question.question + prompting.brief(self.model))
+        return self.model.question_tokens(question.question + prompting.brief(self.model))
 
     def measure(self, name: str, values: Sequence[float], documents: Sequence[str] | None = None) -> None:
         """Record a figure: a value per document, or per seed."""

@@ -97,7 +97,7 @@ def demo(config: DemoConfig) -> int:
         sample = collection.select(sorted(Random(config.seed).sample([d.id for d in collection.documents], SAMPLE)))
         isolated = {name: isolated_store(config, settings, model, sample, conversations, name) for name in ISOLATED}
         trained = time.monotonic()
-        store = Store.open(folder, model)
+        store = Store.open(folder)
         questions = unseen_questions(collection.questions, conversations)
         embedder = CachingEmbedder(SentenceEmbedder())
         answer = partial(run_arms, model, embedder=embedder, seed=config.seed, progress=common.log_arm)
@@ -167,24 +167,16 @@ def isolated_store(
 ) -> Store:
     """The sample's cartridges, each trained on the joint training's conversations with no other visible."""
     from cas.selfstudy.conversations import Conversations
-    from cas.store.store import Store
     from cas.training.trainer import Trainer
 
     positions, initialization = ISOLATED[name]
     folder = Path(config.output) / name
-    if (folder / "cartridges.lmdb").exists():
-        store = Store.open(folder, model, write=True)
-    else:
-        store = Store.create(
-            folder, model, ratio=16.0, positions=positions, initialisation=initialization, seed=config.seed
-        )
-    store.add_documents(sample)
+    options = {"ratio": 16.0, "positions": positions, "initialisation": initialization, "seed": config.seed}
+    store = common.open_store(folder, model, **options)
+    store.add_documents(sample, model.count_tokens)
     its_conversations = Conversations(
         [c for d in sample.documents for c in conversations.by_document.get(d.id, ())], {}
     )
-    if initialization == "matched":
-        with store.training():
-            fit_matched_cartridges(store, its_conversations)
     training = replace(settings.part(Training), isolation=1.0, guests=0)
     common.train(Trainer(model, store, its_conversations, training), name)
     return store

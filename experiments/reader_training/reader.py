@@ -135,7 +135,6 @@ def read(
     model: FrozenModel, collection: Collection, context: Context, questions: Sequence[Question]
 ) -> Iterator[tuple[Question, str]]:
     """Questions with the model's answers, in the order of their documents, so that prefilled texts are reused."""
-    from cas.answering.prompts import question_tokens
     from cas.model.decoding import Prompt, generate
     from cas.model.positions import Layout
 
