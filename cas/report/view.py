@@ -192,7 +192,7 @@ class View:
             f"and {kv[1]:.2f} MiB of KV cache."
         ]
         cost = self.settings["cost"]
-        names = {"self_study_s": "self-study", "starts_s": "starts", "training_s": "training"}
+        names = {"self_study_s": "self-study", "starts_s": "initialization", "training_s": "training"}
         spent = sum(cost[key] for key in names if cost[key] is not None)
         parts = ", ".join(
             f"{name} {'not recorded' if cost[key] is None else _duration(cost[key])}" for key, name in names.items()
