@@ -29,61 +29,11 @@ OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; wi
 def main(arguments: Sequence[str] | None = None) -> int:
     """Dispatch one command. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["train"]:
-        from cas.train import main as train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["query"]:
-        from cas.query import main as query
-
-        return query(arguments[1:])
-    if arguments[:1] == ["report"]:
-        from cas.report.compare import main as report
-
-        return report(arguments[1:])
-    options = _parser().parse_args(arguments)
-    return console.run(lambda: _run(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("cas", description="Cartridges at Scale: one small trained KV cache per document.")
-    parser.add_argument("--version", action="version", version=f"cas {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="train a collection of cartridges (cas train --help)", add_help=False)
-    commands.add_parser("query", help="answer questions from a store (cas query --help)", add_help=False)
-    commands.add_parser("report", help="compare a store with RAG on your questions (cas report --help)", add_help=False)
-    texts = {
-        "ls": "list the cartridges of a store",
-        "show": "what a store or one cartridge is",
-        "verify": "read everything back; names what is broken and exits 1",
-        "export": "write one cartridge as a safetensors file",
-    }
-    for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--store", help="the store; default $CAS_STORE, else the newest under runs/")
-        if name in ("ls", "show"):
-            command.add_argument("--json", action="store_true", help="print JSON")
-        if name == "show":
-            command.add_argument("id", nargs="?", help="a document id")
-        if name == "export":
-            command.add_argument("id", help="a document id")
-            command.add_argument("file", help="where to write, FILE.safetensors")
-    return parser
-
-
-def _run(options: argparse.Namespace) -> int:
-    from cas.store.store import Store
-
-    store = Store.open(store_folder(options.store))
-    if options.command == "ls":
-        return _ls(store, options.json)
-    if options.command == "show":
-        return _show(store, options.id, options.json)
-    if options.command == "export":
-        if not options.file.endswith(".safetensors"):
-            raise UserError(f"{options.file}: name the file *.safetensors")
-        store.export(options.id, options.file)
-        print(f"{options.id} -> {options.file}")
+    if arguments and arguments[0] in OWN_MODULES:
+        command = importlib.import_module(OWN_MODULES[arguments[0]])
+        return int(command.main(arguments[1:]))
+    if arguments == ["--version"]:
+        print(f"cas {__version__}")
         return 0
     commands = (train, query, report, ls, show, verify, export)
     return console.run(

@@ -36,8 +36,7 @@ LEAST_QUESTIONS = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison. Returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return console.run(lambda: compare(parse(Config, "python -m cas.report", words)))
+    return console.run(lambda: compare(parse(Config, "python -m cas.report", arguments)))
 
 
 def compare(config: Config) -> int:

@@ -82,7 +82,7 @@ CLAIMS: tuple[tuple[str, str, float], ...] = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment. Returns the exit status."""
     return console.run(lambda: experiment(parse(Config, "python -m experiments.collapse_and_rescue", arguments)))
 

@@ -346,9 +346,9 @@ def load(name: str) -> Claim:
     return claim
 
 
-def parse_command(command: str) -> Config:
+def parse_command(command: str, arguments: Sequence[str] | None) -> Config:
     """The options of a command line. Raises ConfigError for a world that is too small for what the claims load."""
-    config = parse(Config, f"python -m experiments.{command}", sys.argv[1:])
+    config = parse(Config, f"python -m experiments.{command}", arguments)
     if config.documents < 20:
         raise ConfigError(f"--documents {config.documents}: at least 20, since up to 20 cartridges are loaded together")
     return config
@@ -358,7 +358,7 @@ def main_of(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     """The command of one claim. Returns the exit status."""
 
     def body() -> int:
-        config = parse_command(claim.name)
+        config = parse_command(claim.name, arguments)
         if claim.not_run:
             print(f"{claim.title}: not run: {claim.not_run}")
         else:
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """All claims, in order. Returns the exit status."""
 
     def body() -> int:
-        config = parse_command("claims")
+        config = parse_command("claims", arguments)
         model = FrozenModel.from_pretrained(config.model)
         for name in NAMES:
             claim = load(name)

@@ -33,7 +33,7 @@ class DemoConfig:
     """Passes over them."""
     lr: float = 4e-2
     """Peak learning rate."""
-    initialisation: Initialization = "matched"
+    initialization: InitializationOption = "matched"
     """Initialization of the cartridges."""
     seed: int = 0
     """Seed of everything random."""

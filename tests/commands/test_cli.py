@@ -78,8 +78,14 @@ def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: p
     assert (ROOT / "docs" / f"{page}.md").read_text() == text, f"run: python docs/make_{page}.py"
 
 
-@pytest.mark.parametrize("module", ["cas.train", "cas.query", "cas.report", "cas"])
-def test_help_needs_no_torch(module: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    ["train", "query", "report", "ls", "show", "verify", "export", "", "ls --store {store}", "show --store {store}"],
+)
+def test_help_and_listing_need_no_torch(command: str, tmp_path: Path) -> None:
+    if words := command.format(store=tmp_path / "s").split()[1:]:
+        small_store(tmp_path / "s")
+    words = [*command.split()[:1], *(words or ["--help"])]
     code = (
         f"import sys; from cas.__main__ import main\ntry: status = main({words!r})\n"
         "except SystemExit as e: status = e.code\nassert not status\n"
