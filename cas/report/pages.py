@@ -52,7 +52,7 @@ def markdown(view: View) -> str:
     if view.kinds:
         rows = [[title, *cells] for title, cells in view.kind_rows()]
         sections.append(("By kind of question", _table(["arm", *view.kinds], rows)))
-    pair = f"{title_of(view.main)} beside {title_of(view.rival)}."
+    pair = f"{title_of(view.main)} beside {title_of(view.baseline)}."
     wins = _table(["kind", "both", "only CAS", "only RAG", "neither"], view.win_rows())
     sections.append(("Who answers what", [pair, "", *wins]))
     caption = "Points, paired by question; p-values by sign flips of documents, Holm-corrected."

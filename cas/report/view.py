@@ -139,7 +139,7 @@ class View:
         return next(t for t in self.tests if (t["a"], t["b"]) == (a, b))
 
     @cached_property
-    def rivals(self) -> dict[str, Arm]:
+    def baselines(self) -> dict[str, Arm]:
         """RAG at as many tokens as the verdict's arm, at three times as many, and at its best."""
         tokens = self.figure(self.main, "context_tokens")["mean"]
         rag = {t["b"].size: t["b"] for t in self.tests if t["a"] == self.main and t["b"].kind == "rag"}
@@ -154,42 +154,42 @@ class View:
         }
 
     @property
-    def rival(self) -> Arm:
+    def baseline(self) -> Arm:
         """RAG at three times the tokens, which questions and costs are compared with."""
-        return self.rivals["three times the tokens"]
+        return self.baselines["three times the tokens"]
 
     def verdict(self) -> list[str]:
         """Sentences, those where RAG wins first."""
         verdicts: list[tuple[int, str]] = []
-        for budget, rival in self.rivals.items():
-            t = self.test(self.main, rival)
+        for budget, baseline in self.baselines.items():
+            t = self.test(self.main, baseline)
             significant = t["p_holm"] < SIGNIFICANT
             rank = 0 if significant and t["mean"] < 0 else 2 if significant else 1
             outcome = ("RAG wins", "No difference is shown", "CAS wins")[rank]
-            cas, rag = (f"{self.figure(arm)['mean']:.1f} %" for arm in (self.main, rival))
-            setting = self.settings["rag"][str(rival.size)]["said"]
+            cas, rag = (f"{self.figure(arm)['mean']:.1f} %" for arm in (self.main, baseline))
+            setting = self.settings["rag"][str(baseline.size)]["said"]
             sentence = (
-                f"{outcome} against RAG at {budget} ({title_of(rival)}, {setting}): {cas} over {title_of(self.main)} "
-                f"against {rag}, {_points(t)}, p = {t['p_holm']:.3f} after correction."
+                f"{outcome} against RAG at {budget} ({title_of(baseline)}, {setting}): {cas} over "
+                f"{title_of(self.main)} against {rag}, {_points(t)}, p = {t['p_holm']:.3f} after correction."
             )
             verdicts.append((rank, sentence))
         sentences = [sentence for _, sentence in sorted(verdicts, key=lambda v: v[0])]
         if {FULL_DOCUMENT, self.main} <= {*self.arms}:
             t = self.test(FULL_DOCUMENT, self.main)
             sentences.append(
-                "With the right documents' whole text in the prompt, which needs to know them at question time, it is "
+                "With the right documents' whole text in the prompt, an upper reference without retrieval, it is "
                 f"{self.figure(FULL_DOCUMENT)['mean']:.1f} %, {_points(t)}."
             )
         return sentences
 
     def cost(self) -> list[str]:
         """Sentences on latency, memory, training, and when training has paid for itself."""
-        cas_s, rag_s = (self.figure(arm, "first_token_s")["mean"] for arm in (self.main, self.rival))
-        kv = [self.figure(arm, "kv_bytes")["mean"] / 2**20 for arm in (self.main, self.rival)]
+        cas_s, rag_s = (self.figure(arm, "first_token_s")["mean"] for arm in (self.main, self.baseline))
+        kv = [self.figure(arm, "kv_bytes")["mean"] / 2**20 for arm in (self.main, self.baseline)]
         sentences = [
             f"The first token comes after {cas_s * 1000:.0f} ms over {title_of(self.main)} and after "
-            f"{rag_s * 1000:.0f} ms with {title_of(self.rival)}, finding and loading included; they hold {kv[0]:.2f} "
-            f"and {kv[1]:.2f} MiB of KV cache."
+            f"{rag_s * 1000:.0f} ms with {title_of(self.baseline)}, finding and loading included; they hold "
+            f"{kv[0]:.2f} and {kv[1]:.2f} MiB of KV cache."
         ]
         cost = self.settings["cost"]
         names = {"self_study_s": "self-study", "starts_s": "initialization", "training_s": "training"}
@@ -201,7 +201,7 @@ class View:
             f"Training took {_duration(spent)} ({parts}) on the machine that did it: {cost['trained_tokens']:,} tokens "
             f"of conversation for {self.settings['tokens']:,} tokens of documents."
         )
-        for other in (arm for arm in (self.rival, FULL_DOCUMENT) if arm in self.arms):
+        for other in (arm for arm in (self.baseline, FULL_DOCUMENT) if arm in self.arms):
             saved = self.figure(other, "answer_s")["mean"] - self.figure(self.main, "answer_s")["mean"]
             outcome = "slower: in time, training never pays for itself."
             if saved > 0:
@@ -268,13 +268,13 @@ class View:
         return rows
 
     def _right(self) -> dict[str, tuple[bool, bool]]:
-        """By question: whether the verdict's arm, and whether its rival answers it."""
-        cas, rag = (self._predictions[str(arm)] for arm in (self.main, self.rival))
+        """By question: whether the verdict's arm, and whether its baseline answers it."""
+        cas, rag = (self._predictions[str(arm)] for arm in (self.main, self.baseline))
         return {i: (cas[i]["scores"][self.metric] >= 0.5, rag[i]["scores"][self.metric] >= 0.5) for i in cas}
 
     def win_rows(self) -> list[tuple[Any, ...]]:
-        """Of the verdict's arm and its rival: how many questions both, only CAS, only RAG, neither answer; in all and
-        by kind."""
+        """Of the verdict's arm and its baseline: how many questions both, only CAS, only RAG, neither answer; in all
+        and by kind."""
         kinds = self.settings["kinds"]
         rows = []
         for kind in ["all", *self.kinds]:
@@ -292,7 +292,7 @@ class View:
             question, gold = self.texts.get(i, ("", ""))
             cas, rag = (
                 self._predictions[str(arm)][i].get("answer", "") if self.texts else ""
-                for arm in (self.main, self.rival)
+                for arm in (self.main, self.baseline)
             )
             examples.append({"id": i, "question": question, "gold": gold, "cas": cas, "rag": rag})
         return examples
