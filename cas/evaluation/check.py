@@ -24,17 +24,17 @@ def check_run(folder: Path) -> list[tuple[str, str]]:
     results, predictions = read_run(folder)
     if results["interval"] != INTERVAL:
         raise RunError(f"{RESULTS_FILE}: interval must be {INTERVAL}, not {results['interval']}")
-    stated = results["metrics"]
+    recorded = results["metrics"]
     expected = recompute(predictions, results["metric_names"], results["compare"], results["seeds"])
-    report = [(key, _complaint(stated.get(key), figure)) for key, figure in expected.items()]
-    return report + [(key, f"does not follow from {PREDICTIONS_FILE}") for key in stated if key not in expected]
+    report = [(key, _complaint(recorded.get(key), figure)) for key, figure in expected.items()]
+    return report + [(key, f"does not follow from {PREDICTIONS_FILE}") for key in recorded if key not in expected]
 
 
 def _complaint(stated: Any, expected: dict[str, float]) -> str:
     if not is_estimate(stated):
         return f"{RESULTS_FILE} has {stated!r} in place of {{mean, low, high, n}}"
-    apart = {part: value for part, value in expected.items() if abs(stated[part] - value) > TOLERANCE}
-    return ", ".join(f"{part} is {stated[part]}, recomputed {value}" for part, value in apart.items())
+    differences = {part: value for part, value in expected.items() if abs(stated[part] - value) > TOLERANCE}
+    return ", ".join(f"{part} is {stated[part]}, recomputed {value}" for part, value in differences.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m cas.evaluation.check", description="Recompute every published metric from its predictions."
     )
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="folder of a run (default: all published)")
-    # A folder with only one of the two files is a broken run and must not be passed over.
-    found = {path.parent for name in (RESULTS_FILE, PREDICTIONS_FILE) for path in RESULTS.glob(f"*/*/{name}")}
-    folders = parser.parse_args(arguments).runs or sorted(found)
+    # A folder with only one of the two files is a broken run and must not be skipped.
+    recorded = {path.parent for name in (RESULTS_FILE, PREDICTIONS_FILE) for path in RESULTS.glob(f"*/*/{name}")}
+    folders = parser.parse_args(arguments).runs or sorted(recorded)
     if not folders:
         print(f"nothing to check in {RESULTS}")
     status = 0

@@ -1,7 +1,7 @@
-"""How good is an answer, and how sure are we?
+"""Answer metrics, their bootstrap intervals and permutation tests.
 
 Answer metrics follow SQuAD: lower case, no punctuation, no articles, best over the gold answers; each is a float from
-0 to 1. The log-perplexity of the gold answer is measured by the model code and is one more float per question here.
+0 to 1. The log-perplexity of the gold answer comes from the model code and is one more float per question here.
 
 Intervals come from the percentile bootstrap (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 13) over
 clusters: questions about one document share its cartridge, so they are not independent, and whole documents are
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from cas.errors import ConfigError, UserError
 
+METRICS = ("contains", "f1", "exact_match", "log_perplexity")  # of every recorded answer
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _DRAWS_AT_ONCE = 1 << 20  # keeps the bootstrap within some 30 MB for up to a million documents
@@ -65,6 +66,19 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
     return _best(lambda predicted, gold: float(f" {gold} " in f" {predicted} "), prediction, answers)
 
 
+def overlap_scores(text: str, answers: Sequence[str]) -> dict[str, float]:
+    """``rouge_l`` (F-measure, stemmed; rouge-score) and ``chrf`` (chrF2; sacrebleu), best over the gold answers.
+
+    Both are from 0 to 1. For answers that are sentences, where exact match is always 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=True).score_multi(list(answers), text)["rougeL"].fmeasure
+    chrf = max(CHRF().sentence_score(text, [answer]).score for answer in answers)
+    return {"rouge_l": float(rouge), "chrf": min(1.0, chrf / 100)}
+
+
 def _word_f1(predicted: str, gold: str) -> float:
     predicted_words, gold_words = predicted.split(), gold.split()
     if not predicted_words or not gold_words:
@@ -99,8 +113,8 @@ def interval(
 
     ``values``: (n,) finite floats, one per question. ``clusters``: n labels, the document that each question is about.
     The same values give the same bounds in any order of the questions (up to rounding) and with any numpy release.
-    With a single cluster only its questions can be resampled: the interval then speaks of other questions about that
-    document, not of other documents.
+    With a single cluster only its questions can be resampled: the interval then covers other questions about that
+    document, not other documents.
 
     Raises UserError when the values are empty, not finite or not as many as the clusters; ConfigError for a seed,
     number of resamples or level out of range.
@@ -142,10 +156,10 @@ def paired_difference(
 def sign_flip(a: npt.ArrayLike, b: npt.ArrayLike, clusters: Sequence[str], seed: int = 0, flips: int = 10_000) -> float:
     """Two-sided p-value of "a and b do not differ": (n,) values each, two arms on the same questions.
 
-    Under that hypothesis each document's differences may as well have the other sign, all of them together. The share of
-    ``flips`` random signs under which the sum is at least as far from 0 as it is, itself counted (a paired permutation test;
-    Good, *Permutation Tests*, 2000, ch. 3). With few documents it cannot be small: five give 2 / 2**5 at the least.
-    Raises UserError for arms of unequal length.
+    Under that hypothesis all differences of a document may flip their sign together. The p-value is the share of
+    ``flips`` random flips under which the sum is at least as far from 0 as the observed one, which counts as a flip
+    itself (a paired permutation test; Good, *Permutation Tests*, 2000, ch. 3). With few documents it cannot be small:
+    for five, at least 2 / 2**5. Raises UserError for arms of unequal length.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape or first.size != len(clusters) or not first.size:
@@ -159,8 +173,8 @@ def sign_flip(a: npt.ArrayLike, b: npt.ArrayLike, clusters: Sequence[str], seed:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number, in their order (Holm, 1979): the i-th smallest of m times m - i + 1, none smaller
-    than one before it, at most 1."""
+    """The p-values corrected for their number, in the given order (Holm, 1979): the i-th smallest of m is multiplied by
+    m - i + 1, is never below the one before it, and is at most 1."""
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
@@ -173,7 +187,7 @@ def _resampled_means(
 ) -> npt.NDArray[np.float64]:
     """(resamples,) means, each of as many clusters drawn with replacement as there are; sums and counts per cluster."""
     # Numpy promises that a bit generator's raw stream stays as it is, but not Generator.integers, and a published
-    # interval must come out the same in years to come. The remainder's bias is below clusters / 2**64.
+    # interval must be reproducible years later. The remainder's bias is below clusters / 2**64.
     stream = np.random.PCG64(seed)
     size = len(sums)
     rows = max(1, _DRAWS_AT_ONCE // size)

@@ -1,35 +1,32 @@
-"""What every experiment leaves behind: ``predictions.jsonl``, a line per arm, seed and question, and ``results.json``.
+"""The record of every experiment: ``predictions.jsonl``, a line per arm, seed and question, and ``results.json``.
 
-Every figure under ``metrics`` follows from the predictions alone: ``python -m cas.evaluation.check`` recomputes it. Those
-that do not (seconds, bytes) stand under ``measurements``.
+Every figure under ``metrics`` follows from the predictions alone: ``python -m cas.evaluation.check`` recomputes it.
+Figures that do not (seconds, bytes) are under ``measurements``.
 
-Keys are ``<arm>.<metric>`` and ``<a>_minus_<b>.<metric>``, values ``{mean, low, high, n}``. Exact match, F1, contains, ROUGE-L, chrF
-are in percent (a difference in points), log-perplexity in nats, any other score as recorded. The records of all seeds
-are kept, not averaged first, and ``n`` counts them; the interval resamples documents, each with all its questions and
-seeds (:func:`cas.evaluation.metrics.interval`), so asking again with another seed does not by itself make it narrower.
+Keys are ``<arm>.<metric>`` and ``<a>_minus_<b>.<metric>``, values ``{mean, low, high, n}``. Exact match, F1, contains,
+ROUGE-L and chrF are in percent (a difference in points), log-perplexity in nats, any other score as recorded. The
+records of all seeds are kept, not averaged first, and ``n`` counts them; the interval resamples documents, each with
+all its questions and seeds (:func:`cas.evaluation.metrics.interval`), so asking again with another seed does not by
+itself make it narrower.
 """
 
 from __future__ import annotations
 
-import getpass
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import socket
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from numbers import Real
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import cas
 from cas.errors import ConfigError, RunError, UserError
+from cas.evaluation.machine import hardware, versions
 from cas.evaluation.metrics import Estimate, interval, paired_difference
+from cas.evaluation.privacy import refuse_private
 
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
@@ -57,9 +54,6 @@ _FIELDS: dict[str, type] = {
 
 _ARM = re.compile(r"[\w=+-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+]*://\S+")
-_ABSOLUTE_PATH = re.compile(r"(?<![\w./~)\]}])/+[\w.]\S*")
-_NOT_PERSONAL = {"root", "localhost", ""}
 
 
 class Prediction(TypedDict):
@@ -97,7 +91,7 @@ def write_run(
     ``{key: {mean, low, high, n}}``. ``keep_answers``: whether the generated texts may be published with the scores.
 
     Nothing is written on an error: ConfigError for what :func:`refuse_private` finds and for values that are not JSON,
-    UserError for predictions that are malformed, doubled or lack their pair.
+    UserError for predictions that are malformed, occur twice or lack their pair.
     """
     published = {
         "name": name,
@@ -113,8 +107,8 @@ def write_run(
     records = _checked(predictions, metric_names, seeds)
     results = published | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(),
-        "versions": _versions(),
+        "hardware": hardware(),
+        "versions": versions(),
         "seeds": list(seeds),
         "interval": INTERVAL,
         "metrics": recompute(records, metric_names, compare, seeds),
@@ -131,7 +125,7 @@ def write_run(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # results.json says that the folder is whole: an older one goes first, the new one comes last.
+    # results.json marks the folder as complete: the old one is removed first, the new one is written last.
     (folder / RESULTS_FILE).unlink(missing_ok=True)
     _write_atomically(folder / PREDICTIONS_FILE, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     _write_atomically(folder / RESULTS_FILE, text + "\n")
@@ -185,8 +179,8 @@ def recompute(
 def table(results: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str]) -> str:
     """Markdown table, legible as plain text, of ``mean [low, high]``: arms (or ``a_minus_b``) down, metrics across.
 
-    Measurements named ``<row>.<column>`` are found too. A figure that is not there shows as a dash; a row or a column
-    without any is most likely misspelt and is a UserError.
+    Measurements named ``<row>.<column>`` are included. A missing figure is shown as a dash; a row or a column without
+    any figure is most likely a spelling mistake and raises UserError.
     """
     figures = {**results["metrics"], **results["measurements"]}
     lines = [["arm", *(f"{column}{_unit(column)}" for column in columns)]]
@@ -200,47 +194,16 @@ def table(results: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str
     return "\n".join(text) + "\n"
 
 
-def flags(config: Any, *unsaid: str) -> str:
-    """The flags that make this configuration, a dataclass, without the output folder and the fields ``unsaid``."""
+def flags(config: Any, *omitted: str) -> str:
+    """The flags that give this configuration, a dataclass, with ``--output DIR`` and without the fields ``omitted``."""
     parts = []
     for name, value in asdict(config).items():
-        if name in ("output", *unsaid) or value == getattr(type(config), name, None):
+        if name in ("output", *omitted) or value == getattr(type(config), name, None):
             continue
         words = value if isinstance(value, tuple) else (value,)
-        said = " ".join(f"{v:g}" if isinstance(value, tuple) and isinstance(v, Real) else str(v) for v in words)
-        parts.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {said}"))
+        text = " ".join(f"{v:g}" if isinstance(value, tuple) and isinstance(v, Real) else str(v) for v in words)
+        parts.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
     return " ".join([*parts, "--output DIR"])
-
-
-def relative(path: str | os.PathLike[str]) -> str:
-    """``path`` as it may be published: ``$CAS_DATA/...`` in that folder, else relative to the working folder.
-
-    Raises ConfigError when it lies in neither.
-    """
-    # First as written, then with links followed: either the path or the folder may have been reached by a link.
-    for full in (os.path.abspath, os.path.realpath):
-        places = [(full(os.environ["CAS_DATA"]), "$CAS_DATA")] if os.environ.get("CAS_DATA") else []
-        for place, label in [*places, (full(os.getcwd()), "")]:
-            if Path(full(path)).is_relative_to(place):
-                return (Path(label) / Path(full(path)).relative_to(place)).as_posix()
-    raise ConfigError(f"{path} is neither in $CAS_DATA nor in the working folder: move it, or set CAS_DATA to hold it")
-
-
-def refuse_private(published: Any) -> None:
-    """Raise ConfigError when a string in a JSON-like value, keys too, has an absolute path, the user's or host's name.
-
-    :func:`write_run` calls it; a long run does well to call it on its settings before it starts. Paths under the
-    literal ``$CAS_DATA``, relative ones (:func:`relative`) and URLs pass.
-    """
-    host = socket.gethostname()
-    names = {host, host.partition(".")[0], _user()} - _NOT_PERSONAL
-    personal = [re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])") for name in sorted(names)]
-    for where, text in _strings(published):
-        if path := _ABSOLUTE_PATH.search(_URL.sub("", text)):
-            raise ConfigError(f"{where} holds the absolute path {path[0]}: use cas.evaluation.recording.relative(path)")
-        for name in personal:
-            if found := name.search(text):
-                raise ConfigError(f"{where} holds {found[0]}, the name of this user or machine: leave it out")
 
 
 def is_estimate(figure: object) -> bool:
@@ -353,67 +316,6 @@ def _check_results(results: Mapping[str, Any]) -> None:
     for key, figure in results["measurements"].items():
         if not is_estimate(figure):
             raise UserError(f"measurement {key} must be {{mean, low, high, n}}, finite, not {figure!r}")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in some containers
-        return ""
-
-
-def _strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON-like value, keys included, with the place where it stands."""
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            place = f"{where}.{key}" if where else str(key)
-            yield place, str(key)
-            yield from _strings(inner, place)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner, where)
-
-
-def _hardware() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-        "accelerator": _accelerator(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _accelerator() -> str | None:
-    torch = sys.modules.get("torch")  # a run that used an accelerator has imported it
-    if torch is None or not torch.accelerator.is_available():
-        return None
-    device = torch.accelerator.current_accelerator()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    count = torch.accelerator.device_count()
-    return name if count == 1 else f"{count} x {name}"
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "cas": getattr(cas, "__version__", None)}
-    for package in ("numpy", "torch", "transformers", "peft", "kvpress"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A long experiment in parts: each is a file of its own, so that the same command goes on where it was stopped."""
+"""Long experiments in parts: each part is written to its own file, so that the same command resumes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cas.errors import ConfigError
 
 
 def write(file: Path, value: object) -> None:
-    """JSON, whole or not at all."""
+    """Write a value as JSON, atomically."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(file)
 
 
-def cached_json(file: Path, make: Callable[[], Any]) -> Any:
-    """What was made before and written to this file, else what ``make`` makes now."""
+def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
+    """The value in a JSON file; where there is no file, the result of ``compute``, which is written there."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, make())
+        write(file, compute())
     return json.loads(file.read_text())
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the folder was begun with other settings."""
-    file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    if changed := [k for k, v in cached_json(file, lambda: now).items() if now.get(k) != v]:
+    """Record the settings of a folder; raise ConfigError if it was begun with other ones."""
+    file, current = folder / "settings.json", json.loads(json.dumps(settings))
+    if changed := [k for k, v in cached_json(file, lambda: current).items() if current.get(k) != v]:
         raise ConfigError(f"{folder} was begun with another {', '.join(changed)}; give another --output")

@@ -1,45 +1,38 @@
-"""The charts of the report: SVG in the page's own colours (CSS variables), so that they follow light, dark and print."""
+"""The charts of the report: SVG in the page's own colors (CSS variables), so that they follow light, dark and print."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-if TYPE_CHECKING:
-    from cas.report.view import View
+import matplotlib
+import matplotlib.ticker
 
-_INK = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--cas)", "#040404": "var(--rag)"}
-_INK |= {"#050505": "var(--text)", "#060606": "var(--line)"}
-_COLOURS = {
-    "ink": "#010101",
-    "muted": "#020202",
-    "cas": "#030303",
-    "rag": "#040404",
-    "text": "#050505",
-    "line": "#060606",
-}
+from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from cas.report.view import View, is_retrieved
+
+# The page's colors, and what matplotlib draws in their place.
+_COLORS = {name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "muted", "cas", "rag", "text", "line"), start=1)}
 
 
 def charts(view: View) -> dict[str, str]:
-    """SVG by name: accuracy against tokens before the question, against KV memory, and against the time to the first token."""
+    """SVG by name: accuracy against tokens before the question, KV memory, and the time to the first token."""
     axes = {
         "tokens": ("context_tokens", 1.0, "tokens where the document goes (text, or cartridge positions)"),
         "memory": ("kv_bytes", 2.0**20, "KV cache of one question, MiB"),
         "latency": ("first_token_s", 1e-3, "milliseconds to the first token, finding and loading included"),
     }
-    return {name: _chart(view, *about) for name, about in axes.items()}
+    return {name: _chart(view, *axis) for name, axis in axes.items()}
 
 
 def _chart(view: View, measure: str, scale: float, label: str) -> str:
-    import matplotlib
-    import matplotlib.ticker
-
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    c = _COLOURS
+    c = _COLORS
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "cas", "font.family": "sans-serif", "font.size": 11}
     style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), c["muted"])
     with matplotlib.rc_context(style):
@@ -47,24 +40,30 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
 
-        def at(arm: str) -> tuple[float, Mapping[str, float]]:
+        def at(arm: Arm) -> tuple[float, Mapping[str, float]]:
             return view.figure(arm, measure)["mean"] / scale, view.figure(arm)
 
-        def line(arms: Sequence[str], colour: str, marker: str, name: str) -> None:
+        def line(arms: Sequence[Arm], color: str, marker: str, name: str) -> None:
             points = [at(a) for a in arms]
             x, y = [p[0] for p in points], [p[1]["mean"] for p in points]
             spread = [[p[1]["mean"] - p[1]["low"] for p in points], [p[1]["high"] - p[1]["mean"] for p in points]]
             axes.errorbar(
-                x, y, yerr=spread, fmt=f"{marker}-", color=colour, ms=6, lw=1.8, elinewidth=1, capsize=2, label=name
+                x, y, yerr=spread, fmt=f"{marker}-", color=color, ms=6, lw=1.8, elinewidth=1, capsize=2, label=name
             )
 
-        line([a for a in view.arms if re.fullmatch(r"cas\d+", a)], c["cas"], "o", "CAS, cartridges retrieved")
-        line([a for a in view.arms if a.startswith("rag")], c["rag"], "s", "RAG, text retrieved")
-        for arm, marker in (("oracle", "*"), ("all_resident", "P"), ("monolithic", "X"), (f"{view.main}_chunk", "D")):
+        line([a for a in view.arms if is_retrieved(a)], c["cas"], "o", "CAS, cartridges retrieved")
+        line([a for a in view.arms if a.kind == "rag"], c["rag"], "s", "RAG, text retrieved")
+        markers = {
+            ORACLE: "*",
+            Arm("all_resident"): "P",
+            Arm("monolithic"): "X",
+            replace(view.main, chunk=True): "D",
+        }
+        for arm, marker in markers.items():
             if arm in view.arms:
                 x, y = at(arm)
                 axes.plot([x], [y["mean"]], marker, color=c["cas"], ms=9, label=view.names[arm])
-        for arm, dash in (("full_document", "--"), ("no_context", ":")):
+        for arm, dash in ((FULL_DOCUMENT, "--"), (NO_CONTEXT, ":")):
             axes.axhline(view.figure(arm)["mean"], color=c["text"], ls=dash, lw=1.2, label=view.names[arm])
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
@@ -89,6 +88,6 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
     )
     unique = re.sub(r"\W", "", measure)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{unique}-", svg)
-    for colour, name in _INK.items():
-        svg = svg.replace(colour, name)
+    for name, color in c.items():
+        svg = svg.replace(color, f"var(--{name})")
     return svg

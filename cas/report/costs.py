@@ -6,92 +6,96 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from cas.data.collection import Question
+from cas.evaluation.arms import Arm
 from cas.evaluation.metrics import interval
+from cas.model.decoding import Prompt, generate
+from cas.report.arms import Comparison
+from cas.store.store import Store
+from retrieval import Embedder
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cas.data.collection import Question
-    from cas.report.arms import Arms
-    from cas.store.store import Store
-    from retrieval import Embedder
-
-ENOUGH = 30.0  # seconds of answers
+ENOUGH = 30.0  # seconds of answers after which an arm is timed no more
+TIMINGS = ("retrieve_s", "first_token_s", "answer_s")
 
 
-def timed(arms: Arms, embedder: Embedder, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """Seconds until cartridges or text are found, until the first token, and until the end of the answer, every arm in turn on
-    every question, alone. Nothing is kept from one question to the next: cartridges are read from the store, texts are read anew.
+def time_arms(comparison: Comparison, embedder: Embedder, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """Seconds until cartridges or text are retrieved, until the first token, and until the end of the answer.
 
-    ``embedder``: one that does not remember. The first question of every arm is asked once more before, untimed. An arm that has
-    taken :data:`ENOUGH` is asked no more.
+    Every arm in turn answers every question alone. Nothing is kept from one question to the next: cartridges are read
+    from the store, texts are prefilled again. The first question of every arm is asked once before, untimed.
+
+    Args:
+        embedder: one without a cache.
+    Returns: ``<arm>.<timing>`` of :data:`TIMINGS`, with intervals.
     """
-    laps: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arms.names()}
+    laps: dict[Arm, list[tuple[float, float, float]]] = {arm: [] for arm in comparison.arms()}
     for arm in laps:
-        _one(arms, embedder, arm, questions[0])
+        _time_answer(comparison, embedder, arm, questions[0])
     for question in questions:
-        for arm, found in laps.items():
-            if sum(lap[2] for lap in found) < ENOUGH:
-                found.append(_one(arms, embedder, arm, question))
+        for arm, timed in laps.items():
+            if sum(lap[2] for lap in timed) < ENOUGH:
+                timed.append(_time_answer(comparison, embedder, arm, question))
     documents = [q.document_ids[0] for q in questions]
     return {
         f"{arm}.{name}": asdict(interval(values, documents[: len(values)]))
-        for arm, found in laps.items()
-        for name, values in zip(("retrieve_s", "first_token_s", "answer_s"), zip(*found, strict=True), strict=True)
+        for arm, timed in laps.items()
+        for name, values in zip(TIMINGS, zip(*timed, strict=True), strict=True)
     }
 
 
-def _one(arms: Arms, embedder: Embedder, arm: str, question: Question) -> tuple[float, float, float]:
-    from cas.model.decoding import Prompt, generate
-
-    store = arms.others.get(arm.partition("_")[0], arms.store)
-    ready: Mapping[str, Tensor] = {}
+def _time_answer(
+    comparison: Comparison, embedder: Embedder, arm: Arm, question: Question
+) -> tuple[float, float, float]:
+    """Seconds from the question to what :data:`TIMINGS` names."""
+    model, store = comparison.model, comparison.store_of(arm)
+    precomputed: Mapping[str, Tensor] = {}
     layout = store.layout
-    if arm == "compressed":  # as a cartridge, it was made long before the question
-        [(_, [prompt], ready, layout)] = arms.groups(arm, [question])
-    started, first = time.perf_counter(), 0.0
-    if arm.startswith("rag") or "cas" in arm:
-        embedder.embed([question.question])  # the arms' own embedder remembers it
-    if arm in ("full_document", "truncated"):
-        [(_, [prompt], tokens)] = arms.shared_texts(arm, [question])
+    if arm.kind == "compressed":  # computed before the question, as a cartridge is
+        [(_, [prompt], precomputed, layout)] = comparison.groups(arm, [question])
+    started, first_token = time.perf_counter(), 0.0
+    if arm.kind in ("rag", "cas"):
+        embedder.embed([question.question])  # the comparison's own embedder has it in its cache
+    if arm.kind in ("full_document", "truncated"):
+        [(_, [prompt], tokens)] = comparison.shared_texts(arm, [question])
         prompt = Prompt((*tokens, *prompt.tokens))
-    elif not ready:
-        [prompt] = arms.prompts(arm, [question])
-    found = time.perf_counter()
-    loaded = ready or {n: store.cartridge(n).to(arms.model.device, arms.model.dtype) for n in prompt.cartridges}
+    elif not precomputed:
+        [prompt] = comparison.prompts(arm, [question])
+    retrieved = time.perf_counter()
+    kv = precomputed or {i: store.cartridge(i).to(model.device, model.dtype) for i in prompt.cartridges}
 
     def on_token(*_: int) -> None:
-        nonlocal first
-        first = first or time.perf_counter()
+        nonlocal first_token
+        first_token = first_token or time.perf_counter()
 
-    most = arms.config.max_new_tokens
-    generate(arms.model, [prompt], loaded, layout, max_new_tokens=most, on_token=on_token)
+    generate(model, [prompt], kv, layout, max_new_tokens=comparison.config.max_new_tokens, on_token=on_token)
     ended = time.perf_counter()
-    return found - started, (first or ended) - started, ended - started
+    return retrieved - started, (first_token or ended) - started, ended - started
 
 
-def cost_of(store: Store) -> dict[str, Any]:
-    """What was spent on a store: seconds of self-study, of starts (None where its folder does not say) and of training, and
-    training's conversation tokens and steps."""
-    spent: dict[str, float] = {}
+def training_cost(store: Store) -> dict[str, Any]:
+    """What a store cost: seconds of self-study, of initialization (None where its folder does not say) and of training,
+    and training's conversation tokens and steps."""
+    durations: dict[str, float] = {}
     file = store.folder / "seconds.jsonl"
     for line in file.read_text().splitlines() if file.exists() else ():
         entry = json.loads(line)
-        spent[entry["what"]] = spent.get(entry["what"], 0.0) + entry["seconds"]
+        durations[entry["what"]] = durations.get(entry["what"], 0.0) + entry["seconds"]
     steps, seconds = 0, 0.0
     for log in store.folder.glob("metrics*.jsonl"):  # of every round
         for line in log.read_text().splitlines():
             entry = json.loads(line)
             steps, seconds = steps + 1, seconds + entry["tokens"] / entry["tokens_per_s"]
     rows = store.rows().values()
-    found = {
-        "self_study_s": spent.get("self-study"),
-        "starts_s": spent.get("starts"),
+    spent = {
+        "self_study_s": durations.get("self-study"),
+        "starts_s": durations.get("starts"),
         "training_s": seconds if steps else None,
     }
-    return {k: v if v is None else round(v, 1) for k, v in found.items()} | {
+    return {key: value if value is None else round(value, 1) for key, value in spent.items()} | {
         "steps": steps,
         "trained_tokens": sum(r.trained_tokens for r in rows),
         "adam_steps_each": sum(r.steps for r in rows) / len(rows),

@@ -1,6 +1,6 @@
-"""A rival that needs no training: the KV cache of a text with most of its positions dropped, by kvpress where it is installed.
+"""A baseline that needs no training: the KV cache of a text, pruned by kvpress where it is installed.
 
-kvpress 0.5 asks for an older transformers than ours; installed beside it all the same, it runs:
+kvpress 0.5 requires an older transformers than ours, but works with ours when installed without its dependencies:
 ``pip install datasets pandas cachetools fire && pip install --no-deps kvpress``.
 """
 
@@ -23,8 +23,10 @@ def installed() -> bool:
 
 @torch.no_grad()
 def compress(model: FrozenModel, ids: Sequence[int], positions: int) -> Tensor:
-    """KV of a text behind the header, of which every head of every layer keeps ``positions``, chosen by Expected Attention
-    (2510.00636): [L, 2, H, positions, D] in the model's dtype, keys where the text had them. The header stays whole."""
+    """The KV of a text after the header, pruned to ``positions`` in every head by Expected Attention (2510.00636).
+
+    The header stays whole. Returns: [L, 2, H, positions, D] in the model's dtype, keys rotated as in the text.
+    """
     from kvpress import ExpectedAttentionPress
     from transformers import DynamicCache
 
@@ -39,7 +41,8 @@ def compress(model: FrozenModel, ids: Sequence[int], positions: int) -> Tensor:
     whole = torch.tensor([[*model.template.header_ids, *ids]], device=model.device)
     length, keep = whole.shape[1], header + min(positions, len(ids))
     cache: Any = DynamicCache()
-    # Half a position more than wanted, as kvpress rounds down. It needs a keyword that transformers stopped to give.
+    # Half a position more than wanted, as kvpress rounds down. It needs cache_position, which transformers no longer
+    # passes.
     with Press(compression_ratio=max(0.0, 1 - (keep + 0.5) / length))(model.hf):
         model.hf.base_model(
             input_ids=whole,
@@ -49,4 +52,4 @@ def compress(model: FrozenModel, ids: Sequence[int], positions: int) -> Tensor:
         )
     kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
     assert kept.shape[3] == keep
-    return kept[:, :, :, header:]  # the best come first, and the header is best
+    return kept[:, :, :, header:]  # positions are sorted by score, and the header has the highest

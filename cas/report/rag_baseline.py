@@ -1,7 +1,7 @@
-"""The rival: retrieval-augmented generation as strong as we can make it, at any budget of prompt tokens.
+"""The RAG baseline, as strong as we can make it, at any budget of prompt tokens.
 
-Chunks of whole sentences, ranked by vectors, BM25 or both, best first, as many as the budget holds. What is chosen (the
-size of a chunk, its overlap, the ranking, whether titles go before chunks) is chosen on validation questions.
+Chunks of whole sentences, ranked by vectors, BM25 or both, best first, as many as the budget holds. The size of a
+chunk, its overlap, the ranking, and whether titles go before chunks are chosen on validation questions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Setting:
     """How chunks are made and ranked."""
 
     words: int = 80
-    """Most words of a chunk."""
+    """Words of a chunk, at most."""
     ranking: Ranking = "both"
     """By vectors, by words (BM25), or by both (mean of the shares of the best score)."""
     titles: bool = True
@@ -40,7 +40,7 @@ class Setting:
         return f"chunks of {self.words} words, overlap {self.overlap}, by {by}, {titles}"
 
 
-# Tried one after the other, the best so far kept: a full grid would cost six times as much.
+# Searched one field after the other, keeping the best so far: a full grid would cost six times as much.
 CHOICES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("words", (20, 40, 80, 160, 320)),
     ("ranking", ("both", "vectors", "words")),
@@ -50,7 +50,7 @@ CHOICES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 class Rag:
-    """Chunk indexes over one collection, made at first need."""
+    """Chunk indexes over one collection, built on first use."""
 
     def __init__(self, model: FrozenModel, documents: Sequence[tuple[str, str, str]], embedder: Embedder) -> None:
         """``documents``: ``(id, title, text)`` each."""
@@ -67,15 +67,17 @@ class Rag:
         return self._indexes[key]
 
     def chunks(self, questions: Sequence[str], setting: Setting, tokens: int) -> list[list[str]]:
-        """For each question the best chunks that together, blank lines and titles counted, have at most ``tokens`` tokens; the
-        first that does not fit ends the list, the very first is cut to fit."""
+        """For each question the best chunks that have at most ``tokens`` tokens together, with blank lines and titles.
+
+        The first chunk that does not fit ends the list; if that is the best one, it is cut to fit.
+        """
         index, words = self.index(setting)
-        top = min(len(index), max(1, tokens // 8))  # no chunk worth reading is shorter
+        top = min(len(index), max(1, tokens // 8))  # shorter chunks are rare
         if setting.ranking == "words":
             best = np.argsort(-words.score(questions), axis=1, kind="stable")[:, :top]
         else:
             best = rank_chunks(index, questions, top, words if setting.ranking == "both" else None)
-        found = []
+        chosen = []
         for rows in best:
             texts: list[str] = []
             for row in rows:
@@ -88,11 +90,11 @@ class Rag:
                         texts.append(self._cut(chunk, tokens))
                     break
                 texts.append(chunk)
-            found.append(texts)
-        return found
+            chosen.append(texts)
+        return chosen
 
     def _cut(self, text: str, tokens: int) -> str:
-        """The text's first words that have at most so many tokens."""
+        """The first words of the text that have at most ``tokens`` tokens."""
         words = re.findall(r"\S+\s*", text)
         most = bisect_right(range(1, len(words) + 1), tokens, key=lambda n: len(self.model.encode("".join(words[:n]))))
         return "".join(words[:most]).rstrip()
@@ -106,15 +108,15 @@ class Rag:
         best = np.maximum.reduceat(scores, index.bounds[:-1], axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :k]
         return [
-            [Ranked(index.document_ids[d], float(row[d]), -1) for d in some]
-            for row, some in zip(best, order, strict=True)
+            [Ranked(index.document_ids[d], float(row[d]), -1) for d in best_documents]
+            for row, best_documents in zip(best, order, strict=True)
         ]
 
 
 def tune(score: Callable[[Setting], float], start: Setting | None = None) -> tuple[Setting, list[dict[str, Any]]]:
-    """The setting that scores best, one field of CHOICES after the other; ties go to the one tried first.
+    """Search the setting that scores best, one field of CHOICES after the other; ties go to the one tried first.
 
-    Returns: it, and every setting tried with its score.
+    Returns: the best setting, and every setting tried with its score.
     """
     best = start or Setting()
     tried: dict[Setting, float] = {}

@@ -1,229 +1,213 @@
-"""The report of :mod:`cas.report.compare`, in Markdown and as one HTML file, from what the run recorded.
+"""What the report says, as plain values, from what the run recorded.
 
-Everything in it follows from ``results.json`` and the predictions; nothing is chosen by hand. Charts are SVG in the page, in
-the page's own colours, so that they follow light and dark.
+Everything follows from ``results.json`` and the predictions; nothing is chosen by hand.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
+from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
 from cas.evaluation.metrics import holm, interval, sign_flip
 from cas.evaluation.recording import Prediction
 
-TEMPLATE = Path(__file__).parent / "report.html.j2"
-SURE = 0.05  # a difference is called one below this, after correction
+SIGNIFICANT = 0.05  # corrected p-values below this show a difference
 Figures = Mapping[str, Mapping[str, float]]
 
+UNITS = {
+    "exact_match": "answered exactly",
+    "contains": "answers that contain the right one",
+    "f1": "word F1",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+TITLES = {
+    "no_context": "no context",
+    "oracle": "the right cartridges (oracle)",
+    "isolated_oracle": "the right cartridges, isolated training",
+    "all_resident": "all cartridges loaded",
+    "full_document": "the right documents' text",
+    "compressed": "the right documents' KV cache, pruned by kvpress to the cartridges' size",
+    "truncated": "the collection's text, cut at the window",
+    "monolithic": "one cartridge for all documents",
+}
 
-def compared(arms: Sequence[str], main: str, measured: Figures) -> list[tuple[str, str]]:
-    """The pairs of arms whose difference is tested: every number of retrieved cartridges with RAG at about half as many to eight
-    times as many tokens, and ``main``, which the verdict is about, with the arms around it."""
-    cas = [a for a in arms if re.fullmatch(r"cas\d+", a)]
-    pairs = []
-    for a in cas:
-        mine = measured[f"{a}.context_tokens"]["mean"]
-        pairs += [(a, b) for b in arms if b.startswith("rag") and mine * 0.4 <= int(b[3:]) <= mine * 8.5]
-        pairs += [(a, b) for b in ("monolithic", f"isolated_{a}") if b in arms]
-        pairs += [(f"{a}_chunk", a)] if f"{a}_chunk" in arms else []
-    around = [(main, "no_context"), ("full_document", main), ("oracle", main), (main, "all_resident")]
-    around += [
-        (main, "truncated"),
-        ("full_document", "oracle"),
-        ("oracle", "isolated_oracle"),
-        ("oracle", "compressed"),
+
+def pairs_to_test(arms: Sequence[Arm], main: Arm, measurements: Figures) -> list[tuple[Arm, Arm]]:
+    """The pairs of arms whose difference is tested: every number of retrieved cartridges with RAG at about half as many
+    to eight times as many tokens, and ``main``, which the verdict is about, with related arms."""
+    pairs: list[tuple[Arm, Arm]] = []
+    for arm in (a for a in arms if is_retrieved(a)):
+        tokens = measurements[f"{arm}.context_tokens"]["mean"]
+        pairs += [(arm, b) for b in arms if b.size is not None and tokens * 0.4 <= b.size <= tokens * 8.5]
+        pairs += [(arm, b) for b in (Arm("monolithic"), replace(arm, training="isolated")) if b in arms]
+        pairs += [(b, arm) for b in (replace(arm, chunk=True),) if b in arms]
+    related = [
+        (main, NO_CONTEXT),
+        (FULL_DOCUMENT, main),
+        (ORACLE, main),
+        (main, Arm("all_resident")),
+        (main, Arm("truncated")),
+        (FULL_DOCUMENT, ORACLE),
+        (ORACLE, replace(ORACLE, training="isolated")),
+        (ORACLE, Arm("compressed")),
     ]
-    return pairs + [pair for pair in around if {*pair} <= {*arms}]
+    return pairs + [pair for pair in related if {*pair} <= {*arms}]
+
+
+def is_retrieved(arm: Arm) -> bool:
+    """Whether an arm loads retrieved cartridges of the main store and nothing else."""
+    return arm.kind == "cas" and not arm.training and not arm.chunk
 
 
 def by_kind(predictions: Sequence[Prediction], kinds: Mapping[str, str], metric: str) -> dict[str, dict[str, float]]:
-    """``<arm>@<kind>.<metric>`` in percent, where there are several kinds of question."""
-    from dataclasses import asdict
-
-    found: dict[tuple[str, str], list[Prediction]] = {}
+    """``<arm>@<kind>.<metric>`` in percent, where there are several kinds of question. ``kinds``: by question id."""
+    groups: dict[tuple[str, str], list[Prediction]] = {}
     if len(set(kinds.values())) > 1:
         for p in predictions:
-            found.setdefault((p["arm"], kinds[p["question_id"]] or "other"), []).append(p)
+            groups.setdefault((p["arm"], kinds[p["question_id"]] or "other"), []).append(p)
     figures = {}
-    for (arm, kind), some in found.items():
-        values = [100 * p["scores"][metric] for p in some]
-        figures[f"{arm}@{kind}.{metric}"] = asdict(interval(values, [p["document_id"] for p in some]))
+    for (arm, kind), group in groups.items():
+        values = [100 * p["scores"][metric] for p in group]
+        figures[f"{arm}@{kind}.{metric}"] = asdict(interval(values, [p["document_id"] for p in group]))
     return figures
 
 
-def tests(run: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Every compared pair: difference and interval, p-value (sign flips of documents), and it corrected for their number."""
+def pair_tests(run: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """For every compared pair ``a``, ``b`` (arms): difference and interval, p-value ``p`` (sign flips of documents),
+    and ``p_holm``, corrected for the number of pairs."""
     metric = run["settings"]["metric"]
-    arms: dict[str, dict[str, Prediction]] = {}
+    by_arm: dict[str, dict[str, Prediction]] = {}
     for p in predictions:
-        arms.setdefault(p["arm"], {})[p["question_id"]] = p
-    found = []
+        by_arm.setdefault(p["arm"], {})[p["question_id"]] = p
+    tests = []
     for a, b in run["compare"]:
-        pairs = [(first, arms[b][i]) for i, first in arms[a].items()]
+        pairs = [(first, by_arm[b][i]) for i, first in by_arm[a].items()]
         first_values, second_values = ([p[side]["scores"][metric] for p in pairs] for side in (0, 1))
         value = sign_flip(first_values, second_values, [first["document_id"] for first, _ in pairs])
-        found.append({"a": a, "b": b, "p": value, **run["metrics"][f"{a}_minus_{b}.{metric}"]})
-    for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
+        tests.append({"a": Arm.parse(a), "b": Arm.parse(b), "p": value, **run["metrics"][f"{a}_minus_{b}.{metric}"]})
+    for test, corrected in zip(tests, holm([t["p"] for t in tests]), strict=True):
         test["p_holm"] = corrected
-    return found
+    return tests
 
 
-def title_of(arm: str) -> str:
+def title_of(arm: Arm) -> str:
     """An arm in words."""
-    if found := re.fullmatch(r"(isolated_)?cas(\d+)(_chunk)?", arm):
-        isolated, k, chunk = found.groups()
-        return f"{k} cartridge{'s' * (k != '1')} retrieved{', isolated training' * bool(isolated)}{' and one chunk' * bool(chunk)}"
-    if arm.startswith("rag"):
-        return f"RAG, {arm[3:]} tokens"
-    return {
-        "no_context": "no context",
-        "oracle": "the right cartridges (oracle)",
-        "isolated_oracle": "the right cartridges, isolated training",
-        "all_resident": "all cartridges loaded",
-        "full_document": "the right documents' text",
-        "compressed": "the right documents' KV cache, pruned by kvpress to the cartridges' size",
-        "truncated": "the collection's text, cut at the window",
-        "monolithic": "one cartridge for all documents",
-    }.get(arm, arm)
-
-
-def make_report(
-    folder: Path, run: Mapping[str, Any], predictions: Sequence[Prediction], texts: Mapping[str, tuple[str, str]]
-) -> None:
-    """Write ``report.md`` and ``report.html``. ``texts``: question and gold answer by question id; empty keeps them out."""
-    import jinja2
-
-    from cas.report.charts import charts
-
-    view = View(run, predictions, texts)
-    (folder / "report.md").write_text(view.markdown(), encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(view=view, charts=charts(view))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    if arm.kind == "rag":
+        return f"RAG, {arm.size} tokens"
+    if arm.kind != "cas":
+        return TITLES.get(str(arm), str(arm))
+    title = f"{arm.k} cartridge{'s' * (arm.k != 1)} retrieved"
+    return title + ", isolated training" * bool(arm.training) + " and one chunk" * arm.chunk
 
 
 class View:
-    """What the report says, as plain values."""
+    """What the report says. ``texts``: question and gold answer by question id; empty keeps them out."""
 
     def __init__(
         self, run: Mapping[str, Any], predictions: Sequence[Prediction], texts: Mapping[str, tuple[str, str]]
     ) -> None:
         self.run, self.texts, self.settings = run, texts, run["settings"]
         self.metric = self.settings["metric"]
-        self.unit = {
-            "exact_match": "answered exactly",
-            "contains": "answers that contain the right one",
-            "f1": "word F1",
-            "rouge_l": "ROUGE-L",
-            "chrf": "chrF",
-        }[self.metric]
-        self.arms = list(dict.fromkeys(p["arm"] for p in predictions))
-        self.main = self.settings["main_arm"]
+        self.unit = UNITS[self.metric]
+        self.arms = [Arm.parse(name) for name in dict.fromkeys(p["arm"] for p in predictions)]
+        self.main = Arm.parse(self.settings["main_arm"])
         self.names = {arm: title_of(arm) for arm in self.arms}
-        self.tests = tests(run, predictions)
-        self._scores: dict[str, dict[str, Prediction]] = {}
+        self.tests = pair_tests(run, predictions)
+        self._predictions: dict[str, dict[str, Prediction]] = {}  # by arm and question
         for p in predictions:
-            self._scores.setdefault(p["arm"], {})[p["question_id"]] = p
-        self.kinds = list(
-            dict.fromkeys(k.split("@")[1].rpartition(".")[0] for k in run["measurements"] if "@" in k.split(".")[0])
-        )
+            self._predictions.setdefault(p["arm"], {})[p["question_id"]] = p
+        measured = [key for key in run["measurements"] if "@" in key.split(".")[0]]
+        self.kinds = list(dict.fromkeys(key.split("@")[1].rpartition(".")[0] for key in measured))
         self.title = f"RAG and CAS on {run['collection']['name']}"
 
-    def figure(self, arm: str, name: str | None = None) -> Mapping[str, float]:
-        """A metric (the deciding one) or measurement of an arm."""
+    def figure(self, arm: Arm | str, name: str | None = None) -> Mapping[str, float]:
+        """A metric (the deciding one unless named) or measurement of an arm."""
         key = f"{arm}.{name or self.metric}"
         return self.run["metrics"].get(key) or self.run["measurements"][key]
 
-    def shown(self, arm: str, name: str | None = None) -> str:
-        """It, with its interval."""
+    def cell(self, arm: Arm | str, name: str | None = None) -> str:
+        """:meth:`figure` with its interval."""
         f = self.figure(arm, name)
         return f"{f['mean']:.1f} [{f['low']:.1f}, {f['high']:.1f}]"
 
-    def test(self, a: str, b: str) -> Mapping[str, Any]:
+    def test(self, a: Arm, b: Arm) -> Mapping[str, Any]:
         """The test of a against b."""
         return next(t for t in self.tests if (t["a"], t["b"]) == (a, b))
 
-    def rag_at(self, tokens: float) -> str:
-        """The RAG arm with the largest budget up to so many tokens, among those that the verdict's arm is compared with; the
-        smallest if none is so small."""
-        arms = sorted(
-            (t["b"] for t in self.tests if t["a"] == self.main and t["b"].startswith("rag")), key=lambda b: int(b[3:])
-        )
-        return max([b for b in arms if int(b[3:]) <= tokens * 1.02] or arms[:1], key=lambda b: int(b[3:]))
-
-    @property
-    def rivals(self) -> dict[str, str]:
+    @cached_property
+    def baselines(self) -> dict[str, Arm]:
         """RAG at as many tokens as the verdict's arm, at three times as many, and at its best."""
-        mine = self.figure(self.main, "context_tokens")["mean"]
-        rag = [t["b"] for t in self.tests if t["a"] == self.main and t["b"].startswith("rag")]
-        best = max(rag, key=lambda b: (self.figure(b)["mean"], -int(b[3:])))
+        tokens = self.figure(self.main, "context_tokens")["mean"]
+        rag = {t["b"].size: t["b"] for t in self.tests if t["a"] == self.main and t["b"].kind == "rag"}
+
+        def largest(limit: float) -> Arm:
+            return rag[max([size for size in rag if size <= limit * 1.02] or [min(rag)])]
+
         return {
-            "as many tokens": self.rag_at(mine),
-            "three times the tokens": self.rag_at(3 * mine),
-            "its best budget": best,
+            "as many tokens": largest(tokens),
+            "three times the tokens": largest(3 * tokens),
+            "its best budget": rag[max(rag, key=lambda size: (self.figure(rag[size])["mean"], -size))],
         }
 
+    @property
+    def baseline(self) -> Arm:
+        """RAG at three times the tokens, which questions and costs are compared with."""
+        return self.baselines["three times the tokens"]
+
     def verdict(self) -> list[str]:
-        """Sentences, where RAG wins first."""
-        found: list[tuple[int, str]] = []
-        for how, rival in self.rivals.items():
-            t = self.test(self.main, rival)
-            sure = t["p_holm"] < SURE
-            who = 0 if sure and t["mean"] < 0 else 2 if sure else 1
-            said = ("RAG wins", "No difference is shown", "CAS wins")[who]
-            mine, theirs = (f"{self.figure(arm)['mean']:.1f} %" for arm in (self.main, rival))
-            found.append(
-                (
-                    who,
-                    f"{said} against RAG at {how} ({title_of(rival)}, {self.settings['rag'][rival[3:]]['said']}): {mine} over "
-                    f"{title_of(self.main)} against {theirs}, {_points(t)}, p = {t['p_holm']:.3f} after correction.",
-                )
+        """Sentences, those where RAG wins first."""
+        verdicts: list[tuple[int, str]] = []
+        for budget, baseline in self.baselines.items():
+            t = self.test(self.main, baseline)
+            significant = t["p_holm"] < SIGNIFICANT
+            rank = 0 if significant and t["mean"] < 0 else 2 if significant else 1
+            outcome = ("RAG wins", "No difference is shown", "CAS wins")[rank]
+            cas, rag = (f"{self.figure(arm)['mean']:.1f} %" for arm in (self.main, baseline))
+            setting = self.settings["rag"][str(baseline.size)]["said"]
+            sentence = (
+                f"{outcome} against RAG at {budget} ({title_of(baseline)}, {setting}): {cas} over "
+                f"{title_of(self.main)} against {rag}, {_points(t)}, p = {t['p_holm']:.3f} after correction."
             )
-        sentences = [text for _, text in sorted(found, key=lambda f: f[0])]
-        if {"full_document", self.main} <= {*self.arms}:
-            t = self.test("full_document", self.main)
+            verdicts.append((rank, sentence))
+        sentences = [sentence for _, sentence in sorted(verdicts, key=lambda v: v[0])]
+        if {FULL_DOCUMENT, self.main} <= {*self.arms}:
+            t = self.test(FULL_DOCUMENT, self.main)
             sentences.append(
-                f"With the right documents' whole text in the prompt, which nobody has at question time, it is "
-                f"{self.figure('full_document')['mean']:.1f} %, {_points(t)}."
+                "With the right documents' whole text in the prompt, an upper reference without retrieval, it is "
+                f"{self.figure(FULL_DOCUMENT)['mean']:.1f} %, {_points(t)}."
             )
         return sentences
 
     def cost(self) -> list[str]:
-        """Sentences on latency, memory, training, and when it has paid."""
-        rival = self.rivals["three times the tokens"]
-        mine, theirs = (self.figure(a, "first_token_s")["mean"] for a in (self.main, rival))
-        kv = [self.figure(a, "kv_bytes")["mean"] / 2**20 for a in (self.main, rival)]
-        lines = [
-            f"The first token comes after {mine * 1000:.0f} ms over {title_of(self.main)} and after {theirs * 1000:.0f} ms with "
-            f"{title_of(rival)}, finding and loading included; they hold {kv[0]:.2f} and {kv[1]:.2f} MiB of KV cache."
+        """Sentences on latency, memory, training, and when training has paid for itself."""
+        cas_s, rag_s = (self.figure(arm, "first_token_s")["mean"] for arm in (self.main, self.baseline))
+        kv = [self.figure(arm, "kv_bytes")["mean"] / 2**20 for arm in (self.main, self.baseline)]
+        sentences = [
+            f"The first token comes after {cas_s * 1000:.0f} ms over {title_of(self.main)} and after "
+            f"{rag_s * 1000:.0f} ms with {title_of(self.baseline)}, finding and loading included; they hold "
+            f"{kv[0]:.2f} and {kv[1]:.2f} MiB of KV cache."
         ]
-        c = self.settings["cost"]
-        spent = [v for k in ("self_study_s", "starts_s", "training_s") if (v := c[k]) is not None]
-        names = {"self_study_s": "self-study", "starts_s": "starts", "training_s": "training"}
+        cost = self.settings["cost"]
+        names = {"self_study_s": "self-study", "starts_s": "initialization", "training_s": "training"}
+        spent = sum(cost[key] for key in names if cost[key] is not None)
         parts = ", ".join(
-            f"{said} {_duration(c[k]) if c[k] is not None else 'not recorded'}" for k, said in names.items()
+            f"{name} {'not recorded' if cost[key] is None else _duration(cost[key])}" for key, name in names.items()
         )
-        lines.append(
-            f"Training took {_duration(sum(spent))} ({parts}) on the machine that did it: {c['trained_tokens']:,} tokens of "
-            f"conversation for {self.settings['tokens']:,} tokens of documents."
+        sentences.append(
+            f"Training took {_duration(spent)} ({parts}) on the machine that did it: {cost['trained_tokens']:,} tokens "
+            f"of conversation for {self.settings['tokens']:,} tokens of documents."
         )
-        for other in (rival, "full_document"):
-            if other in self.arms:
-                saved = self.figure(other, "answer_s")["mean"] - self.figure(self.main, "answer_s")["mean"]
-                lines.append(
-                    f"Beside {title_of(other)} an answer is {abs(saved) * 1000:.0f} ms "
-                    + (
-                        f"faster: in time, training has paid for itself after {sum(spent) / saved:,.0f} questions."
-                        if saved > 0
-                        else "slower: in time, training never pays for itself."
-                    )
-                )
-        return lines
+        for other in (arm for arm in (self.baseline, FULL_DOCUMENT) if arm in self.arms):
+            saved = self.figure(other, "answer_s")["mean"] - self.figure(self.main, "answer_s")["mean"]
+            outcome = "slower: in time, training never pays for itself."
+            if saved > 0:
+                outcome = f"faster: in time, training has paid for itself after {spent / saved:,.0f} questions."
+            sentences.append(f"Beside {title_of(other)} an answer is {abs(saved) * 1000:.0f} ms {outcome}")
+        return sentences
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per arm for the main table."""
@@ -231,91 +215,87 @@ class View:
             {
                 "arm": arm,
                 "title": title_of(arm),
-                "score": self.shown(arm),
-                "f1": self.shown(arm, "f1"),
+                "score": self.cell(arm),
+                "f1": self.cell(arm, "f1"),
                 "tokens": f"{self.figure(arm, 'context_tokens')['mean']:,.0f}",
                 "prompt": f"{self.figure(arm, 'prompt_tokens')['mean']:,.0f}",
                 "kv": f"{self.figure(arm, 'kv_bytes')['mean'] / 2**20:.2f}",
                 "first": f"{self.figure(arm, 'first_token_s')['mean'] * 1000:,.0f}",
                 "answer": f"{self.figure(arm, 'answer_s')['mean'] * 1000:,.0f}",
-                "cas": not arm.startswith(("rag", "no_", "full", "trunc", "compressed")),
+                "cas": arm.kind in ("cas", "oracle", "all_resident", "monolithic"),
             }
             for arm in self.arms
         ]
 
     def kind_rows(self) -> list[tuple[str, list[str]]]:
         """Accuracy by kind of question, a row per arm."""
-        return [
-            (title_of(arm), [self.shown(f"{arm}@{kind}") for kind in self.kinds]) for arm in self.arms if self.kinds
-        ]
+        return [(title_of(arm), [self.cell(f"{arm}@{kind}") for kind in self.kinds]) for arm in self.arms if self.kinds]
 
     def test_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Every test, the surest first."""
+        """Every test, the smallest p-value first."""
         return [
             (
                 title_of(t["a"]),
                 title_of(t["b"]),
                 _points(t).replace(" points", ""),
                 f"{t['p_holm']:.4f}",
-                ("first" if t["mean"] > 0 else "second") if t["p_holm"] < SURE else "not shown",
+                ("first" if t["mean"] > 0 else "second") if t["p_holm"] < SIGNIFICANT else "not shown",
             )
             for t in sorted(self.tests, key=lambda t: (t["p_holm"], -abs(t["mean"])))
         ]
 
     def retrieval_rows(self) -> list[tuple[str, list[str]]]:
         """recall@k and MRR of documents, a row per ranking."""
-        names = {"vectors": "vectors", "words": "BM25", "both": "both (used for cartridges)"}
+        titles = {"vectors": "vectors", "words": "BM25", "both": "both (used for cartridges)"}
+        columns = self.retrieval_columns()
         return [
-            (said, [f"{self.figure(f'retrieval_{r}', c)['mean']:.3f}" for c in self.retrieval_columns()])
-            for r, said in names.items()
+            (title, [f"{self.figure(f'retrieval_{ranking}', column)['mean']:.3f}" for column in columns])
+            for ranking, title in titles.items()
         ]
 
     def retrieval_columns(self) -> list[str]:
         """Names of the retrieval metrics."""
-        return [k.split(".", 1)[1] for k in self.run["measurements"] if k.startswith("retrieval_both.")]
+        return [key.split(".", 1)[1] for key in self.run["measurements"] if key.startswith("retrieval_both.")]
 
     def setting_rows(self) -> list[tuple[str, str, str]]:
         """RAG's setting at each budget, and how it was found."""
         rows = []
-        for budget, found in self.settings["rag"].items():
-            how = (
-                f"best of {len(found['tried'])} on validation questions"
-                if found["tried"]
-                else "as at the budget before"
-            )
-            rows.append((f"{int(budget):,}", found["said"], how))
+        for budget, setting in self.settings["rag"].items():
+            how = "as at the budget before"
+            if setting["tried"]:
+                how = f"best of {len(setting['tried'])} on validation questions"
+            rows.append((f"{int(budget):,}", setting["said"], how))
         return rows
 
-    def won(self) -> list[tuple[Any, ...]]:
-        """Of the verdict's arm and RAG at three times the tokens: questions both, only CAS, only RAG, neither answer; all, then by
-        kind."""
-        rival = self._scores[self.rivals["three times the tokens"]]
+    def _right(self) -> dict[str, tuple[bool, bool]]:
+        """By question: whether the verdict's arm, and whether its baseline answers it."""
+        cas, rag = (self._predictions[str(arm)] for arm in (self.main, self.baseline))
+        return {i: (cas[i]["scores"][self.metric] >= 0.5, rag[i]["scores"][self.metric] >= 0.5) for i in cas}
+
+    def win_rows(self) -> list[tuple[Any, ...]]:
+        """Of the verdict's arm and its baseline: how many questions both, only CAS, only RAG, neither answer; in all
+        and by kind."""
         kinds = self.settings["kinds"]
         rows = []
         for kind in ["all", *self.kinds]:
-            counts = [0, 0, 0, 0]
-            for i, p in self._scores[self.main].items():
-                if kind in ("all", kinds.get(i) or "other"):
-                    mine, theirs = (x["scores"][self.metric] >= 0.5 for x in (p, rival[i]))
-                    counts[(0 if theirs else 1) if mine else (2 if theirs else 3)] += 1
+            outcomes = [pair for i, pair in self._right().items() if kind in ("all", kinds.get(i) or "other")]
+            counts = [outcomes.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
             rows.append((kind, *counts))
         return rows
 
-    def examples(self, only: str, most: int = 8) -> list[dict[str, str]]:
-        """Questions that only one side answers (``"cas"`` or ``"rag"``), evenly over the documents: ids, and texts if any."""
-        rival = self._scores[self.rivals["three times the tokens"]]
-        ids = []
-        for i, p in self._scores[self.main].items():
-            mine, theirs = (x["scores"][self.metric] >= 0.5 for x in (p, rival[i]))
-            if mine != theirs and mine == (only == "cas"):
-                ids.append(i)
-        ids = ids[:: max(1, len(ids) // most)][:most]
-        found = []
-        for i in ids:
+    def examples(self, only: str, count: int = 8) -> list[dict[str, str]]:
+        """Questions that only one side answers (``"cas"`` or ``"rag"``), at most ``count``, evenly over the documents:
+        ids, and texts if there are any."""
+        ids = [i for i, pair in self._right().items() if pair == (only == "cas", only == "rag")]
+        examples = []
+        for i in ids[:: max(1, len(ids) // count)][:count]:
             question, gold = self.texts.get(i, ("", ""))
-            answers = [s[i].get("answer", "") if self.texts else "" for s in (self._scores[self.main], rival)]
-            found.append({"id": i, "question": question, "gold": gold, "cas": answers[0], "rag": answers[1]})
-        return found
+            cas, rag = (
+                self._predictions[str(arm)][i].get("answer", "") if self.texts else ""
+                for arm in (self.main, self.baseline)
+            )
+            examples.append({"id": i, "question": question, "gold": gold, "cas": cas, "rag": rag})
+        return examples
 
     def facts(self) -> list[tuple[str, str]]:
         """Everything about the run that is not a result."""
@@ -333,65 +313,6 @@ class View:
             ("command", self.run["command"]),
             *(("left out", note) for note in s["notes"]),
         ]
-
-    def markdown(self) -> str:
-        """The report as Markdown."""
-        lines = [f"# {self.title}", "", *(f"- {v}" for v in self.verdict()), *(f"- {v}" for v in self.cost()), ""]
-        lines += [
-            "## All arms",
-            "",
-            f"Percent: {self.unit}; 95 % intervals over documents. Tokens: what stands where the ",
-        ]
-        lines[-1] += (
-            "document goes, text or cartridge positions. Milliseconds: one question at a time, finding and loading included."
-        )
-        head = ["arm", self.metric, "F1", "tokens", "all prompt tokens", "KV MiB", "first token ms", "answer ms"]
-        keys = ("title", "score", "f1", "tokens", "prompt", "kv", "first", "answer")
-        lines += ["", *_markdown_table(head, [[r[k] for k in keys] for r in self.rows()])]
-        if self.kinds:
-            lines += [
-                "",
-                "## By kind of question",
-                "",
-                *_markdown_table(["arm", *self.kinds], [[a, *c] for a, c in self.kind_rows()]),
-            ]
-        lines += [
-            "",
-            "## Who answers what",
-            "",
-            f"{title_of(self.main)} beside {title_of(self.rivals['three times the tokens'])}.",
-            "",
-        ]
-        lines += _markdown_table(["kind", "both", "only CAS", "only RAG", "neither"], self.won())
-        lines += [
-            "",
-            "## Differences",
-            "",
-            "Points, paired by question; p-values by sign flips of documents, Holm-corrected.",
-            "",
-        ]
-        lines += _markdown_table(["first", "second", "first minus second", "p", "better"], self.test_rows())
-        lines += [
-            "",
-            "## Retrieval of documents",
-            "",
-            *_markdown_table(["ranking", *self.retrieval_columns()], [[a, *c] for a, c in self.retrieval_rows()]),
-        ]
-        lines += [
-            "",
-            "## RAG's settings",
-            "",
-            *_markdown_table(["tokens", "setting", "how it was found"], self.setting_rows()),
-        ]
-        lines += ["", "## The run", "", *_markdown_table(["", ""], self.facts())]
-        return "\n".join(lines) + "\n"
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    def cells(row: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |"
-
-    return [cells(head), "|" + "---|" * len(head), *map(cells, rows)]
 
 
 def _points(difference: Mapping[str, float]) -> str:

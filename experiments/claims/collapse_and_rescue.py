@@ -1,70 +1,71 @@
-"""Isolated cartridges collapse when they are loaded together, joint training rescues them: the claims of 2606.04557, on worlds.
+"""The main claims of 2606.04557 on worlds: isolated cartridges collapse when loaded together, joint training helps.
 
     python -m experiments.collapse_and_rescue --documents 64 --seeds 0 1 2 --output DIR
 
-For every seed, a world of its own and everything trained anew, each at the learning rate that serves it best on validation
-questions, from one self-study. ``joint_first`` and ``isolated_first``: cartridges that start as the document's first tokens, as in the
-paper, on equal tokens; ``paper``, the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: the same from matched starts
-(``cas/matching.py``) on fewer tokens, equal again; ``start``: these starts untrained. ``monolithic``, one cartridge of as
-many positions as four; and ``monolithic16``, one for sixteen documents that has as many positions as their sixteen. Validation
-questions are such as no test question asks, of all kinds. Every part resumes by the same command.
+Every seed has a world of its own, one self-study, and all trainings, each at its best learning rate on validation
+questions. ``joint_first`` and ``isolated_first``: cartridges initialized with the document's first tokens, as in the
+paper, trained on equal tokens. ``paper``: the isolated ones at ``offset`` positions. ``joint`` and ``isolated``: with
+attention-matching initialization (``cas/training/initialization.py``), on fewer tokens, again equal. ``start``: this
+initialization, untrained. ``monolithic``: one cartridge with the positions of four. ``monolithic16``: one for sixteen
+documents with as many positions as their sixteen cartridges. Validation questions are of all kinds and ask nothing that
+a test question asks. Every part resumes by the same command.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from cas import console
 from cas.config import READER, parse
 from cas.errors import ConfigError
+from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm, Retriever
+from experiments import common
+from experiments.claims.collapse_trainings import (
+    MONOLITHIC,
+    OTHERS,
+    TRAININGS,
+    Config,
+    K,
+    base_store,
+    chosen_rate,
+    sixteen,
+    trainer_for,
+    world_of,
+)
 
 if TYPE_CHECKING:
     from cas.data.collection import Collection, Question
     from cas.evaluation.recording import Prediction
     from cas.model.frozen import FrozenModel
-    from cas.selfstudy.conversations import Conversations
     from cas.store.store import Store
-    from cas.training.trainer import Trainer
     from retrieval import Embedder
 
-K = 4  # cartridges that are retrieved
-OTHERS = 10  # cartridges that are loaded together
-SIXTEEN = 16  # documents of the smaller monolithic cartridge
-MONOLITHIC = {"monolithic": K, "monolithic16": SIXTEEN}  # and as many positions as so many cartridges
-# What is trained: positions, whether conversations see others too, and the start.
-TRAININGS = {
-    "joint": ("fixed", True, "matched"),
-    "isolated": ("fixed", False, "matched"),
-    "joint_first": ("fixed", True, "first"),
-    "isolated_first": ("fixed", False, "first"),
-    "paper": ("offset", False, "first"),
+LOADED, HYBRID = Arm("loaded", OTHERS), Arm("retrieved", K, retriever="hybrid")
+FOUR = (ORACLE, LOADED, replace(LOADED, others="nearest"), HYBRID)
+# Arms of every training, and those of the text. All are asked the same questions.
+ARMS: dict[str, tuple[Arm, ...]] = {
+    "start": (ORACLE, LOADED),
+    "joint": (*FOUR[:3], replace(LOADED, order="reversed"), Arm("absent", OTHERS), HYBRID, Arm("retrieved", K)),
+    "isolated": FOUR,
+    "joint_first": FOUR,
+    "isolated_first": FOUR,
+    "paper": (ORACLE, LOADED),
+    **dict.fromkeys(MONOLITHIC, (Arm("loaded"),)),
 }
-# Arms of a training, and those of the text. The same questions are asked under all.
-ASKED = {
-    "start": ("oracle", "loaded10"),
-    "joint": (
-        *("oracle", "loaded10", "loaded10_nearest", "loaded10_reversed", "absent10"),
-        *("retrieved4_hybrid", "retrieved4"),
-    ),
-    "isolated": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
-    "joint_first": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
-    "isolated_first": ("oracle", "loaded10", "loaded10_nearest", "retrieved4_hybrid"),
-    "paper": ("oracle", "loaded10"),
-}
-TEXT = ("no_context", "full_document")
+TEXT = (NO_CONTEXT, FULL_DOCUMENT)
 TEXTS = "text"  # the name of that part of the work
-# Ends of the names of arms that hold some questions alone, and the arms that are looked at so.
+# Ends of the names of arms with a part of the questions, and the arms that are split like this.
 PARTS = ("_lookup", "_indirect", "_whole_document", "_two_documents", "_thirds", "_sixteen")
 IN_PARTS = ("joint_retrieved4", "rag")
-# What must be shown, on the bound of the 95 % interval: the least of a figure, or the most.
+# The claims: the bound of the 95 % interval is at least, or at most, a limit.
 CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("full_document", "least", 85),
     ("no_context", "most", 10),
@@ -79,49 +80,6 @@ CLAIMS: tuple[tuple[str, str, float], ...] = (
     ("joint_retrieved4_thirds_minus_rag_thirds", "least", -2),
     ("joint_absent10_minus_no_context", "most", 5),
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Collapse and rescue on fictional worlds."""
-
-    output: str = "runs/collapse_and_rescue"
-    """Folder of stores and results."""
-    documents: int = 64
-    """Documents of each world."""
-    collection_seed: int = 0
-    """World of seed 0; seed s has the world of this plus s."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds, each a world and a training of its own."""
-    model: str = READER
-    """The frozen model."""
-    ratio: float = 16.0
-    """Document tokens per cartridge position (rounded down to a multiple of 4)."""
-    tokens: int | None = None
-    """Positions of every cartridge; instead of --ratio."""
-    conversations: int | None = None
-    """Self-study conversations of a world; default as in cas.train."""
-    epochs: float = 5.0
-    """Passes over all conversations, from matched starts."""
-    first_epochs: float = 10.0
-    """Passes from the first tokens."""
-    lrs: tuple[float, ...] = (0.02, 0.05, 0.1)
-    """Learning rates to choose from, on the first seed."""
-    search_share: float = 0.125
-    """Share of a training's passes that a trial has."""
-    isolation: float = 0.5
-    """Share of conversations that see their own cartridge alone in joint training."""
-    pool: int = 32
-    """Cartridges in training at a time."""
-    targets: int = 32
-    """Of these, cartridges that a step trains: many keep a GPU busy, and what each is shown stays the same."""
-    guests: int = 0
-    """Read-only cartridges among the distractors."""
-    questions: int | None = None
-    """Ask so many test questions a seed; default all."""
-    only: tuple[str, ...] = ()
-    """Do these parts of the seeds' work alone and stop, so that several processes can share it: text (arms that need no
-    training), or names of trainings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,8 +102,8 @@ def experiment(config: Config) -> int:
     predictions: list[Prediction] = []
     trained: dict[str, Any] = {}
     for seed in config.seeds:
-        trained[str(seed)], found = one_seed(config, model, seed)
-        predictions += found
+        trained[str(seed)], answers = one_seed(config, model, seed)
+        predictions += answers
     if config.only:
         return 0
     arms = list(dict.fromkeys(p["arm"] for p in predictions))
@@ -183,20 +141,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     return settings | {"first_seed": config.seeds[0]}
 
 
-def world_of(config: Config, seed: int) -> Collection:
-    """The documents of a seed, with their test questions."""
-    from cas.data.worlds import world
-
-    found = world(config.collection_seed + seed, config.documents)
-    if config.questions is None:
-        return found
-    some = Random(seed).sample(found.questions, min(config.questions, len(found.questions)))
-    return replace(found, questions=tuple(sorted(some, key=lambda q: q.id)))
-
-
-def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
-    """Questions that no test question of this world asks, whatever the words, in wordings of test questions; of every kind as
-    large a share as in the tests."""
+def validation(config: Config, seed: int, count: int = 256) -> list[Question]:
+    """Questions of this world that no test question asks, in any wording; they have wordings of test questions, and as
+    large shares of every kind."""
     from cas.data.collection import Question
     from cas.data.worlds import INDIRECT, LOOKUP, TWO, WHOLE, Shape, make_records, single, two, whole
 
@@ -204,7 +151,7 @@ def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
     tested = {
         (i, q.question) for q in world_of(replace(config, questions=None), seed).questions for i in q.document_ids
     }
-    random, found = Random(f"validation/{seed}"), dict[str, list[Question]]()
+    random, by_kind = Random(f"validation/{seed}"), dict[str, list[Question]]()
     for group in range(config.documents // 2):
         records = list(make_records(f"world/{number}", group, Shape()))
         for record, other in zip(records, reversed(records), strict=True):
@@ -214,83 +161,81 @@ def validation(config: Config, seed: int, most: int = 256) -> list[Question]:
                     ids = (i, other.document.id) if asked.kind == TWO else (i,)
                     wording = asked.tests[n % len(asked.tests)]
                     question = Question(f"{i}/v{n:02d}", ids, wording, (asked.answer,), None, asked.kind)
-                    found.setdefault(asked.kind, []).append(question)
-    shares = {LOOKUP: most // 2, INDIRECT: most // 4, WHOLE: most // 8, TWO: most // 8}
-    return [q for kind, share in shares.items() for q in random.sample(found[kind], min(share, len(found[kind])))]
+                    by_kind.setdefault(asked.kind, []).append(question)
+    shares = {LOOKUP: count // 2, INDIRECT: count // 4, WHOLE: count // 8, TWO: count // 8}
+    return [q for kind, share in shares.items() for q in random.sample(by_kind[kind], min(share, len(by_kind[kind])))]
 
 
 def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, Any], list[Prediction]]:
     """What was trained for a seed, and the answers under every arm."""
-    from cas.evaluation.arms import CachingEmbedder, run_arms, unseen
+    from cas.evaluation.answers import CachingEmbedder, run_arms, unseen_questions
     from cas.evaluation.resume import cached_json, write
     from cas.selfstudy.conversations import Conversations
     from cas.selfstudy.synthesize import SelfStudy, synthesize
     from cas.training.initialization import initialize_cartridges
-    from experiments.claims.joint_vs_isolated import log_arm
     from retrieval import SentenceEmbedder
 
     folder = Path(config.output) / f"seed-{seed}"
-    answers = folder / "predictions.json"
-    record = folder / "trained.json"
-    if answers.exists():
-        return json.loads(record.read_text()), json.loads(answers.read_text())
+    answers_file, record_file = folder / "predictions.json", folder / "trained.json"
+    if answers_file.exists():
+        return json.loads(record_file.read_text()), json.loads(answers_file.read_text())
     collection, checked = world_of(config, seed), validation(config, seed)
-    study = SelfStudy(conversations=config.conversations, seed=seed)
+    record: dict[str, Any] = {}
+    predictions: list[Prediction] = []
     with base_store(config, model, seed) as base:
-        conversations = synthesize(model, collection, base, study, progress=shown("self-study"))
-        questions, embedder = unseen(collection.questions, conversations), CachingEmbedder(SentenceEmbedder())
-        asking = partial(run_arms, model, embedder=embedder, seed=seed, progress=log_arm)
-        initialize_cartridges(model, base, conversations, progress=shown("starts"))
-        found: dict[str, Any] = {"conversations": len(conversations), "documents": len(collection)}
-        predictions: list[Prediction] = []
+        study = SelfStudy(conversations=config.conversations, seed=seed)
+        conversations = synthesize(model, collection, base, study, progress=common.counter("self-study"))
+        questions = unseen_questions(collection.questions, conversations)
+        embedder = CachingEmbedder(SentenceEmbedder())
+        run_all = partial(run_arms, model, embedder=embedder, seed=seed, progress=common.log_arm)
+        initialize_cartridges(model, base, conversations, progress=common.counter("initialization"))
+        record |= {"conversations": len(conversations), "documents": len(collection)}
         if not config.only or TEXTS in config.only:
-            best, scores = cached_json(
-                folder / "rag.json", partial(best_chunks, model, base, collection, checked, embedder)
-            )
-            found["rag"] = {"best": best, "validation": scores}
-            predictions += cached_json(
-                folder / "text.json", partial(asking, base, collection, questions, [*TEXT, best])
-            )
-            starts = partial(asking, base, collection, questions, ASKED["start"], prefix="start_")
-            predictions += cached_json(folder / "start.json", starts)
+            search = partial(best_chunks, model, base, collection, checked, embedder)
+            best, scores = cached_json(folder / "rag.json", search)
+            record["rag"] = {"best": best, "validation": scores}
+            texts = partial(run_all, base, collection, questions, [*TEXT, Arm.parse(best)])
+            predictions += cached_json(folder / "text.json", texts)
+            untrained = partial(run_all, base, collection, questions, ARMS["start"], prefix="start_")
+            predictions += cached_json(folder / "start.json", untrained)
 
-    def trained_and_asked(arm: str) -> dict[str, Any]:
-        """What training an arm took, and its answers."""
-        about, told, some, arms = collection, conversations, questions, ASKED.get(arm, ("loaded",))
-        if arm in MONOLITHIC:
-            about = collection if arm == "monolithic" else collection.select(sixteen(collection))
-            items = [c for d in about.documents for c in conversations.by_document.get(d.id, ())]
-            told = Conversations([replace(c, document="collection") for c in items], {})
-            some = [q for q in questions if {*q.document_ids} <= {d.id for d in about.documents}]
-            about = about.merged()
-        lr = chosen_rate(config, model, collection, about, told, arm, checked, seed)
-        trainer = trainer_for(config, model, about, told, arm, lr, seed)
+    def train_and_answer(name: str) -> dict[str, Any]:
+        """What a training cost, and the answers of its arms."""
+        trained, its_conversations, its_questions = collection, conversations, questions
+        if name in MONOLITHIC:
+            trained = collection if name == "monolithic" else collection.select(sixteen(collection))
+            ids = {d.id for d in trained.documents}
+            items = [c for d in trained.documents for c in conversations.by_document.get(d.id, ())]
+            its_conversations = Conversations([replace(c, document="collection") for c in items], {})
+            its_questions = [q for q in questions if {*q.document_ids} <= ids]
+            trained = trained.merged()
+        lr = chosen_rate(config, model, collection, trained, its_conversations, name, checked, seed)
+        trainer = trainer_for(config, model, trained, its_conversations, name, lr, seed)
         with closing(trainer.store) as store:
-            took = train(trainer, f"seed {seed}, {arm}, lr {lr:g}") | {"lr": lr}
-            return {"took": took, "answers": asking(store, collection, some, arms, prefix=f"{arm}_")}
+            cost = common.train(trainer, f"seed {seed}, {name}, lr {lr:g}") | {"lr": lr}
+            answers = run_all(store, collection, its_questions, ARMS[name], prefix=f"{name}_")
+            return {"took": cost, "answers": answers}
 
-    for arm in (arm for arm in [*TRAININGS, *MONOLITHIC] if not config.only or arm in config.only):
-        done = cached_json(folder / f"{arm}.json", partial(trained_and_asked, arm))
-        found[arm] = done["took"]
-        predictions += done["answers"]
+    for name in (name for name in [*TRAININGS, *MONOLITHIC] if not config.only or name in config.only):
+        part = cached_json(folder / f"{name}.json", partial(train_and_answer, name))
+        record[name] = part["took"]
+        predictions += part["answers"]
     if config.only:
-        return found, []
-    predictions = named(predictions, questions, sixteen(collection), seed)
-    write(record, found)
-    write(answers, predictions)
-    return found, predictions
+        return record, []
+    predictions = rename_arms(predictions, questions, sixteen(collection), seed)
+    write(record_file, record)
+    write(answers_file, predictions)
+    return record, predictions
 
 
-def sixteen(collection: Collection) -> list[str]:
-    """The documents of the smaller monolithic cartridge."""
-    return [d.id for d in collection.documents[:SIXTEEN]]
-
-
-def named(
+def rename_arms(
     predictions: Sequence[Prediction], questions: Sequence[Question], few: Sequence[str], seed: int
 ) -> list[Prediction]:
-    """The predictions under the names of the claims; those of IN_PARTS once more by kind of question, pooled over equal thirds of
-    the kinds that one document answers, and about the ``few`` documents. Ids get the seed: every seed has documents of its own."""
+    """The predictions under the names of the claims.
+
+    Those of IN_PARTS are repeated by kind of question, pooled over equal thirds of the kinds that one document answers,
+    and about the ``few`` documents.
+    """
     kinds = {q.id: q.kind or "" for q in questions}
     single = [k for k in dict.fromkeys(kinds.values()) if k != "two documents"]
     least = min(sum(k == kind for k in kinds.values()) for kind in single)
@@ -300,165 +245,40 @@ def named(
         for i in Random(f"thirds/{seed}").sample(sorted(i for i, k in kinds.items() if k == kind), least)
     }
     sixteenth = {q.id for q in questions if {*q.document_ids} <= {*few}}
-    found: list[Prediction] = []
+    renamed: list[Prediction] = []
     for p in predictions:
-        arm = "rag" if p["arm"].startswith("rag") else p["arm"]
-        arm = arm.removesuffix("_hybrid") if arm.endswith("_hybrid") else arm.replace("retrieved4", "retrieved4_dense")
-        arm = arm.removesuffix("_loaded") if arm.startswith("monolithic") else arm
-        one: Prediction = {
-            **p,
-            "question_id": f"{seed}/{p['question_id']}",
-            "document_id": f"{seed}/{p['document_id']}",
-            "scores": {"exact_match": p["scores"]["exact_match"]},
-        }
+        name, question = claimed_name(Arm.parse(p["arm"])), p["question_id"]
         parts = [""]
-        if arm in IN_PARTS:
-            parts.append(f"_{kinds[p['question_id']].replace(' ', '_')}")
-            parts += ["_thirds"] * (p["question_id"] in third) + ["_sixteen"] * (p["question_id"] in sixteenth)
-        found += [{**one, "arm": f"{arm}{part}"} for part in parts]
-    return found
+        if name in IN_PARTS:
+            parts.append(f"_{kinds[question].replace(' ', '_')}")
+            parts += ["_thirds"] * (question in third) + ["_sixteen"] * (question in sixteenth)
+        renamed += [{**common.with_seed(p, seed), "arm": f"{name}{part}"} for part in parts]
+    return renamed
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
-
-
-def open_store(
-    folder: Path,
-    model: FrozenModel,
-    config: Config,
-    positions: str,
-    seed: int,
-    tokens: int | None = None,
-    initialisation: str = "first",
-) -> Store:
-    """A store of this experiment, made if it is not there."""
-    from cas.store.store import Store
-
-    if Store.exists(folder):
-        return Store.open(folder, write=True)
-    tokens = tokens or config.tokens
-    ratio = None if tokens else config.ratio
-    return Store.create(
-        folder, model, ratio=ratio, tokens=tokens, positions=positions, initialisation=initialisation, seed=seed
-    )
-
-
-def trainer_for(
-    config: Config,
-    model: FrozenModel,
-    collection: Collection,
-    conversations: Conversations,
-    arm: str,
-    lr: float,
-    seed: int,
-    share: float = 1.0,
-) -> Trainer:
-    """A trainer of one arm on a store of its own, whose cartridges have their start. ``share``: of the passes."""
-    from cas.training.trainer import Trainer, Training
-
-    positions, joint, start = TRAININGS.get(arm, ("fixed", False, "first"))
-    epochs = share * (config.epochs if start == "matched" else config.first_epochs)
-    folder = Path(config.output) / f"seed-{seed}" / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    many = MONOLITHIC.get(arm)
-    tokens = many * span(model, config, seed) if many else None
-    store = open_store(folder, model, config, positions, seed, tokens, start)
-    store.add_documents(collection, model.count_tokens)
-    if start == "matched":
-        with base_store(config, model, seed) as base, store.training():
-            rows = store.rows()
-            for i in (i for i, row in rows.items() if row.version < 1):
-                store.write_tensors(i, {"kv": base.cartridge(i)})
-            store.commit(rows, None)
-    pool = min(config.pool, len(collection))
-    targets = min(config.targets, pool)
-    settings = Training(
-        epochs=epochs,
-        lr=lr,
-        pool=pool,
-        targets=targets,
-        per_target=8 * config.targets // targets,  # a monolithic cartridge gets all conversations of a step
-        guests=config.guests if joint else 0,
-        isolation=config.isolation if joint else 1.0,
-        seed=seed,
-    )
-    return Trainer(model, store, conversations, settings)
-
-
-def span(model: FrozenModel, config: Config, seed: int) -> int:
-    """Positions of the largest cartridge of a seed's collection."""
-    with base_store(config, model, seed) as base:
-        return base.layout.span
-
-
-def shown(what: str) -> Callable[[int, int], None]:
-    """A counter on stderr."""
-    return lambda done, wanted: print(f"\r{what}  {done}/{wanted} ", end="", file=sys.stderr, flush=True)
-
-
-def base_store(config: Config, model: FrozenModel, seed: int) -> closing[Store]:
-    """The store with a seed's self-study and, once there is one, the matched starts."""
-    folder = Path(config.output) / f"seed-{seed}" / "base"
-    return closing(open_store(folder, model, config, "fixed", seed, initialisation="matched"))
-
-
-def train(trainer: Trainer, title: str) -> dict[str, Any]:
-    """Train to the end; what it took."""
-    from experiments.claims.joint_vs_isolated import progress
-
-    progress(trainer, title)
-    rows = trainer.store.rows().values()
-    return {
-        "steps": trainer.steps,
-        "trained_tokens": sum(r.trained_tokens for r in rows),
-        "adam_steps_each": sum(r.steps for r in rows) / len(rows),
-        "conversations_shown_each": sum(r.drawn for r in rows) / len(rows),
-        "positions_each": sum(r.p for r in rows) / len(rows),
-    }
-
-
-def chosen_rate(
-    config: Config,
-    model: FrozenModel,
-    collection: Collection,
-    trained: Collection,
-    conversations: Conversations,
-    arm: str,
-    questions: Sequence[Question],
-    seed: int,
-) -> float:
-    """The learning rate that answers most validation questions of the first seed with ten loaded (or the one there is), by short
-    trainings of ``trained``."""
-    from cas.evaluation.arms import run_arms
-    from cas.evaluation.resume import write
-
-    record = Path(config.output) / f"rates-{arm}.json"
-    found: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
-    asked = [q for q in questions if arm != "monolithic16" or {*q.document_ids} <= {*sixteen(collection)}]
-    for lr in config.lrs if len(config.lrs) > 1 else ():
-        if f"{lr:g}" not in found:
-            assert seed == config.seeds[0]
-            trainer = trainer_for(config, model, trained, conversations, arm, lr, seed, config.search_share)
-            train(trainer, f"trial of {arm}, lr {lr:g}")
-            loaded = "loaded" if arm.startswith("monolithic") else "loaded10"
-            answers = run_arms(model, trainer.store, collection, asked, [loaded])
-            trainer.store.close()
-            found[f"{lr:g}"] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
-            write(record, found)
-            print(f"{arm}, lr {lr:g}: {found[f'{lr:g}']:.3f} of validation questions", flush=True)
-    return max(config.lrs, key=lambda lr: found.get(f"{lr:g}", 0.0))
+def claimed_name(arm: Arm) -> str:
+    """An arm under the name that the claims have for it."""
+    if arm.kind == "rag":
+        return "rag"
+    if arm.training in MONOLITHIC:
+        return arm.training
+    if arm.kind == "retrieved" and arm.retriever == "vectors":
+        return f"{arm}_dense"
+    return str(replace(arm, retriever="vectors"))
 
 
 def best_chunks(
     model: FrozenModel, store: Store, collection: Collection, questions: Sequence[Question], embedder: Embedder
 ) -> tuple[str, dict[str, float]]:
-    """The RAG arm (words of a chunk, retrieval) that answers most validation questions, and the share of each."""
-    from cas.evaluation.arms import run_arms
+    """The name of the RAG arm (words of a chunk, retriever) that answers most validation questions, and the share of
+    each."""
+    from cas.evaluation.answers import run_arms
 
-    scores = {}
-    for arm in (f"rag{words}{how}" for words in (20, 40, 80, 160) for how in ("", "_hybrid")):
+    shares = {}
+    for arm in (Arm("rag", size=words, retriever=by) for words in (20, 40, 80, 160) for by in get_args(Retriever)):
         answers = run_arms(model, store, collection, questions, [arm], embedder=embedder)
-        scores[arm] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
-    return max(scores, key=lambda arm: scores[arm]), scores
+        shares[str(arm)] = sum(p["scores"]["exact_match"] for p in answers) / len(answers)
+    return max(shares, key=lambda arm: shares[arm]), shares
 
 
 if __name__ == "__main__":

@@ -12,24 +12,30 @@ RATIOS = (2, 4, 8, 16, 32, 88)  # the last leaves 4 positions, which is the leas
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A joint training of every size."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for ratio in RATIOS:
-        with lab.trained(f"ratio{ratio}", made={"ratio": float(ratio)}) as store:
-            found += lab.ask(store, f"ratio{ratio}_", ["oracle", "loaded10"])
+        with lab.trained(f"ratio{ratio}", options={"ratio": float(ratio)}) as store:
+            predictions += lab.ask(store, f"ratio{ratio}_", ["oracle", "loaded10"])
             rows = store.rows().values()
             lab.measure(f"ratio{ratio}.compression", [r.tokens / r.p for r in rows], [r.id for r in rows])
-    return found
+    return predictions
 
 
 CLAIM = Claim(
     name="compression",
     title="Compression from 2x to 100x",
-    paper="Answers hold on narrative text (81.1 at 2x, 77.3 at 100x) and fall on dense figures (FinQA 62.7 to 23.0) (2606.04557).",
-    ours="Worlds are dense: every sentence a fact. Joint training at every size; the own cartridge alone, and ten loaded.",
+    paper=(
+        "Answers hold on narrative text (81.1 at 2x, 77.3 at 100x) and fall on dense figures (FinQA 62.7 to 23.0) "
+        "(2606.04557)."
+    ),
+    ours=(
+        "Worlds are dense: every sentence a fact. Joint training at every size; the own cartridge alone, and ten "
+        "loaded."
+    ),
     run=run,
     table=[
-        (f"{ratio}x, {said}", f"ratio{ratio}_{arm}")
-        for arm, said in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
+        (f"{ratio}x, {label}", f"ratio{ratio}_{arm}")
+        for arm, label in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
         for ratio in RATIOS
     ],
     compare=[
@@ -37,7 +43,7 @@ CLAIM = Claim(
         ("ratio2_oracle", "ratio16_oracle"),
         ("ratio16_oracle", "ratio88_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "as on FinQA, 88x loses at least 20 points to 2x",
             "ratio2_oracle_minus_ratio88_oracle",

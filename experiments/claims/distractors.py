@@ -1,4 +1,4 @@
-"""Claim 6: whether distractors learn too, and read-only guests from outside the pool."""
+"""Claim 6: whether distractors learn too, and frozen distractors from outside the pool."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Gradients for distractors, on and off; a small pool with guests and without."""
-    found: list[Prediction] = []
+    """Gradients for distractors, on and off; a small pool with and without frozen distractors."""
+    predictions: list[Prediction] = []
     small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
     for name, settings in (
         ("joint", {}),
@@ -20,26 +20,29 @@ def run(lab: ClaimContext) -> list[Prediction]:
         ("pool6_guests10", small | {"guests": 10}),
     ):
         with lab.trained(name, **settings) as store:
-            found += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
-    return found
+            predictions += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
     name="distractors",
-    title="Distractors that learn, and guests",
-    paper="Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what is loaded later.",
+    title="Distractors that learn, and frozen distractors",
+    paper=(
+        "Accounts of 2606.04557 differ on whether distractors get gradients; a distractor set must be as large as what "
+        "is loaded later."
+    ),
     ours=(
-        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 distractors; 10 read-only "
-        "guests are more."
+        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 "
+        "distractors; 10 frozen distractors are more."
     ),
     run=run,
     table=[
-        (f"{said}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
-        for name, said in (
+        (f"{label}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+        for name, label in (
             ("joint", "without gradients"),
             ("distractor_gradients", "with gradients"),
             ("pool6", "pool of 6"),
-            ("pool6_guests10", "pool of 6 and 10 guests"),
+            ("pool6_guests10", "pool of 6 and 10 frozen distractors"),
         )
         for arm in ("oracle", "loaded10")
     ],
@@ -48,7 +51,7 @@ CLAIM = Claim(
         ("distractor_gradients_oracle", "joint_oracle"),
         ("pool6_guests10_loaded10", "pool6_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "gradients of distractors help when ten are loaded",
             "distractor_gradients_loaded10_minus_joint_loaded10",
@@ -56,7 +59,7 @@ CLAIM = Claim(
             0,
         ),
         Criterion(
-            "guests help a small pool when ten are loaded",
+            "frozen distractors help a small pool when ten are loaded",
             "pool6_guests10_loaded10_minus_pool6_loaded10",
             "least",
             0,

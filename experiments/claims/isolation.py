@@ -13,22 +13,22 @@ NAME = {0.5: "joint", 1.0: "isolated"}
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A training for every share."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for share in SHARES:
         with lab.trained(NAME.get(share, f"isolation{share:g}"), isolation=share) as store:
-            found += lab.ask(store, f"isolation{100 * share:.0f}_", ["oracle", "loaded10"])
-    return found
+            predictions += lab.ask(store, f"isolation{100 * share:.0f}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
     name="isolation",
     title="How often a conversation sees its own cartridge alone",
     paper="With probability 0.75 alone, else among 1 to 10 distractors (2606.04557).",
-    ours="0, 0.25, 0.5, 0.75 and 1 (isolated training), from matched starts.",
+    ours="0, 0.25, 0.5, 0.75 and 1 (isolated training), with attention-matching initialization.",
     run=run,
     table=[
-        (f"{share:g}, {said}", f"isolation{100 * share:.0f}_{arm}")
-        for arm, said in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
+        (f"{share:g}, {label}", f"isolation{100 * share:.0f}_{arm}")
+        for arm, label in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
         for share in SHARES
     ],
     compare=[
@@ -37,7 +37,7 @@ CLAIM = Claim(
         ("isolation75_loaded10", "isolation50_loaded10"),
         ("isolation75_loaded10", "isolation0_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "at 0.75, ten loaded answer more than after isolated training",
             "isolation75_loaded10_minus_isolation100_loaded10",

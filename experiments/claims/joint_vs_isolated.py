@@ -1,12 +1,13 @@
-"""Does joint training rescue co-loaded cartridges? Joint and isolated training on equal tokens, each at its own best rate.
+"""Whether joint training rescues co-loaded cartridges: joint and isolated training on equal tokens, each at its best
+rate.
 
-Both arms train the same documents on the same conversations for the same number of steps; ``isolated`` only ever shows a
+Both arms train the same documents on the same conversations for the same number of steps; ``isolated`` always shows a
 cartridge alone. Learning rates are chosen on self-study conversations held out from training, never on test questions.
 
     python -m experiments.joint_vs_isolated --collection fairytaleqa --prefix val/ --shortest 8 --ratio 8 --output DIR
 
-Every part resumes; ``--train joint`` (or ``isolated``) does that arm's training alone, so that two processes can share a
-machine, and the call without it measures.
+Every part resumes; ``--train joint`` (or ``isolated``) runs the training of that arm alone, so that two processes can
+share a machine, and the command without it measures.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cas import console
 from cas.config import parse
-from cas.errors import ConfigError, RunError
+from cas.errors import ConfigError
+from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from experiments import common
 
 if TYPE_CHECKING:
     from cas.data.collection import Collection, Document, Question
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.conversations import Conversations
-    from cas.store.store import Store
     from cas.training.trainer import Trainer
 
-ARMS = ("oracle", "loaded", "retrieved4")
-TEXT_ARMS = ("no_context", "full_document", "rag")
+ARMS = (ORACLE, Arm("loaded"), Arm("retrieved", 4))
+TEXT_ARMS = (NO_CONTEXT, FULL_DOCUMENT, Arm("rag"))
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Config:
     collection: str = "fairytaleqa"
     """The collection, with questions."""
     prefix: str = ""
-    """Only documents whose id starts so."""
+    """Only documents whose id starts with this."""
     shortest: int = 8
-    """Of these, the so many shortest."""
+    """How many of these, the shortest first."""
     excerpt_words: int | None = None
-    """Of each document only its first paragraphs, at most so many words, with the questions about them."""
+    """Of each document only its first paragraphs, up to this number of words, with the questions about them."""
     ratio: float = 8.0
     """Document tokens per cartridge position."""
     conversations: int = 1400
@@ -77,7 +80,7 @@ class Config:
     only_lr: float | None = None
     """Skip the search and train with this rate."""
     keep_answers: bool = False
-    """Record the answers too: for texts of our own only."""
+    """Record the answers too; only for texts that may be published."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +93,6 @@ def experiment(config: Config) -> int:
     from cas.data.collection import Collection
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.synthesize import SelfStudy, synthesize
-    from cas.store.store import Store
 
     whole = Collection.load(config.collection)
     chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[
@@ -103,18 +105,13 @@ def experiment(config: Config) -> int:
         documents = excerpts(documents, config.excerpt_words)
     model = FrozenModel.from_pretrained(config.model)
     base = Path(config.output) / "base"
-    exists = Store.exists(base)
-    store = (
-        Store.open(base, write=True)
-        if exists
-        else Store.create(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
-    )
+    store = common.open_store(base, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     everything = synthesize(
         model,
         documents,
         store,
         SelfStudy(conversations=config.conversations, seed=config.seed),
-        progress=lambda kept, wanted: print(f"self-study  {kept}/{wanted}", file=sys.stderr, flush=True),
+        progress=lambda done, total: print(f"self-study  {done}/{total}", file=sys.stderr, flush=True),
     )
     store.close()
     training, held_out = split(everything)
@@ -125,26 +122,26 @@ def experiment(config: Config) -> int:
 
 
 def excerpts(collection: Collection, words: int) -> Collection:
-    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and the
-    questions about them.
+    """Every document's first paragraphs (blank lines between), at most ``words`` words but at least one paragraph, and
+    the questions about them.
 
-    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose answers
-    do not stand in the excerpt are about it.
+    Where questions stand in the order of the paragraphs they ask about, as in SQuAD, those before the first whose
+    answers do not stand in the excerpt are about it.
     """
     from cas.selfstudy.seed_prompts import normal
 
     documents: list[Document] = []
     questions: list[Question] = []
     for document in collection.documents:
-        kept: list[str] = []
+        paragraphs: list[str] = []
         for paragraph in document.text.split("\n\n"):
-            if kept and len(" ".join([*kept, paragraph]).split()) > words:
+            if paragraphs and len(" ".join([*paragraphs, paragraph]).split()) > words:
                 break
-            kept.append(paragraph)
-        documents.append(replace(document, text="\n\n".join(kept)))
-        told = normal(documents[-1].text)
+            paragraphs.append(paragraph)
+        documents.append(replace(document, text="\n\n".join(paragraphs)))
+        excerpt = normal(documents[-1].text)
         questions += takewhile(
-            lambda q, told=told: any(normal(a) in told for a in q.answers),  # type: ignore[misc]
+            lambda q, excerpt=excerpt: any(normal(a) in excerpt for a in q.answers),  # type: ignore[misc]
             (q for q in collection.questions if q.document_ids == (document.id,)),
         )
     return replace(collection, documents=tuple(documents), questions=tuple(questions))
@@ -168,14 +165,10 @@ def trainer_for(
     epochs: float,
 ) -> Trainer:
     """A trainer on this arm's own store."""
-    from cas.store.store import Store
     from cas.training.trainer import Trainer, Training
 
     folder = Path(config.output) / f"{arm}-lr{lr:g}-epochs{epochs:g}"
-    if Store.exists(folder):
-        store = Store.open(folder, write=True)
-    else:
-        store = Store.create(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
+    store = common.open_store(folder, model, ratio=config.ratio, positions=config.positions, seed=config.seed)
     store.add_documents(documents, model.count_tokens)
     settings = Training(
         epochs=epochs,
@@ -205,57 +198,40 @@ def train(
     from cas.evaluation.resume import write
 
     record = Path(config.output) / f"{arm}.json"
-    found: dict[str, dict[str, float]] = json.loads(record.read_text())["trials"] if record.exists() else {}
+    trials: dict[str, dict[str, float]] = json.loads(record.read_text())["trials"] if record.exists() else {}
     rates = (config.only_lr,) if config.only_lr is not None else config.lrs
     for lr in rates if len(rates) > 1 else ():
-        if f"{lr:g}" in found:
+        if f"{lr:g}" in trials:
             continue
         trainer = trainer_for(config, model, documents, training, arm, lr, config.search_epochs)
-        progress(trainer, f"{arm} trial lr {lr:g}")
-        found[f"{lr:g}"] = held_out_loss(trainer, held_out)
+        common.train(trainer, f"{arm} trial lr {lr:g}")
+        trials[f"{lr:g}"] = held_out_loss(trainer, held_out)
         trainer.store.close()
-        write(record, {"trials": found})
-        print(f"{arm} lr {lr:g}: held-out loss {found[f'{lr:g}']}", flush=True)
-    # With all loaded: what the comparison is about, so the isolated arm too gets the rate that serves it best there.
-    best = float(min(found, key=lambda r: found[r]["loaded"])) if found else float(rates[0] or 0)
+        write(record, {"trials": trials})
+        print(f"{arm} lr {lr:g}: held-out loss {trials[f'{lr:g}']}", flush=True)
+    # Chosen with all cartridges loaded, which is what is compared: the isolated arm too gets its best rate there.
+    best = float(min(trials, key=lambda r: trials[r]["loaded"])) if trials else float(rates[0] or 0)
     trainer = trainer_for(config, model, documents, training, arm, best, config.epochs)
-    progress(trainer, f"{arm} lr {best:g}")
+    cost = common.train(trainer, f"{arm} lr {best:g}")
     with torch.no_grad():
         final = held_out_loss(trainer, held_out)
-    tokens = sum(r.trained_tokens for r in trainer.store.rows().values())
     write(
         record,
         {
-            "trials": found,
+            "trials": trials,
             "lr": best,
             "store": trainer.store.folder.name,
             "held_out": final,
-            "trained_tokens": tokens,
-            "steps": trainer.steps,
+            "trained_tokens": cost["trained_tokens"],
+            "steps": cost["steps"],
         },
     )
-    print(f"{arm} lr {best:g}: {tokens:,} tokens, held-out loss {final}", flush=True)
+    print(f"{arm} lr {best:g}: {cost['trained_tokens']:,} tokens, held-out loss {final}", flush=True)
     trainer.store.close()
 
 
-def progress(trainer: Trainer, title: str) -> None:
-    """Train to the end with a line now and then on stderr."""
-
-    def show(report: object) -> None:
-        step, loss, rate = (getattr(report, n) for n in ("step", "loss", "tokens_per_s"))
-        if step % 20 == 0:
-            print(
-                f"{title}: step {step}/{trainer.steps} loss {loss:.3f} {rate:.0f} tokens/s", file=sys.stderr, flush=True
-            )
-
-    trainer.on_step = show
-    with console.Interrupt().listening() as interrupt:
-        if not trainer.run(stop=interrupt):
-            raise RunError("interrupted, saved; the same command goes on")
-
-
 def held_out_loss(trainer: Trainer, held_out: Conversations) -> dict[str, float]:
-    """Distillation loss (nats per token) on conversations that were not trained, alone and with all cartridges loaded."""
+    """Distillation loss (nats per token) on held-out conversations, alone and with all cartridges loaded."""
     import torch
 
     names = list(trainer.store.rows())
@@ -276,7 +252,8 @@ def held_out_loss(trainer: Trainer, held_out: Conversations) -> dict[str, float]
 
 def measure(config: Config, model: FrozenModel, documents: Collection, conversations: Conversations) -> int:
     """Answer the questions under every arm, write the results and print the tables."""
-    from cas.evaluation.arms import METRICS, run_arms, unseen
+    from cas.evaluation.answers import run_arms, unseen_questions
+    from cas.evaluation.metrics import METRICS
     from cas.evaluation.recording import flags, table, write_run
     from cas.store.store import Store
 
@@ -286,7 +263,7 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
         records[arm] = json.loads(file.read_text()) if file.exists() else {}
         if "store" not in records[arm]:
             raise ConfigError(f"the {arm} arm is not trained yet; run the same command with --train {arm}")
-    questions = unseen(documents.questions, conversations)
+    questions = unseen_questions(documents.questions, conversations)
     print(
         f"{len(questions)} of {len(documents.questions)} questions: the others' wording occurs in the self-study",
         flush=True,
@@ -294,13 +271,9 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
     predictions = []
     for arm, record in records.items():
         store: Store = Store.open(Path(config.output) / record["store"])
-        arms = ARMS if arm == "isolated" else (*TEXT_ARMS, *ARMS)
-        own = [a for a in arms if a in ARMS]
-        if arm == "joint":
-            predictions += run_arms(model, store, documents, questions, TEXT_ARMS, seed=config.seed, progress=log_arm)
-        predictions += run_arms(
-            model, store, documents, questions, own, seed=config.seed, prefix=f"{arm}_", progress=log_arm
-        )
+        run_questions = partial(run_arms, model, store, documents, questions, seed=config.seed, progress=common.log_arm)
+        predictions += run_questions(TEXT_ARMS) if arm == "joint" else []
+        predictions += run_questions(ARMS, prefix=f"{arm}_")
         store.close()
     run = write_run(
         Path(config.output) / "results",
@@ -327,8 +300,8 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
             ("joint_retrieved4", "rag"),
         ],
     )
-    shown = [*TEXT_ARMS, *(f"{a}_{b}" for a in ("joint", "isolated") for b in ARMS)]
-    print(table(run, shown, ["f1", "contains", "log_perplexity"]))
+    names = [*map(str, TEXT_ARMS), *(f"{training}_{arm}" for training in records for arm in ARMS)]
+    print(table(run, names, ["f1", "contains", "log_perplexity"]))
     print(
         table(
             run,
@@ -337,11 +310,6 @@ def measure(config: Config, model: FrozenModel, documents: Collection, conversat
         )
     )
     return 0
-
-
-def log_arm(arm: str) -> None:
-    """Tell that an arm is measured."""
-    print(f"measured {arm}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The claims of the papers, run again: ``python -m experiments.claims`` runs all, ``python -m experiments.<name>`` one.
 
-Here is what they share: fictional worlds of small documents, one self-study a seed, trainings that several claims compare (made
-once, whichever asks first), results and verdicts. A claim is a file of its own that says what the paper found, what is trained
-and asked, and what would confirm it. Everything resumes by the same command.
+This module has what they share: fictional worlds of small documents, one self-study per seed, trainings that several
+claims compare (run once, by the first claim that needs them), results and verdicts. Every claim is a file that says
+what the paper found, what is trained and asked, and what would confirm it. Everything resumes by the same command.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from torch import Tensor
+
 from cas import console
+from cas.answering import prompts as prompting
 from cas.config import READER, parse
 from cas.data.collection import Collection, Question
 from cas.data.worlds import Shape, world
 from cas.errors import ConfigError
-from cas.evaluation.arms import CachingEmbedder, run_arms, unseen
+from cas.evaluation.answers import CachingEmbedder, answer_prompts, run_arms, unseen_questions
+from cas.evaluation.arms import Arm
 from cas.evaluation.metrics import interval
 from cas.evaluation.recording import Prediction, flags, write_run
 from cas.evaluation.resume import cached_json, check_settings
+from cas.model.decoding import Prompt
 from cas.model.frozen import FrozenModel
+from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import SelfStudy, synthesize
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from cas.training.trainer import Trainer, Training
-from experiments.claims.collapse_and_rescue import shown, train
+from experiments import common
 from retrieval import SentenceEmbedder
 
 NAMES = (
@@ -41,10 +47,7 @@ NAMES = (
     *("throughput", "midconversation", "growing"),
 )
 SMALL = Shape(people=(3, 4))  # documents of about 350 tokens of the reader
-FIRST_TOKENS: dict[str, Any] = {
-    "lr": 0.1,
-    "epochs": 8.0,
-}  # what cartridges need that start as a document's first tokens
+FIRST_TOKENS: dict[str, Any] = {"lr": 0.1, "epochs": 8.0}  # for cartridges initialized with a document's first tokens
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Config:
     """Claims of the papers on fictional worlds."""
 
     output: str = "runs/claims"
-    """Folder of results; trainings stand in shared/ below it, for all claims."""
+    """Folder of results; trainings are in shared/ below it, for all claims."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds, each a world and trainings of its own."""
+    """Seeds, each with a world and trainings of its own."""
     documents: int = 24
     """Documents of each world, at least 20."""
     model: str = READER
@@ -66,7 +69,7 @@ class Config:
     lr: float = 0.02
     """Learning rate, unless a claim says otherwise."""
     questions: int | None = None
-    """Ask so many test questions a seed; default all."""
+    """Test questions per seed; default all."""
 
 
 def key(figure: str) -> str:
@@ -76,27 +79,29 @@ def key(figure: str) -> str:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a claim says of a figure (exact match, unless it has a dot): the bound of its 95 % interval is at ``least`` or at ``most``
-    so much."""
+    """What a claim says of a figure (exact match, unless it has a dot): its 95 % interval is above (``least``) or at
+    most (``most``) the limit."""
 
-    says: str
+    text: str
     figure: str
     side: str
     limit: float
 
     def verdict(self, figures: Mapping[str, Mapping[str, float]]) -> str:
         """``confirmed`` or ``contradicted`` if the whole interval is on one side of the limit, else ``undecided``."""
-        found = figures[key(self.figure)]
-        low, high = found["low"], found["high"]
-        above, below = low > self.limit, high <= self.limit  # no difference at all is not a better one
+        figure = figures[key(self.figure)]
+        above, below = (
+            figure["low"] > self.limit,
+            figure["high"] <= self.limit,
+        )  # a difference of 0 is not an improvement
         confirmed, contradicted = (above, below) if self.side == "least" else (below, above)
         return "confirmed" if confirmed else "contradicted" if contradicted else "undecided"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row. ``run`` trains and asks for one seed and returns the answers; figures that are no answers go to
-    :meth:`ClaimContext.measure`. ``table``: label and figure, as the results show them."""
+    """A claim of a paper. ``run`` trains and asks for one seed and returns the answers; other figures go to
+    :meth:`ClaimContext.measure`. ``table``: label and figure of every row of the results."""
 
     name: str
     title: str
@@ -104,7 +109,7 @@ class Claim:
     ours: str
     run: Callable[[ClaimContext], list[Prediction]]
     table: Sequence[tuple[str, str]]
-    shown: Sequence[Criterion]
+    criteria: Sequence[Criterion]
     compare: Sequence[tuple[str, str]] = ()
     not_run: str = ""  # the reason, if it cannot be run
 
@@ -117,68 +122,67 @@ class ClaimContext:
     model: FrozenModel
     seed: int
     part: str = "worlds"
-    given: Collection | None = None
-    measured: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+    own_collection: Collection | None = None
+    measurements: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
-        """Where the trainings of this seed stand."""
+        """The folder of this seed's trainings."""
         return Path(self.config.output) / "shared" / f"seed-{self.seed}" / self.part
 
-    def elsewhere(self, part: str, collection: Collection) -> ClaimContext:
-        """The same for another collection."""
+    def with_collection(self, part: str, collection: Collection) -> ClaimContext:
+        """The same for another collection, in a folder ``part`` of its own."""
         return ClaimContext(self.config, self.model, self.seed, part, collection)
 
     @cached_property
     def collection(self) -> Collection:
         """The documents, with their test questions."""
-        return self.given or world(self.seed, self.config.documents, name="small_worlds", shape=SMALL)
+        return self.own_collection or world(self.seed, self.config.documents, name="small_worlds", shape=SMALL)
 
     @cached_property
     def embedder(self) -> CachingEmbedder:
-        """One embedder for all that retrieve."""
+        """The embedder of all arms."""
         return CachingEmbedder(SentenceEmbedder())
 
     @cached_property
     def conversations(self) -> Conversations:
-        """The self-study of this seed; the base store has the matched starts afterwards."""
+        """The self-study of this seed; afterwards the base store has the attention-matching initialization."""
         with closing(self._store("base")) as base:
-            told = synthesize(
-                self.model, self.collection, base, SelfStudy(seed=self.seed), progress=shown("self-study")
-            )
-            initialize_cartridges(self.model, base, told, progress=shown("starts"))
-        return told
+            study, progress = SelfStudy(seed=self.seed), common.counter("self-study")
+            conversations = synthesize(self.model, self.collection, base, study, progress=progress)
+            initialize_cartridges(self.model, base, conversations, progress=common.counter("initialization"))
+        return conversations
 
     @cached_property
     def questions(self) -> list[Question]:
         """Test questions in words that no training conversation has."""
-        found, most = unseen(self.collection.questions, self.conversations), self.config.questions
-        if most is None or most >= len(found):
-            return found
-        return sorted(Random(self.seed).sample(found, most), key=lambda q: q.id)
+        questions, count = unseen_questions(self.collection.questions, self.conversations), self.config.questions
+        if count is None or count >= len(questions):
+            return questions
+        return sorted(Random(self.seed).sample(questions, count), key=lambda q: q.id)
 
-    def _store(self, name: str, **made: Any) -> Store:
-        folder = self.folder / name
-        if Store.exists(folder):
-            return Store.open(folder, write=True)
-        made = {"initialisation": "matched", "seed": self.seed, **made}
-        if "tokens" not in made:
-            made.setdefault("ratio", self.config.ratio)
-        return Store.create(folder, self.model, **made)
+    def _store(self, name: str, **options: Any) -> Store:
+        options = {"initialisation": "matched", "seed": self.seed, **options}
+        if "tokens" not in options:
+            options.setdefault("ratio", self.config.ratio)
+        return common.open_store(self.folder / name, self.model, **options)
 
-    def started(self, name: str, collection: Collection | None = None, **made: Any) -> Store:
-        """A store, open for writing, whose cartridges have their start. ``made``: how it is created; matched starts of the usual
-        size are copied, not fitted again."""
-        told, store = self.conversations, self._store(name, **made)
+    def initialized(self, name: str, collection: Collection | None = None, **options: Any) -> Store:
+        """A store, open for writing, whose cartridges are initialized.
+
+        ``options``: how it is created; attention-matching cartridges of the usual size are copied from the base store,
+        not fitted again.
+        """
+        conversations, store = self.conversations, self._store(name, **options)
         store.add_documents(collection or self.collection, self.model.count_tokens)
         usual = {k: store.meta[k] for k in ("ratio", "tokens", "initialisation", "positions")}
         with closing(self._store("base")) as base, store.training():
             if usual == {k: base.meta[k] for k in usual} and store.layout == base.layout:
-                rows, have = store.rows(), base.rows()
-                for i in (i for i, row in rows.items() if row.version < 1 and i in have):
+                rows, base_rows = store.rows(), base.rows()
+                for i in (i for i, row in rows.items() if row.version < 1 and i in base_rows):
                     store.write_tensors(i, {"kv": base.cartridge(i)})
                 store.commit(rows, None)
-        initialize_cartridges(self.model, store, told)
+        initialize_cartridges(self.model, store, conversations)
         return store
 
     @contextmanager
@@ -187,26 +191,27 @@ class ClaimContext:
         name: str,
         collection: Collection | None = None,
         conversations: Conversations | None = None,
-        made: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         trainer: type[Trainer] = Trainer,
         prepare: Callable[[Store], None] | None = None,
         until: int | None = None,
         **training: Any,
     ) -> Iterator[Store]:
-        """The store of a training by its name, run if it was not. ``made``: how the store is created; ``prepare``: called on its starts.
+        """The store of a training, which runs unless it has run before.
 
-        ``training``: fields of :class:`Training` other than the usual. ``until``: stop at this step, for a curve.
+        ``options``: how the store is created. ``prepare``: called once the cartridges are initialized. ``until``: stop
+        at this step, for a curve. ``training``: fields of :class:`Training` that differ from the usual ones.
         """
-        with closing(self.started(name, collection, **(made or {}))) as store:
+        with closing(self.initialized(name, collection, **(options or {}))) as store:
             if prepare is not None and all(row.steps == 0 for row in store.rows().values()):
                 prepare(store)
             usual = {"epochs": self.config.epochs, "lr": self.config.lr, "pool": 16, "targets": 16, "isolation": 0.5}
             settings = Training(**usual | {"seed": self.seed} | training)
-            one = trainer(self.model, store, conversations or self.conversations, settings)
+            training_run = trainer(self.model, store, conversations or self.conversations, settings)
             if until is None:
-                train(one, f"seed {self.seed}, {name}")
+                common.train(training_run, f"seed {self.seed}, {name}")
             else:
-                one.run(until=until)
+                training_run.run(until=until)
             yield store
 
     def log(self, name: str) -> list[dict[str, Any]]:
@@ -220,37 +225,47 @@ class ClaimContext:
         arms: Sequence[str],
         questions: Sequence[Question] | None = None,
         collection: Collection | None = None,
-        **how: Any,
+        **options: Any,
     ) -> list[Prediction]:
-        """Answers under arms of :func:`cas.evaluation.arms.build_prompts`; names of documents and questions get the seed."""
-        found = run_arms(
-            how.pop("model", self.model),
+        """Answers under arms, given by name, as results record them.
+
+        ``options``: of :func:`cas.evaluation.answers.run_arms`.
+        """
+        predictions = run_arms(
+            self.model,
             store,
             collection or self.collection,
             self.questions if questions is None else questions,
-            arms,
+            [Arm.parse(name) for name in arms],
             embedder=self.embedder,
             seed=self.seed,
             prefix=prefix,
-            **how,
+            **options,
         )
-        return [self.named(p) for p in found]
+        return [common.with_seed(p, self.seed) for p in predictions]
 
-    def named(self, p: Prediction) -> Prediction:
-        """A prediction as results keep it."""
-        return {
-            **p,
-            "question_id": f"{self.seed}/{p['question_id']}",
-            "document_id": f"{self.seed}/{p['document_id']}",
-            "scores": {"exact_match": p["scores"]["exact_match"]},
-        }
+    def answer(
+        self,
+        arm: str,
+        questions: Sequence[Question],
+        prompts: Sequence[Prompt],
+        cartridges: Mapping[str, Tensor],
+        layout: Layout,
+        model: FrozenModel | None = None,
+    ) -> list[Prediction]:
+        """Answers to prompts of an arm of one's own, as results record them."""
+        predictions = answer_prompts(model or self.model, arm, questions, prompts, cartridges, layout, self.seed)
+        return [common.with_seed(p, self.seed) for p in predictions]
+
+    def question_tokens(self, question: Question) -> tuple[int, ...]:
+        """A question with the request for a short answer, as tokens after the document."""
+        return self.model.question_tokens(question.question + prompting.brief(self.model))
 
     def measure(self, name: str, values: Sequence[float], documents: Sequence[str] | None = None) -> None:
-        """Keep a figure: a value per document, or one of the whole seed."""
-        about = documents if documents is not None else [""] * len(values)
-        self.measured.setdefault(name, []).extend(
-            (float(v), f"{self.seed}/{d}") for v, d in zip(values, about, strict=True)
-        )
+        """Record a figure: a value per document, or per seed."""
+        ids = documents if documents is not None else [""] * len(values)
+        entries = [(float(value), f"{self.seed}/{i}") for value, i in zip(values, ids, strict=True)]
+        self.measurements.setdefault(name, []).extend(entries)
 
 
 def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[str, Any]:
@@ -260,12 +275,12 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
     check_settings(Path(config.output) / "shared", settings)
     model = model or FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
-    measured: dict[str, list[tuple[float, str]]] = {}
+    measurements: dict[str, list[tuple[float, str]]] = {}
     hashes = []
 
     def one_seed(lab: ClaimContext) -> dict[str, Any]:
         predictions = claim.run(lab)
-        return {"predictions": predictions, "measured": lab.measured}
+        return {"predictions": predictions, "measured": lab.measurements}
 
     for seed in config.seeds:
         lab = ClaimContext(config, model, seed)
@@ -273,8 +288,8 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
         part = cached_json(folder / f"seed-{seed}.json", lambda lab=lab: one_seed(lab))  # type: ignore[misc]
         predictions += part["predictions"]
         for name, values in part["measured"].items():
-            measured.setdefault(name, []).extend((v, d) for v, d in values)
-    found = write_run(
+            measurements.setdefault(name, []).extend((v, d) for v, d in values)
+    results = write_run(
         folder / "results",
         name=claim.name,
         command=" ".join([f"python -m experiments.{claim.name}", flags(config)]),
@@ -286,17 +301,18 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
         metric_names=["exact_match"],
         compare=list(dict.fromkeys(claim.compare)),
         extra_metrics={
-            name: asdict(interval([v for v, _ in values], [d for _, d in values])) for name, values in measured.items()
+            name: asdict(interval([v for v, _ in values], [d for _, d in values]))
+            for name, values in measurements.items()
         },
         keep_answers=model.reader,
     )
-    print(report(claim, found), flush=True)
-    return found
+    print(report(claim, results), flush=True)
+    return results
 
 
-def report(claim: Claim, found: Mapping[str, Any]) -> str:
+def report(claim: Claim, results: Mapping[str, Any]) -> str:
     """A claim's figures and verdicts as Markdown."""
-    figures = {**found["metrics"], **found["measurements"]}
+    figures = {**results["metrics"], **results["measurements"]}
     lines = [
         f"## {NAMES.index(claim.name) + 1}. {claim.title}",
         "",
@@ -309,8 +325,8 @@ def report(claim: Claim, found: Mapping[str, Any]) -> str:
     lines += [
         "",
         *(
-            f"- {s.verdict(figures).upper()}: {s.says} ({cell(figures[key(s.figure)])}, at {s.side} {s.limit:g})"
-            for s in claim.shown
+            f"- {s.verdict(figures).upper()}: {s.text} ({cell(figures[key(s.figure)])}, at {s.side} {s.limit:g})"
+            for s in claim.criteria
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -323,15 +339,15 @@ def cell(figure: Mapping[str, float]) -> str:
 
 
 def load(name: str) -> Claim:
-    """A claim by its name."""
+    """The claim with a name. Raises ConfigError if there is none."""
     if name not in NAMES:
         raise ConfigError(f"there is no claim {name}; choose from {', '.join(NAMES)}")
     claim: Claim = importlib.import_module(f"experiments.claims.{name}").CLAIM
     return claim
 
 
-def told(command: str, arguments: Sequence[str] | None) -> Config:
-    """The command line. Raises ConfigError for a world that is too small for what the claims load."""
+def parse_command(command: str, arguments: Sequence[str] | None) -> Config:
+    """The options of a command line. Raises ConfigError for a world that is too small for what the claims load."""
     config = parse(Config, f"python -m experiments.{command}", arguments)
     if config.documents < 20:
         raise ConfigError(f"--documents {config.documents}: at least 20, since up to 20 cartridges are loaded together")
@@ -342,7 +358,7 @@ def main_of(claim: Claim, arguments: Sequence[str] | None = None) -> int:
     """The command of one claim. Returns the exit status."""
 
     def body() -> int:
-        config = told(claim.name, arguments)
+        config = parse_command(claim.name, arguments)
         if claim.not_run:
             print(f"{claim.title}: not run: {claim.not_run}")
         else:
@@ -356,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """All claims, in order. Returns the exit status."""
 
     def body() -> int:
-        config = told("claims", arguments)
+        config = parse_command("claims", arguments)
         model = FrozenModel.from_pretrained(config.model)
         for name in NAMES:
             claim = load(name)

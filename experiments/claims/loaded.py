@@ -13,25 +13,30 @@ LOADED = (2, 5, 10, 20)
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """A training from first tokens, as in the paper, for every most number of distractors."""
-    found: list[Prediction] = []
+    """A training from first tokens, as in the paper, for every maximum number of distractors."""
+    predictions: list[Prediction] = []
     for most in SEEN:
         seen: dict[str, Any] = {"max_distractors": most, "pool": 24, "targets": 16, "isolation": 0.5 if most else 1.0}
-        with lab.trained(f"first_distractors{most}", made={"initialisation": "first"}, **FIRST_TOKENS | seen) as store:
-            found += lab.ask(
+        with lab.trained(
+            f"first_distractors{most}", options={"initialisation": "first"}, **FIRST_TOKENS | seen
+        ) as store:
+            predictions += lab.ask(
                 store, f"seen{most}_", ["oracle", *(f"loaded{k}" for k in LOADED if k <= len(store.rows()))]
             )
-    return found
+    return predictions
 
 
 CLAIM = Claim(
     name="loaded",
     title="Collapse and rescue against the number loaded",
     paper=(
-        "Isolated: 73.6 alone, 26.0 with 20 loaded. Joint: 79.0 and 77.8. Trained with 10 distractors and loaded with 20: 56.4; "
-        "trained with 20: 77.8 (2606.04557)."
+        "Isolated: 73.6 alone, 26.0 with 20 loaded. Joint: 79.0 and 77.8. Trained with 10 distractors and loaded with "
+        "20: 56.4; trained with 20: 77.8 (2606.04557)."
     ),
-    ours="Training from first tokens with at most 0 (isolated), 2, 5, 10 or 20 distractors; the own cartridge among 1 to 20 loaded.",
+    ours=(
+        "Training from first tokens with at most 0 (isolated), 2, 5, 10 or 20 distractors; the own cartridge among 1 "
+        "to 20 loaded."
+    ),
     run=run,
     table=[
         (
@@ -47,7 +52,7 @@ CLAIM = Claim(
         ("seen20_loaded20", "seen10_loaded20"),
         ("seen20_loaded20", "seen2_loaded20"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "isolated cartridges lose at least 20 points with 20 loaded",
             "seen0_oracle_minus_seen0_loaded20",
@@ -55,7 +60,7 @@ CLAIM = Claim(
             20,
         ),
         Criterion(
-            "joint training with 20 wins at least 20 back",
+            "joint training with 20 recovers at least 20",
             "seen20_loaded20_minus_seen0_loaded20",
             "least",
             20,

@@ -6,9 +6,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from cas.answering import prompts as prompting
 from cas.data.worlds import world
-from cas.evaluation.arms import answered
 from cas.evaluation.recording import Prediction
 from cas.model.decoding import Prompt
 from cas.model.positions import Layout
@@ -21,39 +19,41 @@ def run(lab: ClaimContext) -> list[Prediction]:
     """All cartridges of it loaded, one monolithic cartridge, and the text as far as it fits."""
     window = lab.model.geometry.max_positions
     documents = 2 * (window // 350)  # about twice the window
-    long = lab.elsewhere("long", world(300 + lab.seed, documents, name="long_corpus", shape=SMALL))
-    found: list[Prediction] = []
+    long = lab.with_collection("long", world(300 + lab.seed, documents, name="long_corpus", shape=SMALL))
+    predictions: list[Prediction] = []
     with long.trained("joint", targets=16) as store:
-        found += long.ask(store, "", ["no_context"])
-        found += long.ask(store, "joint_", ["oracle", "loaded"])
+        predictions += long.ask(store, "", ["no_context"])
+        predictions += long.ask(store, "joint_", ["oracle", "loaded"])
         rows = store.rows().values()
         total = sum(r.p for r in rows)
         lab.measure("corpus.windows", [sum(r.tokens for r in rows) / window])
         lab.measure("loaded.positions", [total])
     items = [replace(c, document="collection") for per in long.conversations.by_document.values() for c in per]
     alone: dict[str, Any] = {"lr": 0.1, "pool": 1, "targets": 1, "per_target": 128, "isolation": 1.0}
-    made = {"tokens": total, "initialisation": "first"}
-    with long.trained("monolithic", long.collection.merged(), Conversations(items, {}), made=made, **alone) as store:
-        found += long.ask(store, "monolithic_", ["loaded"])
+    options = {"tokens": total, "initialisation": "first"}
+    with long.trained(
+        "monolithic", long.collection.merged(), Conversations(items, {}), options=options, **alone
+    ) as store:
+        predictions += long.ask(store, "monolithic_", ["loaded"])
     text = "\n\n".join(with_title(d.title, d.text) for d in long.collection.documents)
     header, model = lab.model.layout_header, lab.model
     ids = model.encode(text)[: window - header - 128]
     kv = model.prefill([*model.template.header_ids, *ids])[:, :, :, header:]
-    prompts = [Prompt(model.question_tokens(q.question + prompting.brief(model)), ("text",)) for q in long.questions]
+    prompts = [Prompt(lab.question_tokens(q), ("text",)) for q in long.questions]
     layout = Layout("offset", header, 0)
-    found += [
-        lab.named(p) for p in answered(model, "truncated", long.questions, prompts, {"text": kv}, layout, lab.seed)
-    ]
-    return found
+    return predictions + lab.answer("truncated", long.questions, prompts, {"text": kv}, layout)
 
 
 CLAIM = Claim(
     name="long_corpus",
     title="A corpus longer than the window",
-    paper="A 484,000-token book is learnt by a model of a 128,000-token window, and its cartridge beats the truncated text (2506.06266).",
+    paper=(
+        "A 484,000-token book is learned by a model of a 128,000-token window, and its cartridge beats the truncated "
+        "text (2506.06266)."
+    ),
     ours=(
-        "Documents of about twice the reader's window of 8,192. All their cartridges loaded, one monolithic cartridge of the same size, "
-        "and the text, cut at the window."
+        "Documents of about twice the reader's window of 8,192. All their cartridges loaded, one monolithic cartridge "
+        "of the same size, and the text, cut at the window."
     ),
     run=run,
     table=[
@@ -66,7 +66,7 @@ CLAIM = Claim(
         ("own cartridge", "joint_oracle"),
     ],
     compare=[("joint_loaded", "truncated"), ("monolithic_loaded", "truncated"), ("joint_loaded", "monolithic_loaded")],
-    shown=[
+    criteria=[
         Criterion(
             "the monolithic cartridge is better than the truncated text",
             "monolithic_loaded_minus_truncated",

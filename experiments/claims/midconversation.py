@@ -8,9 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from cas.answering import prompts as prompting
 from cas.data.collection import Question
-from cas.evaluation.arms import answered
 from cas.evaluation.recording import Prediction
 from cas.model.attention import Batch, packed_positions
 from cas.model.attention_cpu import CpuAttention
@@ -19,8 +17,8 @@ from cas.model.positions import Layout
 from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 
-class Keeping:
-    """An attention context that keeps the keys and values of the own tokens."""
+class KVRecorder:
+    """An attention context that records the keys and values of the conversation's own tokens."""
 
     def __init__(self, inner: CpuAttention) -> None:
         self.inner, self.kv = inner, list[Tensor]()
@@ -34,14 +32,14 @@ class Keeping:
 def turn_kv(lab: ClaimContext, layout: Layout, tokens: list[int], kv: Tensor) -> Tensor:
     """KV [L, 2, H, T, D] of a first turn that sees one cartridge."""
     model, batch = lab.model, Batch((len(tokens),), (("own",),))
-    context = Keeping(CpuAttention(batch, model.header_kv, {"own": kv}, layout, model.rope, model.dtype))
+    context = KVRecorder(CpuAttention(batch, model.header_kv, {"own": kv}, layout, model.rope, model.dtype))
     model.hidden(torch.tensor([tokens]), packed_positions(batch, {"own": kv.shape[3]}, layout), context, rows=slice(0))
     return torch.stack(context.kv)
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """A question about one document and its answer, then one about another whose cartridge comes only now."""
-    found: list[Prediction] = []
+    """A question about one document and its answer, then one about another whose cartridge is loaded only now."""
+    predictions: list[Prediction] = []
     model, end = lab.model, list(lab.model.template.end_ids)
     one = [q for q in lab.questions if len(q.document_ids) == 1]
     before: dict[str, Question] = dict(
@@ -53,38 +51,34 @@ def run(lab: ClaimContext) -> list[Prediction]:
         header, span = store.layout.header, store.layout.span
         for q in one:
             first = before[q.id]
-            said = [
-                *model.question_tokens(first.question + prompting.brief(model)),
-                *model.encode(first.answers[0]),
-                *end,
-            ]
-            asked = model.question_tokens(q.question + prompting.brief(model))
+            first_turn = [*lab.question_tokens(first), *model.encode(first.answers[0]), *end]
+            question = lab.question_tokens(q)
             both = tuple(sorted({first.document_ids[0], q.document_ids[0]}))
-            turn = turn_kv(lab, store.layout, said, kv[first.document_ids[0]])
-            behind = Layout("fixed", header, span + len(said))
+            turn = turn_kv(lab, store.layout, first_turn, kv[first.document_ids[0]])
+            after_turn = Layout("fixed", header, span + len(first_turn))
             for arm, prompt, layout in (
-                ("kept", Prompt(asked, (*both, "turn")), behind),
-                ("recomputed", Prompt((*said, *asked), both), store.layout),
-                ("without_first_turn", Prompt(asked, both), store.layout),
-                ("first_cartridge_alone", Prompt(asked, (first.document_ids[0], "turn")), behind),
+                ("kept", Prompt(question, (*both, "turn")), after_turn),
+                ("recomputed", Prompt((*first_turn, *question), both), store.layout),
+                ("without_first_turn", Prompt(question, both), store.layout),
+                ("first_cartridge_alone", Prompt(question, (first.document_ids[0], "turn")), after_turn),
             ):
                 started = time.perf_counter()
-                found += [
-                    lab.named(p) for p in answered(model, arm, [q], [prompt], {**kv, "turn": turn}, layout, lab.seed)
-                ]
+                predictions += lab.answer(arm, [q], [prompt], {**kv, "turn": turn}, layout)
                 if arm in seconds:
                     seconds[arm].append(time.perf_counter() - started)
     lab.measure("kept.seconds_ratio", [b / a for a, b in zip(seconds["kept"], seconds["recomputed"], strict=True)])
-    return found
+    return predictions
 
 
 CLAIM = Claim(
     name="midconversation",
     title="A cartridge loaded in mid-conversation",
-    paper="Loading a cartridge in mid-conversation invalidates the conversation's KV cache: a stated limit (2606.04557).",
+    paper=(
+        "Loading a cartridge in mid-conversation invalidates the conversation's KV cache: a stated limit (2606.04557)."
+    ),
     ours=(
-        "Under `fixed` no token moves: the first turn's KV stays, and the second turn sees a cartridge that the first did not. Against "
-        "computing the whole conversation again with both loaded."
+        "Under `fixed` no token moves: the first turn's KV stays, and the second turn sees a cartridge that the first "
+        "did not. Against computing the whole conversation again with both loaded."
     ),
     run=run,
     table=[
@@ -95,7 +89,7 @@ CLAIM = Claim(
         ("time computing again over keeping, answer included", "kept.seconds_ratio"),
     ],
     compare=[("recomputed", "kept"), ("kept", "first_cartridge_alone"), ("without_first_turn", "recomputed")],
-    shown=[
+    criteria=[
         Criterion("keeping loses at most 2 points", "recomputed_minus_kept", "most", 2),
         Criterion("the added cartridge is what answers", "kept_minus_first_cartridge_alone", "least", 20),
     ],

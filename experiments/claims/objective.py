@@ -11,42 +11,45 @@ OBJECTIVES = ("distillation", "next-token")
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Both objectives, from first tokens as in the paper and from matched starts."""
-    found: list[Prediction] = []
+    """Both objectives, with first tokens, as in the paper, and with attention-matching initialization."""
+    predictions: list[Prediction] = []
     for start in ("matched", "first"):
         for objective in OBJECTIVES:
             name = "joint" if (start, objective) == ("matched", "distillation") else f"{start}_{objective}"
             settings = FIRST_TOKENS if start == "first" else {}
-            with lab.trained(name, made={"initialisation": start}, objective=objective, **settings) as store:
-                found += lab.ask(store, f"{start}_{objective}_", ["oracle", "loaded10"])
-    return found
+            with lab.trained(name, options={"initialisation": start}, objective=objective, **settings) as store:
+                predictions += lab.ask(store, f"{start}_{objective}_", ["oracle", "loaded10"])
+    return predictions
 
 
 CLAIM = Claim(
     name="objective",
     title="Distillation against next-token prediction",
     paper="Context distillation is 3.7 to 8.6 points better than the next-token loss (2506.06266).",
-    ours="Joint training on the same conversations with either loss, from first tokens and from matched starts.",
+    ours=(
+        "Joint training on the same conversations with either loss, with first tokens and with attention-matching "
+        "initialization."
+    ),
     run=run,
     table=[
-        (f"{start}, {objective}, {said}", f"{start}_{objective}_{arm}")
+        (f"{start}, {objective}, {label}", f"{start}_{objective}_{arm}")
         for start in ("first", "matched")
         for objective in OBJECTIVES
-        for arm, said in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
+        for arm, label in (("oracle", "own cartridge"), ("loaded10", "ten loaded"))
     ],
     compare=[
         (f"{start}_distillation_{arm}", f"{start}_next-token_{arm}")
         for start in ("first", "matched")
         for arm in ("oracle", "loaded10")
     ],
-    shown=[
+    criteria=[
         Criterion(
-            f"distillation is better, from {said}",
+            f"distillation is better, initialized with {label}",
             f"{start}_distillation_oracle_minus_{start}_next-token_oracle",
             "least",
             0,
         )
-        for start, said in (("first", "first tokens"), ("matched", "matched starts"))
+        for start, label in (("first", "first tokens"), ("matched", "attention matching"))
     ],
 )
 

@@ -17,7 +17,10 @@ def run(lab: ClaimContext) -> list[Prediction]:
 CLAIM = Claim(
     name="oracle_vs_context",
     title="The right cartridge against the right text in context",
-    paper="The oracle cartridge is within 2 to 6 points of full in-context learning (LongHealth 79.0 of 87.4) (2606.04557).",
+    paper=(
+        "The oracle cartridge is within 2 to 6 points of full in-context learning (LongHealth 79.0 of 87.4) "
+        "(2606.04557)."
+    ),
     ours="The own cartridge of joint training at 16x, the document's text, and neither.",
     run=run,
     table=[
@@ -27,7 +30,7 @@ CLAIM = Claim(
         ("text minus cartridge", "full_document_minus_joint_oracle"),
     ],
     compare=[("full_document", "joint_oracle"), ("joint_oracle", "no_context")],
-    shown=[
+    criteria=[
         Criterion("the text is at most 6 points better", "full_document_minus_joint_oracle", "most", 6),
         Criterion("the cartridge knows what the model does not", "joint_oracle_minus_no_context", "least", 20),
     ],

@@ -12,30 +12,33 @@ POLICIES = ("fixed", "offset", "sequential")
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Ten loaded, in order of id, reversed, and without the own one; a training under every policy of positions."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for policy in POLICIES:
-        made = {"positions": policy} if policy != "fixed" else {}
-        with lab.trained("joint" if policy == "fixed" else policy, made=made) as store:
-            found += lab.ask(store, f"{policy}_", ["oracle", "loaded10", "loaded10_reversed"])
+        options = {"positions": policy} if policy != "fixed" else {}
+        with lab.trained("joint" if policy == "fixed" else policy, options=options) as store:
+            predictions += lab.ask(store, f"{policy}_", ["oracle", "loaded10", "loaded10_reversed"])
             if policy == "fixed":
-                found += lab.ask(store, "", ["absent10", "no_context"])
-    return found
+                predictions += lab.ask(store, "", ["absent10", "no_context"])
+    return predictions
 
 
 CLAIM = Claim(
     name="order",
     title="Order of loading; the right cartridge absent",
-    paper="All 20 loaded answer the same in any order; target present 78 to 87, target absent 27 to 31, no context 37.5 (2606.04557).",
+    paper=(
+        "All 20 loaded answer the same in any order; target present 78 to 87, target absent 27 to 31, no context 37.5 "
+        "(2606.04557)."
+    ),
     ours=(
-        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are turned to where they "
-        "stand. Ten others without the own one, against nothing loaded."
+        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are shifted "
+        "to where they stand. Ten others without the own one, against nothing loaded."
     ),
     run=run,
     table=[
         *(
-            (f"{policy}, {said}", f"{policy}_{arm}")
+            (f"{policy}, {label}", f"{policy}_{arm}")
             for policy in POLICIES
-            for arm, said in (
+            for arm, label in (
                 ("oracle", "own cartridge"),
                 ("loaded10", "ten loaded"),
                 ("loaded10_reversed", "reversed"),
@@ -50,7 +53,7 @@ CLAIM = Claim(
         ("fixed_loaded10", "offset_loaded10"),
         ("fixed_loaded10", "sequential_loaded10"),
     ],
-    shown=[
+    criteria=[
         Criterion("`fixed`: no order is better", "fixed_loaded10_minus_fixed_loaded10_reversed", "most", 0.5),
         Criterion(
             "`sequential`: no order is better",

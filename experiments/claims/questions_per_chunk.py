@@ -14,20 +14,20 @@ SHARES = (8, 4, 2, 1)  # one in so many of all conversations
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """A share of every document's conversations, in as many steps."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     for share in SHARES:
-        some = []
+        chosen = []
         for name, items in lab.conversations.by_document.items():
             places = Random(f"{lab.seed}/{name}").sample(range(len(items)), max(1, len(items) // share))
-            some += [items[i] for i in sorted(places)]
-        told = lab.conversations if share == 1 else Conversations(some, {})
-        epochs = lab.config.epochs * len(lab.conversations) / len(told)
+            chosen += [items[i] for i in sorted(places)]
+        conversations = lab.conversations if share == 1 else Conversations(chosen, {})
+        epochs = lab.config.epochs * len(lab.conversations) / len(conversations)
         name = "joint" if share == 1 else f"one_in_{share}"
-        with lab.trained(name, conversations=told, epochs=epochs) as store:
-            found += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
-        counts = {i: len(c) for i, c in told.by_document.items()}
+        with lab.trained(name, conversations=conversations, epochs=epochs) as store:
+            predictions += lab.ask(store, f"{name}_", ["oracle", "loaded10"])
+        counts = {i: len(c) for i, c in conversations.by_document.items()}
         lab.measure(f"{name}.conversations", list(counts.values()), list(counts))
-    return found
+    return predictions
 
 
 def _names() -> list[tuple[str, str]]:
@@ -38,18 +38,21 @@ CLAIM = Claim(
     name="questions_per_chunk",
     title="Questions per chunk",
     paper="About 20 questions are written in one call per chunk (2606.04557, second hand).",
-    ours="Documents are one chunk each. All its questions, or one in 2, 4, 8, in as many steps from the same starts.",
+    ours=(
+        "Documents are one chunk each. All its questions, or one in 2, 4, 8, in as many steps from the same "
+        "initialization."
+    ),
     run=run,
     table=[
-        *((f"{said}: conversations a document", f"{name}.conversations") for said, name in _names()),
+        *((f"{label}: conversations a document", f"{name}.conversations") for label, name in _names()),
         *(
-            (f"{said}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
-            for said, name in _names()
+            (f"{label}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
+            for label, name in _names()
             for arm in ("oracle", "loaded10")
         ),
     ],
     compare=[("joint_oracle", f"one_in_{s}_oracle") for s in SHARES if s > 1],
-    shown=[
+    criteria=[
         Criterion("all are better than one in 8", "joint_oracle_minus_one_in_8_oracle", "least", 0),
         Criterion("one in 2 loses at most 2 points", "joint_oracle_minus_one_in_2_oracle", "most", 2),
     ],

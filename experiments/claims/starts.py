@@ -1,4 +1,4 @@
-"""Claim 9: what a cartridge should start from."""
+"""Claim 9: how to initialize cartridges."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cas.store.store import Store
 from cas.training.initialization import initialize
 from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 
-STARTS = {
-    "matched": "keys and values fitted to self-study (ours)",
+INITIALIZATIONS = {
+    "matched": "attention matching (ours)",
     "first": "first tokens",
     "sampled": "sampled chunks (SCI)",
     "unrelated": "first tokens of another text",
@@ -23,7 +23,7 @@ QUARTERS = (0, 1, 2, 4)
 
 
 def unrelated(lab: ClaimContext) -> Callable[[Store], None]:
-    """Gives every cartridge the KV of a text that has nothing to do with it."""
+    """Return a function that gives every cartridge the KV of an unrelated text."""
 
     def prepare(store: Store) -> None:
         text = world(900 + lab.seed, 2, shape=SMALL).documents[0].text
@@ -37,43 +37,46 @@ def unrelated(lab: ClaimContext) -> Callable[[Store], None]:
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Every start under the same training; what it answers after none, a quarter, half and all of it."""
-    found: list[Prediction] = []
-    for start in STARTS:
-        how: dict[str, Any] = {
-            "made": {"initialisation": "first" if start == "unrelated" else start},
+    """Every initialization with the same training; answers after none, a quarter, half and all of it."""
+    predictions: list[Prediction] = []
+    for start in INITIALIZATIONS:
+        settings: dict[str, Any] = {
+            "options": {"initialisation": "first" if start == "unrelated" else start},
             **FIRST_TOKENS,
             "lr": 0.05,
         }
-        how["prepare"] = unrelated(lab) if start == "unrelated" else None
+        settings["prepare"] = unrelated(lab) if start == "unrelated" else None
         name = f"start_{start}"
         steps = len(lab.conversations) * FIRST_TOKENS["epochs"] / 128
         for quarter in QUARTERS:
-            with lab.trained(name, until=round(steps * quarter / 4) if quarter < 4 else None, **how) as store:
-                found += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
+            with lab.trained(name, until=round(steps * quarter / 4) if quarter < 4 else None, **settings) as store:
+                predictions += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
         losses = [line["loss"] for line in lab.log(name)]
         for quarter in (1, 2, 4):
-            some = losses[max(0, len(losses) * quarter // 4 - max(1, len(losses) // 10)) : len(losses) * quarter // 4]
-            lab.measure(f"{start}_at{25 * quarter}.loss", some)
-    return found
+            end = len(losses) * quarter // 4
+            lab.measure(f"{start}_at{25 * quarter}.loss", losses[max(0, end - max(1, len(losses) // 10)) : end])
+    return predictions
 
 
 CLAIM = Claim(
     name="starts",
-    title="What a cartridge starts from",
+    title="Initialization of cartridges",
     paper=(
-        "First tokens 55.3, unrelated text 51.3, noise 29.9 (LongHealth, 2506.06266); sampled chunks converge faster than first tokens "
-        "(2508.17032)."
+        "First tokens 55.3, unrelated text 51.3, noise 29.9 (LongHealth, 2506.06266); sampled chunks converge faster "
+        "than first tokens (2508.17032)."
     ),
-    ours="Joint training at one learning rate (0.05) from every start; the own cartridge after 0, 25, 50 and 100 % of it, and the loss.",
+    ours=(
+        "Joint training at one learning rate (0.05) from every initialization; the own cartridge after 0, 25, 50 and "
+        "100 % of it, and the loss."
+    ),
     run=run,
     table=[
         *(
-            (f"{said}, after {25 * q} %", f"{start}_at{25 * q}_oracle")
-            for start, said in STARTS.items()
+            (f"{label}, after {25 * q} %", f"{start}_at{25 * q}_oracle")
+            for start, label in INITIALIZATIONS.items()
             for q in QUARTERS
         ),
-        *((f"{said}, last loss (nats)", f"{start}_at100.loss") for start, said in STARTS.items()),
+        *((f"{label}, last loss (nats)", f"{start}_at100.loss") for start, label in INITIALIZATIONS.items()),
     ],
     compare=[
         ("first_at100_oracle", "unrelated_at100_oracle"),
@@ -82,7 +85,7 @@ CLAIM = Claim(
         ("sampled_at100_oracle", "first_at100_oracle"),
         ("matched_at25_oracle", "first_at100_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion(
             "first tokens are better than unrelated text",
             "first_at100_oracle_minus_unrelated_at100_oracle",
@@ -102,7 +105,7 @@ CLAIM = Claim(
             0,
         ),
         Criterion(
-            "a fitted start is better after a quarter than first tokens at the end",
+            "attention matching is better after a quarter than first tokens at the end",
             "matched_at25_oracle_minus_first_at100_oracle",
             "least",
             0,

@@ -12,15 +12,15 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Accuracy of text and cartridge, then decoding for as many users as fit, in turn."""
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     with lab.trained("joint") as store:
-        found += lab.ask(store, "", ["full_document"])
-        found += lab.ask(store, "joint_", ["oracle"])
+        predictions += lab.ask(store, "", ["full_document"])
+        predictions += lab.ask(store, "joint_", ["oracle"])
         rows = store.rows().values()
         lab.measure("memory.ratio", [r.tokens / r.p for r in rows], [r.id for r in rows])
     for _, what, value in decode_many(Work("reader", lab.model, 32), 3, ratio=int(lab.config.ratio)):
         lab.measure(f"decode.{what}", [value])
-    return found
+    return predictions
 
 
 CLAIM = Claim(
@@ -28,8 +28,8 @@ CLAIM = Claim(
     title="KV memory and decoding throughput",
     paper="38.6x less memory and 26.4x the peak throughput of full context at its quality, on average (2506.06266).",
     ours=(
-        "A cartridge of a sixteenth of its document. As many users as fit the memory of two with four documents' text each, every user "
-        "with documents of his own, decode 32 tokens: as text, and as cartridges."
+        "A cartridge of a sixteenth of its document. As many users as fit the memory of two with four documents' text "
+        "each, every user with documents of their own, decode 32 tokens: as text, and as cartridges."
     ),
     run=run,
     table=[
@@ -41,7 +41,7 @@ CLAIM = Claim(
         ("tokens a second with cartridges", "decode.tokens_per_second"),
     ],
     compare=[("full_document", "joint_oracle")],
-    shown=[
+    criteria=[
         Criterion("at least 10 times less memory", "memory.ratio", "least", 10),
         Criterion("more tokens a second from the same memory", "decode.ratio", "least", 1),
         Criterion("at in-context quality (at most 4 points below)", "full_document_minus_joint_oracle", "most", 4),

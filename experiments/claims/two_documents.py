@@ -1,54 +1,55 @@
-"""Claim 17: questions that need two documents, from two cartridges that were never trained as one."""
+"""Claim 17: questions that need two documents, from two cartridges that were never trained together."""
 
 from __future__ import annotations
 
 import sys
 
-from cas.answering import prompts as prompting
 from cas.data.collection import Question
 from cas.data.worlds import TWO, make_records, two
-from cas.evaluation.arms import answered
 from cas.evaluation.recording import Prediction
+from cas.model.decoding import Prompt
 from experiments.claims.lab import SMALL, Claim, ClaimContext, Criterion, main_of
 
 
-def questions(lab: ClaimContext) -> list[Question]:
+def two_document_questions(lab: ClaimContext) -> list[Question]:
     """Every question of this world that needs two documents, in one wording of tests."""
-    found = []
+    questions = []
     for group in range(lab.config.documents // 2):
         records = list(make_records(f"world/{lab.seed}", group, SMALL))
         for record, other in zip(records, reversed(records), strict=True):
             ids = (record.document.id, other.document.id)
             for n, asked in enumerate(two(record, other)):
                 words = asked.tests[n % len(asked.tests)]
-                found.append(Question(f"{ids[0]}/t{n}", ids, words, (asked.answer,), None, TWO))
-    return found[: lab.config.questions]
+                questions.append(Question(f"{ids[0]}/t{n}", ids, words, (asked.answer,), None, TWO))
+    return questions[: lab.config.questions]
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
     """Both cartridges, either one, both texts; after joint and after isolated training."""
-    asked, found = questions(lab), list[Prediction]()
+    questions, predictions = two_document_questions(lab), list[Prediction]()
     for name, share in (("joint", 0.5), ("isolated", 1.0)):
         with lab.trained(name, isolation=share) as store:
-            found += lab.ask(store, f"{name}_", ["oracle"], asked)
+            predictions += lab.ask(store, f"{name}_", ["oracle"], questions)
             if name == "joint":
-                found += lab.ask(store, "", ["no_context", "full_document"], asked)
+                predictions += lab.ask(store, "", ["no_context", "full_document"], questions)
             kv = {i: store.cartridge(i).to(lab.model.device, lab.model.dtype) for i in store.rows()}
             for which, place in (("first", 0), ("second", 1)):
-                prompts = [
-                    prompting.cartridges(lab.model, q.question + prompting.brief(lab.model), [q.document_ids[place]])
-                    for q in asked
-                ]
-                answers = answered(lab.model, f"{name}_{which}", asked, prompts, kv, store.layout, lab.seed)
-                found += [lab.named(p) for p in answers]
-    return found
+                prompts = [Prompt(lab.question_tokens(q), (q.document_ids[place],)) for q in questions]
+                predictions += lab.answer(f"{name}_{which}", questions, prompts, kv, store.layout)
+    return predictions
 
 
 CLAIM = Claim(
     name="two_documents",
     title="Two-document questions by composition",
-    paper="Cartridges trained apart and put side by side answer questions about both, better than either alone (2506.06266).",
-    ours="Which of two is older, and facts about a founder whom the other document tells of: both cartridges, either one, both texts.",
+    paper=(
+        "Cartridges trained apart and put side by side answer questions about both, better than either alone "
+        "(2506.06266)."
+    ),
+    ours=(
+        "Which of two is older, and facts about a founder whom the other document describes: both cartridges, either "
+        "one, both texts."
+    ),
     run=run,
     table=[
         ("no context", "no_context"),
@@ -68,7 +69,7 @@ CLAIM = Claim(
         ("joint_oracle", "isolated_oracle"),
         ("full_document", "joint_oracle"),
     ],
-    shown=[
+    criteria=[
         Criterion("isolated: both are better than the first alone", "isolated_oracle_minus_isolated_first", "least", 0),
         Criterion(
             "isolated: both are better than the second alone", "isolated_oracle_minus_isolated_second", "least", 0

@@ -1,7 +1,7 @@
-"""Eight documents, a 135M model, two cores: the whole way in one command, with a table at the end.
+"""Eight documents, a 135M model, two cores: the full pipeline in one command, with a table at the end.
 
-``python -m experiments.demo_real --output runs/demo_real`` trains cartridges on ``examples/harbour`` and compares them, on
-questions whose wording no training conversation has, with no context and with the whole document in the prompt.
+``python -m experiments.demo_real --output runs/demo_real`` trains cartridges on ``examples/harbour`` and compares them,
+on questions whose wording no training conversation has, with no context and with the whole document in the prompt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 from cas import console
 from cas.config import InitializationOption, TrainConfig, parse
 from cas.errors import RunError
+from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from experiments import common
 
-ARMS = ("no_context", "full_document", "oracle", "loaded", "retrieved4")
+ARMS = (NO_CONTEXT, FULL_DOCUMENT, ORACLE, Arm("loaded"), Arm("retrieved", 4))
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class DemoConfig:
     lr: float = 4e-2
     """Peak learning rate."""
     initialization: InitializationOption = "matched"
-    """What cartridges start from."""
+    """Initialization of the cartridges."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -46,13 +48,14 @@ def demo(config: DemoConfig) -> int:
     """Train, evaluate, print, and write ``summary.json``."""
     from cas.answering.answerer import Answerer
     from cas.data.collection import Collection
-    from cas.evaluation.arms import METRICS, PeakMemory, run_arms, unseen
+    from cas.evaluation.answers import run_arms, unseen_questions
+    from cas.evaluation.machine import PeakMemory
+    from cas.evaluation.metrics import METRICS
     from cas.evaluation.recording import table, write_run
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.conversations import Conversations
     from cas.store.store import Store
     from cas.train import train
-    from experiments.demos.demo import measured, show_answers, single_measurement, summarize
 
     started = time.monotonic()
     folder = Path(config.output)
@@ -83,12 +86,12 @@ def demo(config: DemoConfig) -> int:
         model = FrozenModel.from_pretrained()
         store = Store.open(folder)
         collection = Collection.load("examples")
-        questions = unseen(collection.questions, Conversations.load(folder / "conversations"))
+        questions = unseen_questions(collection.questions, Conversations.load(folder / "conversations"))
         print(
             f"questions   {len(questions)} of {len(collection.questions)}: the others' wording occurs in the self-study"
         )
         if len(questions) < 40:
-            raise RunError(f"only {len(questions)} questions are left to measure with")
+            raise RunError(f"only {len(questions)} questions are left, too few to measure")
         predictions = run_arms(
             model,
             store,
@@ -96,7 +99,7 @@ def demo(config: DemoConfig) -> int:
             questions,
             ARMS,
             seed=config.seed,
-            progress=measured,
+            progress=common.log_arm,
         )
     run = write_run(
         folder / "results",
@@ -110,16 +113,16 @@ def demo(config: DemoConfig) -> int:
         compare=[("oracle", "no_context"), ("loaded", "no_context"), ("full_document", "oracle")],
         metric_names=list(METRICS),
         extra_metrics={
-            "self_study_and_training_s": single_measurement(trained - started),
-            "wall_s": single_measurement(time.monotonic() - started),
-            "peak_anonymous_bytes": single_measurement(memory.peak),
+            "self_study_and_training_s": common.single_measurement(trained - started),
+            "wall_s": common.single_measurement(time.monotonic() - started),
+            "peak_anonymous_bytes": common.single_measurement(memory.peak),
         },
         keep_answers=True,
     )
-    print("\n" + table(run, list(ARMS), ["contains", "f1", "log_perplexity"]) + "\n")
-    show_answers(Answerer(model, store), questions)
+    print("\n" + table(run, [str(arm) for arm in ARMS], ["contains", "f1", "log_perplexity"]) + "\n")
+    common.show_answers(Answerer(model, store), questions)
     rows = store.rows().values()
-    summarize(
+    common.write_summary(
         folder,
         {
             "documents": len(rows),
@@ -129,7 +132,7 @@ def demo(config: DemoConfig) -> int:
             "wall_s": round(time.monotonic() - started, 1),
             "peak_anonymous_bytes": memory.peak,
             "questions": len(questions),
-            "accuracy": {arm: run["metrics"][f"{arm}.contains"]["mean"] for arm in ARMS},
+            "accuracy": {str(arm): run["metrics"][f"{arm}.contains"]["mean"] for arm in ARMS},
         },
     )
     return 0

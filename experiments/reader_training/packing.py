@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cas.data.worlds import SUMMARY, TWO, WHOLE
-from experiments.reader_training.scenes import Exchange, Scene, Told
+from experiments.reader_training.scenes import Exchange, Scene, Statement
 
-# What heads of a layer are told to look at: (layer, heads). Naming has a head each for a name's first and last word. Finding
-# is done by all heads of two layers: what can be read in many places can be learned by a cartridge in many.
+# What heads of a layer are told to look at: (layer, heads). Naming has a head each for a name's first and last word.
+# Finding is done by all heads of two layers: what can be read in many places can be learned by a cartridge in many.
 LOOKS = {
     "naming": ((2, (0, 1)),),
     "telling": ((3, (0, 1, 2, 3)),),
@@ -39,9 +39,9 @@ class Look:
 class Packed:
     """Scenes packed one behind the other, and the attention over them.
 
-    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header, the
-    texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the header, as
-    those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
+    A scene is the header, its texts, its exchanges. Texts see the header and themselves; an exchange sees the header,
+    the texts it names and itself. Under both layouts, one drawn for each step, every text's keys stand behind the
+    header, as those of cartridges do; ``fixed`` and ``offset`` differ in where an exchange's own tokens stand.
 
     With ``look``, a forward also collects in ``looking`` how far a few heads are from where they should look, which
     :class:`Pointing` says.
@@ -79,11 +79,11 @@ class Packed:
                 positions += range(h, h + len(text.ids))
                 owner += [i] * len(text.ids)
             middle = len(ids)
-            pointing = Pointing(texts, begins, scene.told)
+            pointing = Pointing(texts, begins, scene.statements)
             for i, e in enumerate(scene.exchanges):
-                asked, told = Tokens(model, e.user), Tokens(model, e.answer)
-                user = [*template.footer_ids, *asked.ids, *template.suffix_ids]
-                answer = [*told.ids, *template.end_ids]
+                user_tokens, answer_tokens = Tokens(model, e.user), Tokens(model, e.answer)
+                user = [*template.footer_ids, *user_tokens.ids, *template.suffix_ids]
+                answer = [*answer_tokens.ids, *template.end_ids]
                 sizes = [len(texts[t].ids) for t in e.texts]
                 first = h + (max(len(text.ids) for text in texts) + slack if policy == "fixed" else sum(sizes))
                 rows += range(len(ids) + len(user) - 1, len(ids) + len(user) + len(answer) - 1)
@@ -91,7 +91,9 @@ class Packed:
                 answering += [True] * len(answer)
                 if look:
                     own = len(ids) - start
-                    pointing.exchange(e, asked, told, own + len(template.footer_ids), own + len(user) - 1)
+                    pointing.exchange(
+                        e, user_tokens, answer_tokens, own + len(template.footer_ids), own + len(user) - 1
+                    )
                 ids += [*user, *answer[:-1]]
                 positions += range(first, first + len(user) + len(answer) - 1)
                 owner += [len(texts) + i] * (len(user) + len(answer) - 1)
@@ -130,18 +132,18 @@ class Packed:
             keys, values = [head[1]], [head[2]]
             for i in range(len(texts)):
                 own = next(q), next(k), next(v)
-                asking, known, values_known = (torch.cat(pair, dim=2) for pair in zip(head, own))
-                read = attention(asking, known, values_known, is_causal=True)
+                queries, known, values_known = (torch.cat(pair, dim=2) for pair in zip(head, own))
+                read = attention(queries, known, values_known, is_causal=True)
                 out.append(read if i == 0 else read[:, :, self.header :])
                 keys.append(own[1])
                 values.append(own[2])
                 if "naming" in here:
                     self._look("naming", here["naming"], in_texts[i], own[0], known, None, scale)
-            asked, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
+            own_queries, keys, values = next(q), [*keys, next(k)], [*values, next(v)]
             known = torch.cat(keys, dim=2)
-            out.append(attention(asked, known, torch.cat(values, dim=2), attn_mask=mask))
+            out.append(attention(own_queries, known, torch.cat(values, dim=2), attn_mask=mask))
             for name, heads in here.items():
-                self._look(name, heads, in_exchanges.get(name), asked, known, mask, scale)
+                self._look(name, heads, in_exchanges.get(name), own_queries, known, mask, scale)
         return torch.cat(out, dim=2).transpose(1, 2)
 
     def _look(
@@ -173,9 +175,9 @@ class Tokens:
     """A text's tokens and where each begins and ends in it."""
 
     def __init__(self, model: Any, text: str) -> None:
-        found = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        self.text, self.ids = text, found["input_ids"]
-        self.ends = [b for _, b in found["offset_mapping"]]
+        encoding = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        self.text, self.ids = text, encoding["input_ids"]
+        self.ends = [b for _, b in encoding["offset_mapping"]]
 
     def of(self, span: tuple[int, int]) -> range:
         """The tokens of a range of characters (a space before belongs to its token)."""
@@ -192,34 +194,34 @@ class Tokens:
 class Pointing:
     """Collects where the tokens of a scene's exchanges and texts should look, by index into the scene.
 
-    *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value in the
-    texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same value in the
-    text. *Writing*: the name that was written there, at itself. *Second*: what takes one more thought, when what was found
-    says where to look: facts about a founder, the older one of two, people who share something.
+    *Naming*: a value in a text, and the answer to a question, at the subject's name. *Finding*: the answer at the value
+    in the texts. *Telling*: a question is to be written about a sentence, and the sentence's value looks at the same
+    value in the text. *Writing*: the name that was written there, at itself. *Second*: a second step, when the first
+    value says where to look: facts about a founder, the older one of two, people who share something.
     """
 
-    def __init__(self, texts: Sequence[Tokens], begins: Sequence[int], told: Sequence[Told]) -> None:
-        self._texts, self._begins, self._told = texts, begins, told
-        self._found: dict[str, dict[int, tuple[set[int], ...]]] = {name: {} for name in LOOKS}
+    def __init__(self, texts: Sequence[Tokens], begins: Sequence[int], statements: Sequence[Statement]) -> None:
+        self._texts, self._begins, self._statements = texts, begins, statements
+        self._targets: dict[str, dict[int, tuple[set[int], ...]]] = {name: {} for name in LOOKS}
 
     def _add(self, name: str, row: int, *targets: set[int]) -> None:
-        found = self._found[name].setdefault(row, tuple(set() for _ in targets))
-        for mine, new in zip(found, targets, strict=True):
-            mine |= new
+        recorded = self._targets[name].setdefault(row, tuple(set() for _ in targets))
+        for targets_so_far, new in zip(recorded, targets, strict=True):
+            targets_so_far |= new
 
-    def exchange(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+    def exchange(self, e: Exchange, user: Tokens, answer: Tokens, question: int, row: int) -> None:
         """``question``: where the user's message begins; ``row``: which predicts the answer's first token."""
-        rows = range(row, row + len(told.ids) + 1)
+        rows = range(row, row + len(answer.ids) + 1)
         if e.kind == "write":
-            self._write(e, asked, told, question, row)
+            self._write(e, user, answer, question, row)
         elif e.facts and e.answer in [subject for subject, _ in e.facts]:
-            self._compare(e, asked, told, question, row)
+            self._compare(e, user, answer, question, row)
         elif e.kind == WHOLE:
-            self._count(e, told, row)
+            self._count(e, answer, row)
         elif e.facts:
             for word in rows:
-                if words := asked.words(e.facts[0][0]):
-                    self._add("naming", word, *({question + t for t in some} for some in words))
+                if words := user.words(e.facts[0][0]):
+                    self._add("naming", word, *({question + t for t in word_tokens} for word_tokens in words))
             looking, facts = "finding", e.facts
             if e.kind == TWO:
                 for word in rows:
@@ -227,86 +229,91 @@ class Pointing:
                 looking, facts = "second", facts[1:]
             start = 0
             for fact in facts:  # a summary's, one behind the other
-                start = told.text.index(f": {fact[1]}", start) + 2 if e.kind == SUMMARY else 0
+                start = answer.text.index(f": {fact[1]}", start) + 2 if e.kind == SUMMARY else 0
                 self._copy(
-                    looking, row, told, told.of((start, start + len(fact[1]))), [at for _, at in self._spots(e, fact)]
+                    looking,
+                    row,
+                    answer,
+                    answer.of((start, start + len(fact[1]))),
+                    [at for _, at in self._spots(e, fact)],
                 )
                 start += len(fact[1])
 
-    def _write(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+    def _write(self, e: Exchange, user: Tokens, answer: Tokens, question: int, row: int) -> None:
         for subject, value in e.facts:
-            at = asked.text.rindex(value)
-            said = [question + t for t in asked.of((at, at + len(value)))]
-            for spot, told_at in self._spots(e, (subject, value)):
-                for mine, theirs in zip(said, told_at):
-                    self._add("telling", mine, {theirs})
-                for tokens, before in zip(told.words(subject), self._name(spot), strict=True):
+            at = user.text.rindex(value)
+            value_tokens = [question + t for t in user.of((at, at + len(value)))]
+            for spot, stated_at in self._spots(e, (subject, value)):
+                for token, target in zip(value_tokens, stated_at):
+                    self._add("telling", token, {target})
+                for tokens, before in zip(answer.words(subject), self._name(spot), strict=True):
                     for t in tokens:
-                        self._add("finding", row + t, set(said))
-                    self._copy("writing", row, told, tokens, [before])
-            for tokens, word in zip(told.words(subject), asked.words(subject)):  # it may also stand in the sentence
-                self._copy("writing", row, told, tokens, [[question + t for t in word]])
+                        self._add("finding", row + t, set(value_tokens))
+                    self._copy("writing", row, answer, tokens, [before])
+            for tokens, word in zip(answer.words(subject), user.words(subject)):  # it may also stand in the sentence
+                self._copy("writing", row, answer, tokens, [[question + t for t in word]])
 
-    def _compare(self, e: Exchange, asked: Tokens, told: Tokens, question: int, row: int) -> None:
+    def _compare(self, e: Exchange, user: Tokens, answer: Tokens, question: int, row: int) -> None:
         for fact in e.facts:
-            first, last = asked.words(fact[0])
+            first, last = user.words(fact[0])
             year = {t for _, at in self._spots(e, fact) for t in at}
             for word, whole in ((first, first), (last, last)):
                 self._add("naming", question + word[-1], {question + t for t in first}, {question + t for t in whole})
                 self._add("finding", question + word[-1], year)
             if fact[0] == e.answer:
-                for tokens, word in zip(told.words(fact[0]), (first, last)):
-                    self._copy("second", row, told, tokens, [[question + t for t in word]])
+                for tokens, word in zip(answer.words(fact[0]), (first, last)):
+                    self._copy("second", row, answer, tokens, [[question + t for t in word]])
 
-    def _count(self, e: Exchange, told: Tokens, row: int) -> None:
-        """Of counts the first token looks at all that is counted; of lists every name at its own fact, then at itself."""
+    def _count(self, e: Exchange, answer: Tokens, row: int) -> None:
+        """A count's first token looks at all that is counted; in a list every name looks at its own fact, then at
+        itself."""
         for fact in e.facts:
-            words = told.words(fact[0])
+            words = answer.words(fact[0])
             for spot, at in self._spots(e, fact):
                 if not words:
                     self._add("finding", row, set(at))
                 for tokens, word in zip(words, self._name(spot)):
                     for t in tokens:
                         self._add("finding", row + t, set(at))
-                    self._copy("second", row, told, tokens, [word])
+                    self._copy("second", row, answer, tokens, [word])
 
-    def _copy(self, name: str, row: int, told: Tokens, tokens: range, spots: Sequence[Sequence[int]]) -> None:
+    def _copy(self, name: str, row: int, answer: Tokens, tokens: range, spots: Sequence[Sequence[int]]) -> None:
         """From where tokens of the answer are predicted to the same tokens in the texts."""
         for at in spots:
-            for mine, theirs in zip(tokens, at):
-                self._add(name, row + mine, {theirs})
+            for token, target in zip(tokens, at):
+                self._add(name, row + token, {target})
 
-    def _spots(self, e: Exchange, fact: tuple[str, str]) -> Iterator[tuple[Told, list[int]]]:
+    def _spots(self, e: Exchange, fact: tuple[str, str]) -> Iterator[tuple[Statement, list[int]]]:
         """Where the texts of an exchange tell a fact: the tokens of the value."""
-        for t in self._told:
+        for t in self._statements:
             if t.text in e.texts and (t.subject, t.value) == fact:
                 yield t, [self._begins[t.text] + n for n in self._texts[t.text].of(t.at)]
 
-    def _name(self, t: Told) -> list[list[int]]:
+    def _name(self, t: Statement) -> list[list[int]]:
         """The tokens of the first and last word of the name before a fact."""
         return [[self._begins[t.text] + n for n in self._texts[t.text].of(span)] for span in (t.first, t.last)]
 
     def texts(self, header: int) -> list[Look | None]:
         """From every value in a text to its subject's name before it."""
-        found: list[dict[int, tuple[set[int], ...]]] = [{} for _ in self._texts]
-        for t in self._told:
+        targets: list[dict[int, tuple[set[int], ...]]] = [{} for _ in self._texts]
+        for t in self._statements:
             text = self._texts[t.text]
             for n in text.of(t.at):
-                found[t.text][header + n] = tuple({header + m for m in text.of(span)} for span in (t.first, t.last))
-        return [_look(some, header, header + len(text.ids)) for some, text in zip(found, self._texts)]
+                targets[t.text][header + n] = tuple({header + m for m in text.of(span)} for span in (t.first, t.last))
+        return [_look(rows, header, header + len(text.ids)) for rows, text in zip(targets, self._texts)]
 
     def looks(self, start: int, keys: int) -> dict[str, Look]:
         """Of the exchanges, which begin at ``start``."""
-        return {name: look for name, found in self._found.items() if (look := _look(found, start, keys))}
+        return {name: look for name, targets in self._targets.items() if (look := _look(targets, start, keys))}
 
 
-def _look(found: dict[int, tuple[set[int], ...]], start: int, keys: int) -> Look | None:
+def _look(targets_by_row: dict[int, tuple[set[int], ...]], start: int, keys: int) -> Look | None:
     """As tensors: rows counted from ``start``, targets among ``keys``."""
-    found = {row: heads for row, heads in found.items() if all(heads)}
-    if not found:
+    targets_by_row = {row: heads for row, heads in targets_by_row.items() if all(heads)}
+    if not targets_by_row:
         return None
-    targets = torch.zeros(len(next(iter(found.values()))), len(found), keys, dtype=torch.bool)
-    for i, heads in enumerate(found.values()):
+    targets = torch.zeros(len(next(iter(targets_by_row.values()))), len(targets_by_row), keys, dtype=torch.bool)
+    for i, heads in enumerate(targets_by_row.values()):
         for head, wanted in enumerate(heads):
             targets[head, i, list(wanted)] = True
-    return Look(torch.tensor(list(found)) - start, targets)
+    return Look(torch.tensor(list(targets_by_row)) - start, targets)

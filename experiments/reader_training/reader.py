@@ -1,10 +1,10 @@
-"""How well the embedded reader reads: exact match of whole answers on worlds it was not trained on.
+"""Accuracy of the embedded reader: exact match of whole answers on worlds that it was not trained on.
 
     python -m experiments.reader --output DIR
 
-Lookups in a chunk of 512 tokens, in a whole document, in retrieved chunks with the right one among others; and with 2, 4 and
-10 documents loaded as separately prefilled KV (``fixed``, ``offset``) or as one text. The other kinds of question are
-measured in the whole document, or with both documents.
+Lookups in a chunk of 512 tokens, in a whole document, in retrieved chunks with the right one among others; and with 2,
+4 and 10 documents loaded as separately prefilled KV (``fixed``, ``offset``) or as one text. The other kinds of question
+are measured in the whole document, or with both documents.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cas import console
 from cas.config import READER, parse
 from cas.errors import ConfigError
+from experiments import common
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,24 @@ if TYPE_CHECKING:
     from cas.model.frozen import FrozenModel
 
 LOADED = (2, 4, 10)
-WAYS = ("", "_offset", "_text")  # `fixed` positions, which are what trained collections have by default; others say so
+Way = Literal["fixed", "offset", "text"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model reads before a question. ``str(context)`` is its name in results (``documents4_offset``)."""
+
+    kind: Literal["no_context", "chunk512", "whole_document", "rag_shaped", "documents"]
+    count: int | None = None
+    """Number of documents (``documents``)."""
+    way: Way = "fixed"
+    """Their positions as separately prefilled KV, or one text."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.count or ''}" + ("" if self.way == "fixed" else f"_{self.way}")
+
+
+DOCUMENTS = [Context("documents", n, way) for n in LOADED for way in get_args(Way)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,7 @@ class Config:
     model: str = READER
     """The reader in the package, or the folder of another."""
     output: str = "runs/reader/results"
-    """Where the results go."""
+    """Folder of the results."""
     documents: int = 64
     """Documents of the world that is read."""
     collection_seed: int = 1000
@@ -72,20 +90,20 @@ def experiment(config: Config) -> int:
     lookups = [q for q in shuffled if q.kind == LOOKUP][: config.questions]
     others = [q for q in shuffled if q.kind != LOOKUP][: config.questions]
     predictions: list[Prediction] = []
-    for arm, questions in arms(lookups, others):
-        for question, answer in read(model, collection, arm, questions):
+    for context, questions in contexts(lookups, others):
+        for question, answer in read(model, collection, context, questions):
             score = {"exact_match": exact_match(answer, question.answers)}
             kind = "" if question.kind == LOOKUP else f"_{question.kind.replace(' ', '_')}"
             predictions.append(
                 {
-                    "arm": arm + kind, "seed": config.collection_seed, "question_id": question.id,
+                    "arm": f"{context}{kind}", "seed": config.collection_seed, "question_id": question.id,
                     "document_id": question.document_ids[0], "scores": score, "answer": answer,
                 }
             )  # fmt: skip
-        print(f"measured {arm}", file=sys.stderr, flush=True)
+        common.log_arm(str(context))
     names = list(dict.fromkeys(p["arm"] for p in predictions))
-    asked = Counter(p["arm"] for p in predictions)
-    complete = [arm for n in LOADED for way in WAYS if asked[arm := f"documents{n}{way}"] == len(lookups)]
+    counts = Counter(p["arm"] for p in predictions)
+    complete = [name for name in map(str, DOCUMENTS) if counts[name] == len(lookups)]
     run = write_run(
         Path(config.output),
         name="reader",
@@ -103,21 +121,20 @@ def experiment(config: Config) -> int:
     return 0
 
 
-def arms(lookups: Sequence[Question], others: Sequence[Question]) -> Iterator[tuple[str, Sequence[Question]]]:
-    """Every arm with its questions."""
-    yield "no_context", lookups
-    yield "chunk512", lookups
-    yield "whole_document", [*lookups, *others]
-    yield "rag_shaped", lookups
-    for n in LOADED:
-        for way in WAYS:
-            yield f"documents{n}{way}", lookups
+def contexts(lookups: Sequence[Question], others: Sequence[Question]) -> Iterator[tuple[Context, Sequence[Question]]]:
+    """Every context with its questions."""
+    yield Context("no_context"), lookups
+    yield Context("chunk512"), lookups
+    yield Context("whole_document"), [*lookups, *others]
+    yield Context("rag_shaped"), lookups
+    for context in DOCUMENTS:
+        yield context, lookups
 
 
 def read(
-    model: FrozenModel, collection: Collection, arm: str, questions: Sequence[Question]
+    model: FrozenModel, collection: Collection, context: Context, questions: Sequence[Question]
 ) -> Iterator[tuple[Question, str]]:
-    """The model's answers under one arm, a group of questions with the same context at a time."""
+    """Questions with the model's answers, in the order of their documents, so that prefilled texts are reused."""
     from cas.model.decoding import Prompt, generate
     from cas.model.positions import Layout
 
@@ -128,7 +145,7 @@ def read(
         return model.prefill([*model.template.header_ids, *model.encode(text)])[:, :, :, model.layout_header :]
 
     for question in sorted(questions, key=lambda q: q.document_ids):
-        texts, policy = context(model, collection, arm, question)
+        texts, policy = context_texts(model, collection, context, question)
         kv = {f"{i}": prefilled(text) for i, text in enumerate(texts)}
         sizes = [t.shape[3] for t in kv.values()]
         if sum(sizes) > room:
@@ -138,24 +155,24 @@ def read(
         yield question, model.decode(generate(model, [prompt], kv, layout, max_new_tokens=24)[0].ids)
 
 
-def context(
-    model: FrozenModel, collection: Collection, arm: str, question: Question
+def context_texts(
+    model: FrozenModel, collection: Collection, context: Context, question: Question
 ) -> tuple[list[str], Literal["fixed", "offset"]]:
-    """The texts that an arm loads, each prefilled by itself, and where they stand."""
+    """The texts of a context, each prefilled by itself, and their positions."""
     from retrieval.chunk import with_title
 
-    # Whole documents stand beside the same others for all questions about them.
-    random = Random(f"{arm}/{question.id if arm == 'rag_shaped' else question.document_ids[0]}")
+    # Documents are loaded beside the same others for all questions about them.
+    random = Random(f"{context}/{question.id if context.kind == 'rag_shaped' else question.document_ids[0]}")
     gold = [collection[i] for i in question.document_ids]
     others = [d for d in collection.documents if d not in gold]
     whole = [with_title(d.title, d.text) for d in gold]
-    if arm == "no_context":
+    if context.kind == "no_context":
         return [], "offset"
-    if arm == "whole_document":
+    if context.kind == "whole_document":
         return whole, "offset"
-    if arm == "chunk512":
+    if context.kind == "chunk512":
         return [with_title(gold[0].title, _chunk(model, gold[0], question, 480))], "offset"
-    if arm == "rag_shaped":
+    if context.kind == "rag_shaped":
         chunks = [with_title(gold[0].title, _chunk(model, gold[0], question, 100))]
         for document in random.sample(others, 5):
             sentences = document.text.split(". ")
@@ -163,18 +180,17 @@ def context(
             chunks.append(with_title(document.title, ". ".join(sentences[at : at + 8]).rstrip(".") + "."))
         random.shuffle(chunks)
         return ["\n\n".join(chunks)], "offset"
-    number, _, way = arm.removeprefix("documents").partition("_")
-    count = int(number)
-    texts = [*whole, *(with_title(d.title, d.text) for d in random.sample(others, count - len(whole)))]
+    assert context.kind == "documents" and context.count is not None, context
+    texts = [*whole, *(with_title(d.title, d.text) for d in random.sample(others, context.count - len(whole)))]
     random.shuffle(texts)
-    return (["\n\n".join(texts)], "offset") if way == "text" else (texts, "offset" if way else "fixed")
+    return (["\n\n".join(texts)], "offset") if context.way == "text" else (texts, context.way)
 
 
 def _chunk(model: FrozenModel, document: Document, question: Question, tokens: int) -> str:
-    """Whole paragraphs around the one that answers, as many as ``tokens`` hold."""
+    """Whole paragraphs around the one with the answer, at most ``tokens`` tokens."""
     paragraphs = document.text.split("\n\n")
     names = [p for p in paragraphs if question.answers[0] in p]
-    # The paragraph of the subject: the one that has most of the question's capitalised words.
+    # The paragraph of the subject: the one that has most of the question's capitalized words.
     words = [w for w in question.question.replace("?", "").split()[1:] if w[0].isupper()]
     at = paragraphs.index(max(names, key=lambda p: sum(w in p for w in words)))
     low, high = at, at + 1

@@ -1,9 +1,10 @@
-"""What the embedded reader is trained on: scenes of fictional worlds, from lists of names up to twelve documents side by side.
+"""What the embedded reader is trained on: scenes of fictional worlds, from lists of names to twelve documents.
 
-A *scene* is some texts, each prefilled by itself, and exchanges (a user's message and the answer) that see one or several
-of them. Four kinds of scene come equally often: one whole document, or several loaded as composed cartridges would be,
-at the same positions and blind to one another; retrieved chunks of several documents in one text; a chunk with requests to
-write questions about it; a chunk with questions to answer. A fifth kind, lists of names and values, teaches what matching is.
+A *scene* is some texts, each prefilled by itself, and exchanges (a user's message and the answer) that see one or
+several of them. Four kinds of scene come equally often: one whole document, or several loaded like composed cartridges,
+at the same positions and invisible to each other; retrieved chunks of several documents in one text; a chunk
+with requests to write questions about it; a chunk with questions to answer. A fifth kind, lists of names and values,
+teaches what matching is.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from retrieval.chunk import split_sentences, with_title
 
 KINDS = ("whole", "rag", "write", "answer", "lists")
 SEED_KINDS = ("question", "structuring", "use case", "creative")  # in the order of an attribute's wordings
-NOTHING = "Nothing."  # is to be asked about a sentence that tells no fact; self-study drops it
+NOTHING = "Nothing."  # the answer about a sentence that states no fact; self-study drops it
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A user's message and the answer, which sees these texts of its scene; and the facts it rests upon (Asked.facts)."""
+    """A user's message, the answer, the texts of the scene that these see, and the facts they need (Asked.facts)."""
 
     kind: str
     user: str
@@ -33,8 +34,9 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Told:
-    """Where a text tells a value of a subject, and where it last said the subject's name: ranges of characters."""
+class Statement:
+    """Where a text states a value of a subject, and its last mention of the subject's name before: ranges of
+    characters."""
 
     text: int
     subject: str
@@ -46,11 +48,11 @@ class Told:
 
 @dataclass(frozen=True)
 class Scene:
-    """Texts, each prefilled by itself behind the header, exchanges about them, and where they tell what."""
+    """Texts, each prefilled by itself behind the header, exchanges about them, and what the texts state where."""
 
     texts: tuple[str, ...]
     exchanges: tuple[Exchange, ...]
-    told: tuple[Told, ...] = ()
+    statements: tuple[Statement, ...] = ()
 
 
 SMALL = Shape(people=(1, 1), facts=(2, 3), place_facts=(1, 2), event_facts=(0, 0), filler=0.0, indirect=0.0)
@@ -68,7 +70,7 @@ LEVELS: tuple[tuple[Shape, int, int], ...] = (
 
 
 def scenes(seed: int, level: int, start: int = 0) -> Iterator[Scene]:
-    """Scenes without end, a function of seed and number alone: half of them at ``level``, the rest at any level up to it."""
+    """Endless scenes, a function of seed and number alone: half at ``level``, the rest at any level up to it."""
     number = start
     while True:
         random = Random(f"reader/{seed}/{number}")
@@ -87,44 +89,44 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
         records = list(make_records(seed, 0, shape, count))
         texts = tuple(with_title(r.document.title, r.document.text) for r in records)
         joined = random.random() < 0.25  # all of them as one text
-        found = []
+        exchanges = []
         for i, record in enumerate(records):
             sums = _summaries(record, texts[i])
             asked = [*single(record), *random.sample(sums, min(1, len(sums)))]
             every = list(whole(record, random))
             pairs = two(record, records[(i + 1) % count]) if count > 1 else ()
             visible = (0,) if joined else tuple(range(count))
-            some = random.sample(asked, min(len(asked), max(2, 20 // count)))
-            some += random.sample(every, min(len(every), max(1, 4 // count)))
-            found += [_asked(random, a, visible if joined or random.random() < 0.8 else (i,)) for a in some]
+            chosen = random.sample(asked, min(len(asked), max(2, 20 // count)))
+            chosen += random.sample(every, min(len(every), max(1, 4 // count)))
+            exchanges += [_exchange(random, a, visible if joined or random.random() < 0.8 else (i,)) for a in chosen]
             two_asked = list(pairs)
-            found += [_asked(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
+            exchanges += [_exchange(random, a, visible) for a in random.sample(two_asked, min(2, len(two_asked)))]
         texts = ("\n\n".join(texts),) if joined else texts
-        return Scene(texts, tuple(found), tuple(_told(records, texts)))
+        return Scene(texts, tuple(exchanges), tuple(_statements(records, texts)))
     records = list(make_records(seed, 0, shape, random.randint(2, 4) if kind == "rag" else 2))
     if kind == "rag":
         pieces = [(r, chunk) for r in records for chunk in _chunks(random, r.document.text, random.randint(2, 8))]
         pieces = random.sample(pieces, min(len(pieces), chunks))
         text = "\n\n".join(with_title(r.document.title, chunk) for r, chunk in pieces)
-        asked = [a for r in records for a in _told_in(r, [c for record, c in pieces if record is r])]
-        some = random.sample(asked, min(len(asked), 16))
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in some), tuple(_told(records, (text,))))
+        asked = [a for r in records for a in _questions_in(r, [c for record, c in pieces if record is r])]
+        chosen = random.sample(asked, min(len(asked), 16))
+        return Scene((text,), tuple(_exchange(random, a, (0,)) for a in chosen), tuple(_statements(records, (text,))))
     record = records[0]
     sentences = split_sentences(record.document.text)
     size = random.randint(min(4, len(sentences)), min(40, len(sentences)))
     low = random.randint(0, len(sentences) - size)
     chunk = record.document.text[sentences[low][0] : sentences[low + size - 1][1]].strip()
     text = with_title(record.document.title, chunk)
-    asked = [*_told_in(record, [chunk]), *_summaries(record, text)]
+    asked = [*_questions_in(record, [chunk]), *_summaries(record, text)]
     random.shuffle(asked)
-    told = tuple(_told([record], (text,)))
+    statements = tuple(_statements([record], (text,)))
     if kind == "answer":
-        return Scene((text,), tuple(_asked(random, a, (0,)) for a in asked[:16]), told)
+        return Scene((text,), tuple(_exchange(random, a, (0,)) for a in asked[:16]), statements)
     exchanges = []
     for a in asked[:16]:
         which = random.randrange(len(a.sentences))
         sentence, fact = a.sentences[which], a.facts[which]
-        if chunk.count(sentence) == 1:  # else nobody knows about whom
+        if chunk.count(sentence) == 1:  # else its subject is ambiguous
             number = random.randrange(len(a.asks))
             seed = "summarisation" if a.kind == SUMMARY else SEED_KINDS[number]
             exchanges.append(Exchange("write", f"{seed}: {sentence}", a.asks[number], (0,), (fact,)))
@@ -133,15 +135,15 @@ def _scene(random: Random, seed: str, kind: str, shape: Shape, side_by_side: int
     for sentence in random.sample(silent, min(2, len(silent))):
         seed = random.choice(("summarisation", *SEED_KINDS))
         exchanges.append(Exchange("write", f"{seed}: {sentence}", NOTHING, (0,)))
-    return Scene((text,), tuple(exchanges), told)
+    return Scene((text,), tuple(exchanges), statements)
 
 
-def _asked(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
+def _exchange(random: Random, a: Asked, texts: tuple[int, ...]) -> Exchange:
     return Exchange(a.kind, random.choice((*a.asks, *a.tests)), a.answer, texts, a.facts)
 
 
-def _told(records: Sequence[Record], texts: Sequence[str]) -> Iterator[Told]:
-    """Every fact of the records that the texts tell in a paragraph that names its subject before."""
+def _statements(records: Sequence[Record], texts: Sequence[str]) -> Iterator[Statement]:
+    """Every fact of the records that the texts state in a paragraph that names its subject before."""
     facts = [(s.name, f.value, f.sentence) for r in records for s in r.subjects for f in s.told.values()]
     facts += [(r.place.name, r.founder.name, r.founded) for r in records if r.founder is not None]
     for number, text in enumerate(texts):
@@ -156,7 +158,7 @@ def _told(records: Sequence[Record], texts: Sequence[str]) -> Iterator[Told]:
                     first = _before(paragraph, words[0], at) or last
                     if last and first:
                         spans = [(start + a, start + b) for a, b in (first, last, (at, at + len(value)))]
-                        yield Told(number, subject, value, *spans)
+                        yield Statement(number, subject, value, *spans)
             start += len(paragraph) + 2
 
 
@@ -166,11 +168,11 @@ def _before(text: str, word: str, end: int) -> tuple[int, int] | None:
     return (at, at + len(word)) if at >= 0 else None
 
 
-def _told_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
-    """What one of the chunks tells and says of whom, with the subject's full name in it."""
-    told = {(chunks[t.text], t.subject, t.value) for t in _told([record], chunks)}
+def _questions_in(record: Record, chunks: Sequence[str]) -> Iterator[Asked]:
+    """Questions whose answer one of the chunks states, together with the subject's full name."""
+    stated = {(chunks[t.text], t.subject, t.value) for t in _statements([record], chunks)}
     for a in single(record):
-        if any((chunk, a.subject, a.answer) in told and a.subject.lower() in chunk.lower() for chunk in chunks):
+        if any((chunk, a.subject, a.answer) in stated and a.subject.lower() in chunk.lower() for chunk in chunks):
             yield a
 
 
@@ -185,12 +187,13 @@ def _chunks(random: Random, text: str, size: int) -> list[str]:
 
 
 def _lists(random: Random, side_by_side: int) -> Scene:
-    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose around.
+    """Values by name, by name and attribute, or by attribute under a name's heading: what matching is, with no prose
+    around.
 
     The few attributes come back under every name, so that neither name nor attribute alone finds a value.
     """
     count, each, style = random.randint(1, side_by_side), random.randint(2, 6), random.choice(("pair", "row", "card"))
-    firsts, lasts = (random.sample(some, count * each // 2 + 2) for some in (FIRST, LAST))
+    firsts, lasts = (random.sample(names, count * each // 2 + 2) for names in (FIRST, LAST))
     names = random.sample([f"{a} {b}" for a in firsts for b in lasts], count * each)
     kinds = [a for a in PERSON if a.values]
     kinds = random.sample(kinds, 1 if style == "pair" else random.randint(2, 3))
@@ -202,10 +205,10 @@ def _lists(random: Random, side_by_side: int) -> Scene:
     }[style]
     texts: list[str] = []
     for i in range(count):
-        # Told again in another order: predicting the second telling is matching, too, and every token of it teaches.
+        # Repeated in another order: predicting the repetition is matching too, and every token of it trains.
         for again in range(random.choice((1, 2, 2))):
             rows = [lines(n) for n in random.sample(names[i::count], len(names[i::count]))]
-            flat = [row for some in rows for row in some]
+            flat = [row for group in rows for row in group]
             part = "\n".join(random.sample(flat, len(flat)) if style == "row" else flat)
             texts[i:] = [part if not again else f"{texts[i]}\n{part}"]
     asked = random.sample(list(values), min(12, len(values)))
@@ -217,12 +220,12 @@ def _lists(random: Random, side_by_side: int) -> Scene:
             )
             for n, a in asked
         ),
-        tuple(told for i, text in enumerate(texts) for told in _listed(i, text)),
+        tuple(statement for i, text in enumerate(texts) for statement in _list_statements(i, text)),
     )
 
 
-def _listed(number: int, text: str) -> Iterator[Told]:
-    """What a list tells: behind a colon, of the line's name or of the heading's."""
+def _list_statements(number: int, text: str) -> Iterator[Statement]:
+    """The statements of a list: a value after a colon, of the name in the line or in the heading."""
     start, name, at = 0, "", 0
     for line in text.split("\n"):
         left, colon, value = line.rpartition(": ")
@@ -230,5 +233,5 @@ def _listed(number: int, text: str) -> Iterator[Told]:
             name, at = (left if colon else line).split(",")[0], start
         if colon:
             end, split = start + len(line), at + name.index(" ")
-            yield Told(number, name, value, (at, split), (split + 1, at + len(name)), (end - len(value), end))
+            yield Statement(number, name, value, (at, split), (split + 1, at + len(name)), (end - len(value), end))
         start += len(line) + 1

@@ -2,8 +2,8 @@
 
     python -m experiments.train_reader --output runs/reader
 
-What it reads stands in ``experiments/reader_scenes.py``. Scenes begin small and grow whenever nine of ten
-questions about single facts are answered. Interrupted, the same command goes on.
+What it reads is in ``experiments/reader_training/scenes.py``. Scenes begin small and grow whenever nine of ten
+questions about single facts are answered. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from cas import console
-from cas.config import DEFAULT_SYSTEM, parse
+from cas.config import parse
 from cas.data.worlds import TWO, WHOLE
 from cas.errors import ConfigError
 from experiments.reader_training.packing import LAYERS, LOOKS, Packed
 from experiments.reader_training.scenes import LEVELS, Scene, scenes
+from experiments.reader_training.tokenizer import make_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 ROPE_BASE = 1e8
-SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
 @dataclass(frozen=True)
@@ -45,11 +40,11 @@ class Config:
     tokens: int = 22_000_000
     """Tokens to train on."""
     step_tokens: int = 1500
-    """Tokens of a step, about: scenes are added until their characters and exchanges promise as many."""
+    """Approximate tokens of a step, estimated from characters and exchanges of scenes."""
     lr: float = 4e-4
     """Peak learning rate."""
     warmup: int = 300
-    """Steps until it is reached."""
+    """Steps until the peak."""
     vocabulary: int = 3584
     """Tokens of the tokenizer."""
     hidden: int = 256
@@ -63,48 +58,13 @@ class Config:
     reading: float = 0.3
     """Weight of predicting the texts themselves."""
     looking: float = 0.5
-    """Weight of showing a few attention heads where to look."""
+    """Weight of the loss that shows a few attention heads where to look."""
     level: int = 0
     """Level of the curriculum to begin with."""
     seed: int = 0
     """Seed of weights and scenes; worlds of collections have other seeds."""
     init: str | None = None
     """Folder of a model to start from, in place of random weights."""
-
-
-def make_tokenizer(vocabulary: int, count: int = 1500) -> Any:
-    """A byte-level BPE tokenizer trained on scenes of its own seed; it can spell any text.
-
-    A word is the same token at the start of a text or line as behind a space, or matching it would mean learning which
-    token spells which: a space is put there, and taken away behind line breaks by the decoder.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Replace(Regex(r"\n(?=\S)"), "\n ")
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def texts() -> Iterator[str]:
-        for scene in islice(scenes(-1, len(LEVELS) - 1), count):
-            yield from scene.texts
-            for e in scene.exchanges:
-                yield from (e.user, e.answer)
-            yield DEFAULT_SYSTEM
-
-    bpe.train_from_iterator(texts(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|system|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
@@ -138,23 +98,23 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 
 def look_up(hf: Any, config: Config) -> None:
-    """Set some attention heads so that the model can go on with a sequence it has seen (an induction circuit), and so that
-    a value is found by the name that heads of a layer before looked at.
+    """Set some attention heads so that the model can continue a sequence it has seen (an induction circuit), and so
+    that a value is found by the name that heads of an earlier layer looked at.
 
-    Random weights had hardly begun to go on with sequences after 600,000 tokens of them; from here twenty steps do. Some of
-    the residual stream's components are kept free for a trail of the three tokens before, some for a name, one is constant,
-    the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens back, by rotation
-    alone, and write the trail. In the second layer keys are trails; the queries of half the heads are the token itself
-    (what came behind it before?), those of the others its trail, not nearby (where did I read these words?); all copy the
-    token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that tell look where the same words
-    were read, and copy the name written there; heads that find look where the same name has been written, and copy, in turns,
-    token or name. Of the layer behind, half the heads look where the written name itself stands, the others where the name just
-    found has been written; all copy. Everything else starts near zero.
+    Random weights had hardly begun to continue sequences after 600,000 tokens of them; from here twenty steps suffice.
+    Some of the residual stream's components are kept free for a trail of the three tokens before, some for a name, one
+    is constant, the rest hold the token's own embedding. Three heads of the first layer look one, two and three tokens
+    back, by rotation alone, and write the trail. In the second layer keys are trails; the queries of half the heads are
+    the token itself (what followed it before?), those of the others its trail, not nearby (where were these words
+    read?); all copy the token they find. Heads that name (``LOOKS``), once they look at names, write them; heads that
+    tell look where the same words were read, and copy the name written there; heads that find look where the same name
+    has been written, and copy, in turns, token or name. In the next layer, half the heads look where the written name
+    itself stands, the others where the name just found has been written; all copy. Everything else starts near zero.
     """
     import torch
 
     size, std = config.hidden // config.heads, config.hidden**-0.5 / 2
-    half, fast = size // 2, size // 4  # fast rotary pairs tell places apart, slow ones hardly turn
+    half, fast = size // 2, size // 4  # fast rotary pairs distinguish positions, slow ones hardly rotate
     wide = 2 * (half - fast)
     slow = [*range(fast, half), *range(half + fast, size)]
     frequencies = ROPE_BASE ** (-torch.arange(half) / half)
@@ -220,7 +180,7 @@ def look_up(hf: Any, config: Config) -> None:
 
 
 class Trainer:
-    """Weights, their Adam state and where the run is; everything a checkpoint holds."""
+    """Weights, their Adam state and the progress of the run; everything a checkpoint holds."""
 
     def __init__(self, config: Config) -> None:
         import torch
@@ -252,7 +212,7 @@ class Trainer:
             betas=(0.9, 0.98),
         )
         self.step = self.tokens = self.scene = 0
-        self.begun = 0  # steps since everything is trained
+        self.begun = 0  # steps since all parameters are trained
         self.level, self.right = config.level, 0.0
         self.looking = dict.fromkeys(LOOKS, 3.0 if config.looking else 0.0)
         self._resume()
@@ -275,10 +235,10 @@ class Trainer:
         losses = cross_entropy(logits.float(), packed.gold, reduction="none")
         answers = packed.answering
         answering, reading = losses[answers].mean(), losses[~answers].mean()
-        looking = {name: torch.cat(found).mean() for name, found in packed.looking.items() if found}
-        for name, found in looking.items():
-            self.looking[name] += 0.02 * (float(found.detach()) - self.looking[name])
-        # Names first, and by nothing but the attention to them: much else would be undone on the way.
+        looking = {name: torch.cat(parts).mean() for name, parts in packed.looking.items() if parts}
+        for name, mean in looking.items():
+            self.looking[name] += 0.02 * (float(mean.detach()) - self.looking[name])
+        # First attention to names alone: anything else learned before would be undone by it.
         loss = self.config.looking * looking.get("naming", 0.0 * reading)
         if self.begun or self.looking["naming"] < 0.5:
             loss = loss + self.config.looking * sum(looked for name, looked in looking.items() if name != "naming")
@@ -353,7 +313,7 @@ class Trainer:
         return self.tokens >= self.config.tokens
 
     def save(self) -> None:
-        """Everything to go on with, in one file, whole or not at all; and the model as others load it."""
+        """Write the checkpoint, atomically, and the model in Hugging Face's format."""
         import torch
         from safetensors.torch import save_file
 
@@ -379,19 +339,19 @@ class Trainer:
         file = self.folder / "checkpoint.safetensors"
         if not file.exists():
             return
-        with safe_open(file, "pt") as found:
-            for key, value in json.loads(found.metadata()["state"]).items():
+        with safe_open(file, "pt") as checkpoint:
+            for key, value in json.loads(checkpoint.metadata()["state"]).items():
                 setattr(self, key, value)
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(found.get_tensor(f"weight.{name}"))
-                if f"step.{name}" in found.keys():  # noqa: SIM118  (those not trained yet have none)
+                parameter.data.copy_(checkpoint.get_tensor(f"weight.{name}"))
+                if f"step.{name}" in checkpoint.keys():  # noqa: SIM118  (those not trained yet have none)
                     self.optimizer.state[parameter] = {
-                        key: found.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                        key: checkpoint.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                     }
 
 
 def _refuse(config: Config) -> None:
-    """Raise ConfigError for what cannot be trained, or was begun otherwise; only ``tokens`` may change on the way."""
+    """Raise ConfigError for what cannot be trained, or was begun with other options; only ``tokens`` may change."""
     if not 0 <= config.level < len(LEVELS):
         raise ConfigError(f"--level {config.level}: from 0 to {len(LEVELS) - 1}")
     if config.looking and config.layers < LAYERS:

@@ -18,7 +18,7 @@ from cas.training import pipeline
 from cas.config import TrainConfig, parse
 from cas.model.frozen import FrozenModel
 from cas.data.collection import Collection
-from cas.evaluation.arms import PeakMemory
+from cas.evaluation.machine import PeakMemory
 
 config = parse(TrainConfig, "train", sys.argv[1:])
 plans = []

@@ -249,7 +249,7 @@ def test_exact_match_and_f1_agree_with_torchmetrics(prediction: str, answers: li
 
 def test_rouge_and_chrf_agree_with_torchmetrics() -> None:
     """The libraries we call (rouge-score, sacrebleu) against another's own: chrF2, and ROUGE-L of one answer."""
-    from cas.evaluation.arms import overlap_scores
+    from cas.evaluation.metrics import overlap_scores
 
     torchmetrics = pytest.importorskip("torchmetrics.functional.text")
     said, gold = "the crane lifts nine tonnes on mondays", "nine tonnes are lifted by the crane"

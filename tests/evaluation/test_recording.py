@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 
 import cas.evaluation.check
-import cas.evaluation.recording
+import cas.evaluation.machine
+import cas.evaluation.privacy
 from cas.errors import ConfigError, RunError, UserError
 from cas.evaluation.check import main
 from cas.evaluation.metrics import interval, paired_difference
-from cas.evaluation.recording import INTERVAL, is_estimate, read_run, refuse_private, relative, table, write_run
+from cas.evaluation.privacy import refuse_private, relative
+from cas.evaluation.recording import INTERVAL, is_estimate, read_run, table, write_run
 
 METRICS = ["f1", "exact_match", "log_perplexity"]
 
 
 @pytest.fixture(autouse=True)
 def known_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cas.evaluation.recording.getpass, "getuser", lambda: "jdoe")
-    monkeypatch.setattr(cas.evaluation.recording.socket, "gethostname", lambda: "gpubox7.example.org")
+    monkeypatch.setattr(cas.evaluation.privacy.getpass, "getuser", lambda: "jdoe")
+    monkeypatch.setattr(cas.evaluation.privacy.socket, "gethostname", lambda: "gpubox7.example.org")
     monkeypatch.delenv("CAS_DATA", raising=False)
 
 
@@ -135,9 +137,9 @@ def test_accelerator_is_named_when_torch_sees_one(monkeypatch: pytest.MonkeyPatc
     )
     cuda = SimpleNamespace(get_device_name=lambda: "NVIDIA H200")
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(accelerator=accelerator, cuda=cuda))
-    assert cas.evaluation.recording._hardware()["accelerator"] == "2 x NVIDIA H200"
+    assert cas.evaluation.machine.hardware()["accelerator"] == "2 x NVIDIA H200"
     accelerator.is_available = lambda: False
-    assert cas.evaluation.recording._hardware()["accelerator"] is None
+    assert cas.evaluation.machine.hardware()["accelerator"] is None
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -28,7 +28,7 @@ def work() -> Work:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_the_frozen_rival_is_the_model_itself(tiny: Callable[..., FrozenModel]) -> None:
-    """Packed, grouped and without a prefix: the logits of every conversation are those of Hugging Face's own forward."""
+    """Packed, grouped and without a prefix, every conversation has the logits of Hugging Face's own forward."""
     for kind in ("llama", "qwen3"):
         model = tiny(kind)
         batch = Batch((9, 4, 31, 1, 17), ((),) * 5)

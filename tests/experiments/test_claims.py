@@ -50,10 +50,10 @@ def test_a_claim_says_only_what_it_compares(name: str) -> None:
     assert claim.name == name and claim.title and re.search(r"\d{4}\.\d{5}", claim.paper)
     if claim.not_run:
         return
-    figures = [figure for _, figure in claim.table] + [s.figure for s in claim.shown]
+    figures = [figure for _, figure in claim.table] + [s.figure for s in claim.criteria]
     differences = {tuple(f.split("_minus_")) for f in figures if "_minus_" in f}
     assert differences <= {*claim.compare}
-    assert claim.shown and all(s.side in ("least", "most") for s in claim.shown)
+    assert claim.criteria and all(s.side in ("least", "most") for s in claim.criteria)
     assert len({label for label, _ in claim.table}) == len(claim.table) == len({f for _, f in claim.table})
 
 
@@ -103,7 +103,7 @@ def test_a_training_is_made_once_whoever_asks(lab: ClaimContext) -> None:
     with lab.trained("curve", pool=3, targets=2, per_target=4) as store:
         assert all((store.cartridge(i) == kv).all() for i, kv in first.items())
     # The same starts: the base store's, copied.
-    with closing(lab.started("untrained")) as started, closing(lab._store("base")) as base:
+    with closing(lab.initialized("untrained")) as started, closing(lab._store("base")) as base:
         assert all((started.cartridge(i) == base.cartridge(i)).all() for i in base.rows())
 
 

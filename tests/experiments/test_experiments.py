@@ -1,4 +1,4 @@
-"""The experiments: what their arms put before the model, and joint against isolated from end to end, on a tiny model."""
+"""What the arms of experiments put before the model, and joint against isolated training from end to end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cas.answering import prompts as prompting
 from cas.data.collection import Collection, Document, Question
 from cas.errors import ConfigError
 from cas.evaluation import check
-from cas.evaluation.arms import groups, run_arms, unseen
+from cas.evaluation.answers import prompt_groups, run_arms, unseen_questions
+from cas.evaluation.arms import FULL_DOCUMENT, Arm
 from cas.model.decoding import generate, log_likelihood
 from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
@@ -42,7 +43,7 @@ def test_a_shared_text_is_the_plain_prompt(
 ) -> None:
     """``full_document`` reads a document once for all its questions; the truth reads it with every question."""
     model = tiny("llama")
-    found = list(groups(model, store, collection, collection.questions, "full_document", {}))
+    found = list(prompt_groups(model, store, collection, collection.questions, FULL_DOCUMENT, {}))
     assert sorted(q.id for about, *_ in found for q in about) == sorted(q.id for q in collection.questions)
     for about, prompts, loaded, layout in found:
         for question, prompt in zip(about, prompts, strict=True):
@@ -58,8 +59,9 @@ def test_a_shared_text_is_the_plain_prompt(
 def test_what_every_arm_loads(tiny: Callable[..., FrozenModel], collection: Collection, store: Store) -> None:
     model, questions = tiny("llama"), collection.questions
 
-    def prompts(arm: str) -> list[Any]:
-        [(_, prompts, _, layout)] = groups(model, store, collection, questions, arm, {}, HashEmbedder())
+    def prompts(name: str) -> list[Any]:
+        arm = Arm.parse(name)
+        [(_, prompts, _, layout)] = prompt_groups(model, store, collection, questions, arm, {}, HashEmbedder())
         assert layout == store.layout
         return prompts
 
@@ -88,7 +90,7 @@ def test_predictions_stand_in_the_order_of_the_questions(
 ) -> None:
     mixed = replace(collection.questions[0], id="q-again")
     questions = (*collection.questions, mixed)
-    found = run_arms(tiny("llama"), store, collection, questions, ("full_document",), prefix="x_", max_new_tokens=4)
+    found = run_arms(tiny("llama"), store, collection, questions, (FULL_DOCUMENT,), prefix="x_", max_new_tokens=4)
     assert [p["question_id"] for p in found] == [q.id for q in questions]
     assert {p["arm"] for p in found} == {"x_full_document"}
     assert found[0]["scores"] == pytest.approx(found[-1]["scores"], abs=1e-4)
@@ -120,7 +122,7 @@ def test_joint_against_isolated_from_end_to_end(
     monkeypatch.setattr(
         "cas.selfstudy.synthesize.synthesize", lambda model, chosen, *_, **__: converse(model, chosen, 12)
     )
-    monkeypatch.setattr("cas.evaluation.arms.open_index", lambda store, _: opened(store, HashEmbedder()))
+    monkeypatch.setattr("cas.evaluation.answers.open_index", lambda store, _: opened(store, HashEmbedder()))
     from cas.answering.answerer import open_index as opened
 
     config = Config(
@@ -177,10 +179,10 @@ def test_held_out_conversations_are_not_trained(tiny: Callable[..., FrozenModel]
 def test_questions_of_the_self_study_are_not_asked(tiny: Callable[..., FrozenModel], collection: Collection) -> None:
     one = converse(tiny("llama"), collection, per_document=1).by_document["pump"][0]
     seen = replace(one, question=f" {collection.questions[0].question.upper()} ")
-    assert unseen(collection.questions, Conversations([seen], {})) == list(collection.questions[1:])
+    assert unseen_questions(collection.questions, Conversations([seen], {})) == list(collection.questions[1:])
 
 
-# -- collapse and rescue ------------------------------------------------------------------------------------------------
+# -- collapse and rescue -----------------------------------------------------------------------------------------------
 
 
 def test_validation_questions_are_others_than_test_questions_and_of_the_same_kinds() -> None:
@@ -203,7 +205,7 @@ def test_validation_questions_are_others_than_test_questions_and_of_the_same_kin
 
 
 def test_predictions_get_the_names_of_the_claims() -> None:
-    from experiments.claims.collapse_and_rescue import CLAIMS, PARTS, named
+    from experiments.claims.collapse_and_rescue import CLAIMS, PARTS, rename_arms
 
     kinds = ["lookup"] * 4 + ["indirect"] * 2 + ["whole document"] * 2 + ["two documents"]
     questions = [Question(f"q{n}", ("d",), "Who?", ("x",), None, kind) for n, kind in enumerate(kinds)]
@@ -213,11 +215,11 @@ def test_predictions_get_the_names_of_the_claims() -> None:
         for arm in arms
         for q in questions
     ]
-    found = named(given, questions, ["d"], 7)
+    found = rename_arms(given, questions, ["d"], 7)
     counts = {arm: sum(p["arm"] == arm for p in found) for arm in {p["arm"] for p in found}}
     assert counts["rag"] == counts["monolithic"] == counts["joint_retrieved4"] == counts["joint_retrieved4_dense"] == 9
     assert [counts[f"rag{part}"] for part in PARTS] == [4, 2, 2, 1, 6, 9]
-    assert not any(p["arm"].endswith("_sixteen") for p in named(given, questions, ["e"], 7))
+    assert not any(p["arm"].endswith("_sixteen") for p in rename_arms(given, questions, ["e"], 7))
     assert {p["question_id"] for p in found if p["arm"] == "rag_thirds"} == {
         p["question_id"] for p in found if p["arm"] == "joint_retrieved4_thirds"
     }

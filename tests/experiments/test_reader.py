@@ -23,7 +23,7 @@ from cas.model.positions import Layout
 from cas.selfstudy.seed_prompts import normal
 from experiments.reader_training import train_reader
 from experiments.reader_training.packing import LOOKS, Packed, Tokens
-from experiments.reader_training.scenes import LEVELS, NOTHING, Exchange, Scene, _told, scenes
+from experiments.reader_training.scenes import LEVELS, NOTHING, Exchange, Scene, _statements, scenes
 from experiments.reader_training.train_reader import Config, Trainer, make_model
 
 
@@ -61,7 +61,9 @@ def test_answers_stand_in_what_is_seen(level: int) -> None:
 
 
 def test_what_a_text_tells_stands_behind_the_name_of_its_subject() -> None:
-    told = [(scene.texts[t.text], t) for level in range(len(LEVELS)) for scene in some(level, 15) for t in scene.told]
+    told = [
+        (scene.texts[t.text], t) for level in range(len(LEVELS)) for scene in some(level, 15) for t in scene.statements
+    ]
     assert len(told) > 500
     for text, t in told:
         words = t.subject.removeprefix("the ").split()
@@ -72,7 +74,7 @@ def test_what_a_text_tells_stands_behind_the_name_of_its_subject() -> None:
     for scene in some(len(LEVELS) - 1):
         for e in scene.exchanges:
             if e.kind in ("lookup", "indirect"):
-                assert any(((t.subject, t.value),) == e.facts and t.text in e.texts for t in scene.told), e
+                assert any(((t.subject, t.value),) == e.facts and t.text in e.texts for t in scene.statements), e
 
 
 def test_heads_are_shown_names_facts_and_answers() -> None:
@@ -88,7 +90,7 @@ def test_heads_are_shown_names_facts_and_answers() -> None:
 
     shown: Counter[str] = Counter()
     for scene, (sizes, own, mask), (reading, looks) in zip(part, packed.scenes, packed.looks):
-        names = {w for t in scene.told for w in t.subject.split()}
+        names = {w for t in scene.statements for w in t.subject.split()}
         for number, look in enumerate(reading):
             begin = start + packed.header + sum(sizes[:number])
             for i, row in enumerate(look.rows.tolist() if look else ()):
@@ -134,7 +136,7 @@ def test_looking_is_the_attention_of_the_model(tiny: Callable[..., FrozenModel])
     model = tiny("llama")
     record = next(make_records("reader/x", 0, LEVELS[1][0], 1))
     text = record.document.text
-    told = next(_told([record], [text]))
+    told = next(_statements([record], [text]))
     packed = Packed([Scene((text,), (), (told,))], model, Random(0), look=True)
     model.forward(packed.ids, packed.positions, packed, rows=torch.tensor([0]))
     hf = copy.deepcopy(model.hf)
@@ -257,18 +259,19 @@ def test_every_arm_holds_the_answer_and_its_size(tiny: Callable[..., FrozenModel
 
     model, collection = tiny("llama"), world(5, 16)
     lookups = [q for q in collection.questions if q.kind == LOOKUP]
-    names = [arm for arm, _ in reader.arms(lookups, [])]
-    assert names[:4] == ["no_context", "chunk512", "whole_document", "rag_shaped"] and len(names) == 4 + 3 * 3
+    contexts = [context for context, _ in reader.contexts(lookups, [])]
+    assert [*map(str, contexts[:4])] == ["no_context", "chunk512", "whole_document", "rag_shaped"]
+    assert len(contexts) == 4 + 3 * 3
     for question in lookups[::9]:
-        for arm in names:
-            texts, policy = reader.context(model, collection, arm, question)
-            assert any(question.answers[0] in text for text in texts) == (arm != "no_context")
-            if arm.startswith("documents"):
-                count, _, way = arm.removeprefix("documents").partition("_")
+        for context in contexts:
+            texts, policy = reader.context_texts(model, collection, context, question)
+            assert any(question.answers[0] in text for text in texts) == (context.kind != "no_context")
+            if context.kind == "documents":
+                count, _, way = str(context).removeprefix("documents").partition("_")
                 assert len(texts) == (1 if way == "text" else int(count)) and policy == ("offset" if way else "fixed")
                 assert "\n\n".join(texts).count(" was founded by ") <= int(count)
-            elif arm == "rag_shaped":
+            elif context.kind == "rag_shaped":
                 titles = {d.title for d in collection.documents}
                 assert sum(title in texts[0] for title in titles) >= 6
-            elif arm == "chunk512":
+            elif context.kind == "chunk512":
                 assert len(model.encode(texts[0])) <= 512 or texts[0].count("\n\n") <= 1

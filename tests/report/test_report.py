@@ -1,11 +1,12 @@
-"""RAG against CAS: budgets are kept, settings are chosen on other questions, tests agree with known ones, and the report
-stands alone."""
+"""RAG against CAS: budgets are kept, settings are chosen on other questions, tests agree with known ones, and the
+report stands alone."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +30,12 @@ from cas.evaluation import check
 from cas.evaluation.metrics import holm, sign_flip
 from cas.evaluation.recording import read_run
 from cas.model.frozen import FrozenModel
-from cas.report import kv_pruning as compressed
-from cas.report.compare import Config, compare, split
+from cas.report import kv_pruning
+from cas.report.compare import compare, split
+from cas.report.config import Config
+from cas.report.pages import write_pages
 from cas.report.rag_baseline import CHOICES, Rag, Setting, tune
-from cas.report.view import View, make_report
+from cas.report.view import View
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from retrieval import HashEmbedder
@@ -193,14 +196,14 @@ def test_the_page_shows_what_only_one_side_answers(asked: Callable[..., Path]) -
     for p in predictions:
         p["scores"] = {**p["scores"], "contains": float("cas" in p["arm"])}
     texts = {p["question_id"]: ("<script>alert(1)</script> Which valve?", "red & green") for p in predictions}
-    make_report(folder, run, predictions, texts)
+    write_pages(folder, run, predictions, texts)
     html = (folder / "report.html").read_text()
     page = _Page()
     page.feed(html)
     assert "<script" not in html and not re.search(r"url\((?!#)|@import", html)
     assert "<script>alert(1)</script> Which valve?" in page.text and "red & green" in page.text
     view = View(run, predictions, texts)
-    assert view.won()[0] == ("all", 0, 9, 0, 0)
+    assert view.win_rows()[0] == ("all", 0, 9, 0, 0)
     assert len(view.examples("cas")) == 8 and view.examples("rag") == []
     assert all(t["p_holm"] >= t["p"] for t in view.tests)
 
@@ -240,9 +243,9 @@ class _Press:
 
 @pytest.fixture
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compressed.installed():
+    if not kv_pruning.installed():
         monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(ExpectedAttentionPress=_Press))
-        monkeypatch.setattr(compressed, "installed", lambda: True)
+        monkeypatch.setattr(kv_pruning, "installed", lambda: True)
 
 
 @pytest.mark.usefixtures("kvpress")
@@ -251,7 +254,7 @@ def test_a_compressed_cache_is_some_of_the_whole_one(tiny: Callable[..., FrozenM
     ids = model.encode(TEXTS["pump"])
     whole = model.prefill([*model.template.header_ids, *ids])[:, :, :, model.layout_header :].transpose(2, 3)
     for positions in (12, len(ids), len(ids) + 5):
-        kept = compressed.compress(model, ids, positions).transpose(2, 3)  # [L, 2, positions, H, D]
+        kept = kv_pruning.compress(model, ids, positions).transpose(2, 3)  # [L, 2, positions, H, D]
         assert kept.shape[2] == min(positions, len(ids))
         for layer in range(kept.shape[0]):
             for head in range(kept.shape[3]):
@@ -280,6 +283,19 @@ def test_a_report_goes_on_and_refuses_other_settings(asked: Callable[..., Path])
     assert after["metrics"] == json.loads(before)["metrics"]
     with pytest.raises(ConfigError, match="begun with another seed"):
         asked(seed=1)
+
+
+def test_missing_packages_are_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cas.report.compare.find_spec", lambda name: None if name in ("jinja2", "matplotlib") else name)
+    with pytest.raises(ConfigError, match=r"needs jinja2, matplotlib: pip install 'cas-cartridges\[report\]'"):
+        compare(Config(store="none", output=str(tmp_path / "report")))
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("words", [["-m", "cas", "report"], ["-m", "cas.report"], ["-m", "experiments.rag_vs_cas"]])
+def test_every_command_of_the_report_starts(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stderr) == (2, "cas: give --store: the folder that cas.train wrote\n")
 
 
 def test_too_few_questions_say_what_to_write(tmp_path: Path, asked: Callable[..., Path]) -> None:

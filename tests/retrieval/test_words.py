@@ -66,7 +66,7 @@ def test_fusion_is_a_mean_of_shares() -> None:
 
 
 def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
-    from cas.evaluation.arms import CachingEmbedder
+    from cas.evaluation.answers import CachingEmbedder
 
     plain, asked = HashEmbedder(32), list[str]()
 

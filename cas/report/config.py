@@ -1,0 +1,52 @@
+"""The options of ``cas report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """RAG against CAS on one store."""
+
+    store: str = ""
+    """The store, trained by cas.train."""
+    output: str = "runs/rag_vs_cas"
+    """Folder of the report and results."""
+    collection: str | None = None
+    """The documents with questions; default what the store was trained on."""
+    collection_seed: int | None = None
+    """Seed of a generated collection; default as the store was trained."""
+    name: str | None = None
+    """Name of the report; default that of the collection."""
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    """Cartridges to retrieve."""
+    budgets: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
+    """Tokens of retrieved text, as far as the model's window goes; as many as each of --ks has are added."""
+    tune_up_to: int = 1024
+    """RAG is tuned at each budget up to this one; larger ones take its setting."""
+    questions: int | None = None
+    """Ask so many test questions; default all."""
+    validation: int = 128
+    """Questions to tune RAG on, at most a quarter of all; they are not asked again."""
+    metric: Literal["exact_match", "contains", "f1", "rouge_l", "chrf"] | None = None
+    """What decides; default exact_match for the embedded reader, else contains."""
+    isolated: str | None = None
+    """A store of the same documents trained with --isolation 1, to compare."""
+    monolithic: str | None = None
+    """A store of the same documents trained with --merge, to compare."""
+    with_chunk_k: int = 4
+    """Cartridges of the arm that has one chunk of text as well."""
+    timed: int = 16
+    """Questions that are timed, one at a time."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hub name or folder of the embedding model, for both sides."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..."""
+    no_text: bool = False
+    """Keep answers and question texts out of what is written: figures and question ids only."""
+    seed: int = 0
+    """Seed of the split into validation and test questions."""
