@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,75 @@ def test_imports_run_one_way(package: str) -> None:
         if name.split(".")[0] in forbidden
     ]
     assert not wrong
+
+
+# Rooms of the package, from the ground up: each imports only itself and what stands before it.
+ROOMS = (
+    "cas.errors", "cas.config", "cas.console", "cas.data", "cas.model", "cas.store", "cas.selfstudy", "cas.training", "cas.answering",
+    "cas.evaluation", "cas.report", "cas.train", "cas.query", "cas.__main__",
+)  # fmt: skip
+
+
+def module_graph(root: Path, packages: Sequence[str]) -> dict[str, set[str]]:
+    """Module -> our modules that it imports, of every kind that :func:`imported` sees. Packages are named by themselves."""
+    sources = {
+        ".".join((file.parent if file.stem == "__init__" else file.with_suffix("")).relative_to(root).parts): file
+        for package in packages
+        for file in (root / package).rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in sources.items():
+        graph[name] = set()
+        for _, target in imported(file.read_text(encoding="utf-8"), ".".join(file.parent.relative_to(root).parts)):
+            while target and target not in sources:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                graph[name].add(target)
+    return graph
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or nothing."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for target in sorted(graph[name]):
+                if around := visit(target, [*path, name]):
+                    return around
+            done.add(name)
+        return []
+
+    return next((around for name in sorted(graph) if (around := visit(name, []))), [])
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = module_graph(ROOT, list(MAY_IMPORT))
+    assert len(graph) > 100 and not circle(graph)
+
+
+def test_rooms_import_only_what_stands_below_them() -> None:
+    def room(module: str) -> int | None:
+        return next((n for n, name in enumerate(ROOMS) if f"{module}.".startswith(f"{name}.")), None)
+
+    graph = module_graph(ROOT, ["cas"])
+    assert {module for module in graph if room(module) is None} == {"cas"}  # which names its parts lazily
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in targets
+        if (here := room(module)) is not None and (there := room(target)) is not None and there > here
+    ]
+    assert not sorted(wrong)
+
+
+def test_circles_and_rooms_are_seen(tmp_path: Path) -> None:
+    for name, source in {"a": "from p import b", "b": "def f():\n    from p.c import x", "c": "import p.a"}.items():
+        (tmp_path / "p").mkdir(exist_ok=True)
+        (tmp_path / "p" / f"{name}.py").write_text(source)
+    assert circle(module_graph(tmp_path, ["p"])) == ["p.a", "p.b", "p.c", "p.a"]
 
 
 @pytest.mark.parametrize("module", ["cas", "cas.errors", "budget.ledger", "retrieval"])
