@@ -13,8 +13,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from cas import __version__, console
-from cas.config import store_folder
 from cas.errors import UserError
+from cas.options import store_folder
 
 if TYPE_CHECKING:
     from cas.store.store import Store

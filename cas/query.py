@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cas import console
-from cas.config import QueryConfig, parse, store_folder
 from cas.errors import CasError, UserError
+from cas.options import QueryConfig, parse, store_folder
 
 if TYPE_CHECKING:
     from cas.answering.answerer import Answer, Answerer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from cas import console
-from cas.config import TrainConfig, parse, store_folder
+from cas.options import TrainConfig, parse, store_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

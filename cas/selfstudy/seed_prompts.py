@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cas.config import KINDS
+from cas.options import KINDS
 
 BRIEF = " Answer in a few words."
 EXAMPLE = "Marrow Bridge, which Ines Calloway designed, was opened in 1902 and has seven arches."

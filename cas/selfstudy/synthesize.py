@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from budget.manager import trim_host_memory
-from cas.config import SelfStudy
 from cas.data.collection import Collection
 from cas.errors import ConfigError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
+from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation, Conversations, read_unit, write_unit
 from cas.selfstudy.planners import Call, History, make_planner, split_documents
 from cas.selfstudy.prompt_styles import PromptStyle, prompt_style

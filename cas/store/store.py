@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-from cas.config import Initialization
 from cas.errors import CollectionError, ConfigError, StoreError, StoreExists, StoreLocked, StoreMismatch, StoreMissing
 from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
+from cas.options import Initialization
 from cas.store.records import FORMAT, READS, Records, Row, blob_keys, record, row_key, text_key, under
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cas.config import Initialization
 from cas.model.attention import causal_mask
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
+from cas.options import Initialization
 from cas.selfstudy.conversations import Conversation, Conversations
 
 if TYPE_CHECKING:

@@ -11,18 +11,18 @@ from typing import Any, Protocol
 
 import yaml
 
-from budget.planner import Plan
-from cas.config import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
+from budget.memory_plan import Plan
 from cas.data.collection import Collection, split_long
 from cas.errors import ConfigError, StoreMismatch
 from cas.model.frozen import FrozenModel
+from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import synthesize
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
+from cas.training.memory_sizes import plan_memory
 from cas.training.metrics_log import Report
-from cas.training.plan import plan_memory
 from cas.training.rounds import Round, begin_round, learning_documents, plan_round
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer

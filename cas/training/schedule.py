@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
-from cas.config import Training
+from cas.options import Training
 
 MAX_DEFAULT_POOL = 20  # as in 2606.04557
 
@@ -46,7 +46,7 @@ class Schedule:
 
     Attributes:
         conversations: how many training conversations each document has.
-        training: the settings; :class:`cas.config.Training` explains each.
+        training: the settings; :class:`cas.options.Training` explains each.
         frozen: cartridges of earlier rounds, which do not learn; frozen distractors are drawn from them too.
 
     ``guests`` are the frozen distractors: read-only cartridges from outside the pool, exchanged at every rotation.

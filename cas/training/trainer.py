@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from budget.manager import Manager
-from cas.config import Training
 from cas.errors import ConfigError
 from cas.model.attention import AttentionContext, Batch, packed_positions
 from cas.model.attention_cpu import CpuAttention
 from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
+from cas.options import Training
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cas import console
-from cas.config import parse
 from cas.errors import ConfigError
+from cas.options import parse
 
 if TYPE_CHECKING:
     from cas.evaluation.recording import Prediction

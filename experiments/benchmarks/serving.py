@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from cas.answering.answerer import Answerer
-from cas.config import SelfStudy
 from cas.data.worlds import world
 from cas.model.decoding import Prompt, generate
 from cas.model.positions import Layout
+from cas.options import SelfStudy
 from cas.selfstudy.planners import Call, History, make_planner, split_documents
 from cas.selfstudy.prompt_styles import prompt_style
 from cas.selfstudy.synthesize import Teacher

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import torch
 
 from budget.manager import trim_host_memory
-from cas.config import TrainConfig
 from cas.errors import BudgetError
 from cas.evaluation.machine import PeakMemory
-from cas.training.plan import plan_memory
+from cas.options import TrainConfig
+from cas.training.memory_sizes import plan_memory
 from cas.training.trainer import Report, Trainer
 from experiments.benchmarks.work import Work, ceiling, fictional, frozen, in_turn, peft, profiled, timed_steps
 

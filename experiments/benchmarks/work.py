@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cas.config import DEFAULT_MODEL, READER
 from cas.data.collection import Collection, Document
 from cas.data.worlds import world
 from cas.model.attention import Batch
@@ -26,6 +25,7 @@ from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.model.loading import Source
 from cas.model.positions import Layout
+from cas.options import DEFAULT_MODEL, READER
 from cas.selfstudy.conversations import Conversation, Conversations, write_unit
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges

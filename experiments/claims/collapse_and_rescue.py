@@ -24,9 +24,9 @@ from random import Random
 from typing import TYPE_CHECKING, Any, get_args
 
 from cas import console
-from cas.config import READER, parse
 from cas.errors import ConfigError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm, Retriever
+from cas.options import READER, parse
 from experiments import common
 from experiments.claims.collapse_trainings import (
     MONOLITHIC,

@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from cas.config import READER
 from cas.evaluation.arms import Arm
+from cas.options import READER
 from experiments import common
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cas import console
-from cas.config import parse
 from cas.errors import ConfigError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from cas.options import parse
 from experiments import common
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cas import console
 from cas.answering import prompts as prompting
-from cas.config import READER, parse
 from cas.data.collection import Collection, Question
 from cas.data.worlds import Shape, world
 from cas.errors import ConfigError
@@ -33,6 +32,7 @@ from cas.evaluation.resume import cached_json, check_settings
 from cas.model.decoding import Prompt
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
+from cas.options import READER, parse
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import SelfStudy, synthesize
 from cas.store.store import Store

@@ -18,9 +18,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from cas import console
-from cas.config import TrainConfig, Training, parse
 from cas.errors import ConfigError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from cas.options import TrainConfig, Training, parse
 from experiments import common
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cas import console
-from cas.config import InitializationOption, TrainConfig, parse
 from cas.errors import RunError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
+from cas.options import InitializationOption, TrainConfig, parse
 from experiments import common
 
 ARMS = (NO_CONTEXT, FULL_DOCUMENT, ORACLE, Arm("loaded"), Arm("retrieved", 4))

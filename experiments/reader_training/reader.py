@@ -19,8 +19,8 @@ from random import Random
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cas import console
-from cas.config import READER, parse
 from cas.errors import ConfigError
+from cas.options import READER, parse
 from experiments import common
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from cas.config import DEFAULT_SYSTEM
+from cas.options import DEFAULT_SYSTEM
 from experiments.reader_training.scenes import LEVELS, scenes
 
 TEMPLATE = (

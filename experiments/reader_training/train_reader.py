@@ -21,9 +21,9 @@ from random import Random
 from typing import Any
 
 from cas import console
-from cas.config import parse
 from cas.data.worlds import TWO, WHOLE
 from cas.errors import ConfigError
+from cas.options import parse
 from experiments.reader_training.packing import LAYERS, LOOKS, Packed
 from experiments.reader_training.scenes import LEVELS, Scene, scenes
 from experiments.reader_training.tokenizer import make_tokenizer

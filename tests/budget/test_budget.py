@@ -13,7 +13,7 @@ from torch import Tensor
 
 from budget.ledger import Ledger
 from budget.manager import Manager, guest_bytes, trainee_bytes
-from budget.planner import RUNTIME_BYTES, DoesNotFit, Sizes, activation_bytes, make_plan, size
+from budget.memory_plan import RUNTIME_BYTES, DoesNotFit, Sizes, activation_bytes, make_plan, size
 
 # -- ledger -------------------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ import yaml
 import cas
 from cas import console
 from cas.__main__ import main
-from cas.config import QueryConfig, SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.errors import ConfigError, StoreError
+from cas.options import QueryConfig, SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.store.records import Row
 from cas.store.store import Store
 from retrieval import EmbedderUnavailable

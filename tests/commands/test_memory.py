@@ -15,7 +15,7 @@ WATCHED = """
 import sys
 from cas import train
 from cas.training import pipeline
-from cas.config import TrainConfig, parse
+from cas.options import TrainConfig, parse
 from cas.model.frozen import FrozenModel
 from cas.data.collection import Collection
 from cas.evaluation.machine import PeakMemory

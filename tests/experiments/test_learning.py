@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cas.config import SelfStudy
 from cas.data.collection import Collection, Question, save_jsonl
 from cas.data.worlds import LOOKUP, Shape, make_records, single, world
 from cas.evaluation.metrics import exact_match
 from cas.model.decoding import Prompt, generate
 from cas.model.frozen import FrozenModel
+from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.seed_prompts import normal
 from cas.selfstudy.synthesize import synthesize

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cas.config import KINDS
 from cas.data.lexicon import EVENT, PERSON, PLACE
 from cas.data.worlds import LOOKUP, Shape, make_records, single, whole, world
 from cas.model.decoding import Prompt, log_likelihood
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
+from cas.options import KINDS
 from cas.selfstudy.seed_prompts import normal
 from experiments.reader_training import train_reader
 from experiments.reader_training.packing import LOOKS, Packed, Tokens

@@ -14,11 +14,11 @@ from conftest import CHATML, KINDS, TEXTS, WINDOW, tiny_hf, tiny_model, tiny_tok
 from torch import Tensor
 
 import cas.model.loading
-from cas.config import DEFAULT_SYSTEM
 from cas.errors import ConfigError, ModelError, UserError
 from cas.model.attention import causal_mask
 from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout, Rope, cartridge_size
+from cas.options import DEFAULT_SYSTEM
 from cas.training.initialization import initialize
 
 SOURCE = Source("folder", "tiny")

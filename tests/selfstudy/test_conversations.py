@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cas.config import KINDS
+from cas.options import KINDS
 from cas.selfstudy.conversations import Conversation, Conversations, write_unit
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from cas.config import KINDS
+from cas.options import KINDS
 from cas.selfstudy.seed_prompts import EXAMPLE, SEED_PROMPTS, bad_answer, bad_question, loops, normal, words
 
 TITLE = "Gannet Point"

@@ -15,11 +15,11 @@ from conftest import tiny_hf, tiny_tokenizer
 from helpers_store import stored_keys
 from helpers_writer import DEEDS, PLACES, SMALL, Writer, plain, wells
 
-from cas.config import KINDS
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError, RunError
 from cas.model.decoding import Generation, Prompt
 from cas.model.frozen import FrozenModel, Source
+from cas.options import KINDS
 from cas.selfstudy import synthesize as selfstudy
 from cas.selfstudy.planners import (
     MAX_RETRIES_PER_DOCUMENT,

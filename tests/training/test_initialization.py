@@ -14,11 +14,11 @@ import torch
 from conftest import tiny_model
 from helpers_store import contents, make_store
 
-from cas.config import Initialization
 from cas.data.collection import Collection
 from cas.errors import StoreMismatch
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
+from cas.options import Initialization
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.records import blob_keys, row_key
 from cas.store.store import Store

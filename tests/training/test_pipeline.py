@@ -11,9 +11,9 @@ import pytest
 from helpers_commands import TRAIN
 from helpers_store import contents
 
-from cas.config import TrainConfig, parse
 from cas.errors import StoreMismatch
 from cas.model.frozen import FrozenModel
+from cas.options import TrainConfig, parse
 from cas.store.store import Store
 from cas.training import pipeline
 

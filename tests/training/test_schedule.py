@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cas.config import Training
+from cas.options import Training
 from cas.training.schedule import Schedule, Step
 
 IDS = [f"d{i:02d}" for i in range(12)]

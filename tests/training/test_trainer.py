@@ -21,7 +21,7 @@ from helpers_store import contents, converse, log, make_store, many_documents
 from torch import Tensor
 
 from budget.manager import Manager
-from budget.planner import Sizes, activation_bytes
+from budget.memory_plan import Sizes, activation_bytes
 from cas.data.collection import Collection
 from cas.errors import ConfigError, RunError
 from cas.model.attention import Batch, Reference

@@ -1,16 +1,16 @@
-"""The memory plan of a training: the sizes that :mod:`budget.planner` needs, from settings, documents and model."""
+"""The memory plan of a training: the sizes that :mod:`budget.memory_plan` needs, from settings, documents and model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from budget.planner import DoesNotFit, Plan, Sizes, make_plan
-from cas.config import TrainConfig, memory
+from budget.memory_plan import DoesNotFit, Plan, Sizes, make_plan
 from cas.data.collection import Collection
 from cas.errors import BudgetError
 from cas.model.decoding import most_positions
 from cas.model.frozen import FrozenModel
 from cas.model.positions import cartridge_size
+from cas.options import TrainConfig, memory
 from cas.training.initialization import LONGEST, TOKENS
 from cas.training.loss import rows_at_once
 from cas.training.schedule import guest_count
