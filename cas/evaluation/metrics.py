@@ -26,12 +26,11 @@ import numpy.typing as npt
 import regex
 
 from cas.errors import ConfigError, UserError
+from retrieval.words import UNSPACED, ascii_digits
 
 METRICS = ("contains", "f1", "exact_match", "log_perplexity")  # of every recorded answer
 _DASHES = "\u2010\u2011\u2012\u2013\u2212"  # hyphens, figure and en dash, minus
-_FOLD = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys("‘’ʼ´`", "'") | {"٫": ".", "٬": ",", "٪": "%"})
-_SCRIPTS = "".join(rf"\p{{scx={name}}}" for name in "Han Hira Kana Bopo Hang Thai Laoo Khmr Mymr".split())
-_UNSPACED = rf"[\p{{L}}\p{{Nl}}&&[{_SCRIPTS}]]"
+_FOLD = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys("‘’ʼ´`", "'") | {"٪": "%"})
 # What is rewritten, in this order, before punctuation is dropped. `\p{Nd}` digits are ASCII by then.
 _REWRITES = [
     (regex.compile(pattern, regex.V1), replacement)
@@ -43,7 +42,7 @@ _REWRITES = [
         (r"[<>]=", lambda match: "≤≥"["<>".index(match[0][0])]),
         (r"(?<![-=\w])[<>≤≥](?=\s*[-\p{Sc}.]*\d)", r" \g<0> "),
         (r"(?<=\d)(?=°)|(?<=[\p{Sc}--[$]])(?=\d)|(?<=\d)(?=[\p{Sc}--[$]])", " "),  # 5°C is 5 °C; €5 is € 5
-        (f"{_UNSPACED}\\p{{M}}*", r" \g<0> "),  # one token per character
+        (rf"{UNSPACED}\p{{M}}*", r" \g<0> "),  # one token per character
     )
 ]
 _LETTER = r"[\p{L}\p{M}\p{N}]"
@@ -75,8 +74,7 @@ def normalize_answer(text: str) -> str:
     text = regex.sub(r"(?<=\d)[¼-¾⅐-⅞]", r" \g<0>", text)  # NFKC would make 51/2 of 5½ and 106 of 10⁶
     text = regex.sub(r"(?<=\d)(?=[⁻⁰¹²³⁴-⁹])", "^", text) if regex.search(r"\d[⁻⁰¹²³⁴-⁹]", text) else text
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_FOLD)).casefold())
-    text = text.translate(_FOLD).replace("⁄", "/")  # NFKC gives new ones
-    text = regex.sub(r"[^\P{Nd}0-9]", lambda match: str(unicodedata.digit(match[0])), text)
+    text = ascii_digits(text.translate(_FOLD).replace("⁄", "/"))  # NFKC gives new dashes and quotes
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _PUNCTUATION.sub(lambda match: match["kept"] or ("" if match["dropped"] else " "), text)
