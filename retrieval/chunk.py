@@ -77,6 +77,11 @@ def split_sentences(text: str, limit: int = 120, count: Callable[[str], int] | N
     return spans
 
 
+def truncate(text: str, limit: int, count: Callable[[str], int]) -> str:
+    """The beginning of a text, at most ``limit`` tokens, cut as a long sentence is."""
+    return next((text[start:end].rstrip() for start, end in _cut_tokens(text, 0, len(text), limit, count)), "")
+
+
 def count_words(text: str) -> int:
     """The number of words, as this module counts them."""
     return sum(1 for _ in _WORD.finditer(text))

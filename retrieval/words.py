@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import regex
 
 from retrieval.chunk import with_title
+from retrieval.files import IndexBroken, body_hash, check_words, write_words
 from retrieval.index import ChunkIndex
 
 # A letter or number of a script that puts no spaces between words, and Hangul, where particles are attached to words.
@@ -21,6 +24,7 @@ UNSPACED = (
     r"[\p{L}\p{N}&&[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Hang}\p{scx=Thai}\p{scx=Laoo}"
     r"\p{scx=Khmr}\p{scx=Mymr}]--[0-9]]"
 )
+_TERMS_VERSION = 1  # of terms() below: raise it when a text gets other terms
 _SPACED = rf"(?:[[\p{{L}}\p{{N}}]--{UNSPACED}]\p{{M}}*)+"
 _CHARACTER = regex.compile(r"\P{M}\p{M}*")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
@@ -55,6 +59,36 @@ class WordIndex:
         if rows:
             self._bm25.index(rows, show_progress=False)
 
+    @classmethod
+    def open(
+        cls, index: ChunkIndex, documents: Callable[[], Iterable[tuple[str, str, str]]], folder: str | Path
+    ) -> WordIndex:
+        """The word index saved in the folder of ``index``, mapped into memory; where there is none of these documents, a
+        new one, saved there if the folder can be written."""
+        try:
+            return cls.load(index, folder)
+        except IndexBroken:
+            words = cls(index, documents())
+            with contextlib.suppress(OSError):
+                words.save(index, folder)
+            return words
+
+    def save(self, index: ChunkIndex, folder: str | Path) -> None:
+        """Write the word index into the folder of ``index``, as ``words``."""
+        bm25 = self._bm25 if self.rows else None
+        write_words(
+            Path(folder), _key(index), lambda new: bm25.save(new, show_progress=False) if bm25 is not None else None
+        )
+
+    @classmethod
+    def load(cls, index: ChunkIndex, folder: str | Path) -> WordIndex:
+        """Read what :meth:`save` wrote. Raises :class:`IndexBroken` if missing, damaged, or of other documents."""
+        saved, bm25s = check_words(Path(folder), _key(index)), _import_bm25s()
+        words = cls.__new__(cls)
+        words.rows = len(index)
+        words._bm25 = bm25s.BM25.load(saved, mmap=True) if words.rows else bm25s.BM25()
+        return words
+
     def score(self, questions: Sequence[str]) -> np.ndarray:
         """float32 [questions, rows], at least 0; 0 where no word is shared."""
         found = np.zeros((len(questions), self.rows), np.float32)
@@ -62,6 +96,11 @@ class WordIndex:
             if self.rows and (asked := terms(question)):
                 row[:] = self._bm25.get_scores(asked)
         return found
+
+
+def _key(index: ChunkIndex) -> str:
+    """Changes with the documents, their chunks, and how terms are made."""
+    return body_hash({"terms": _TERMS_VERSION, "index": index.body()})
 
 
 def fuse(dense: np.ndarray, words: np.ndarray) -> np.ndarray:
