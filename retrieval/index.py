@@ -145,7 +145,8 @@ class ChunkIndex:
             entries[document_id] = entry
         rows = {name: self.vectors[start:end] for name, start, end in zip(self.entries, self.bounds, self.bounds[1:])}
         rows = {name: vectors for name, vectors in rows.items() if name in entries and name not in fresh}
-        total, done, saved = sum(map(len, fresh.values())), 0, time.monotonic()
+        total, done = sum(map(len, fresh.values())), 0
+        next_save = time.monotonic() + _SAVE_SECONDS
 
         def keep() -> None:
             if checkpoint is not None and done:
@@ -161,9 +162,10 @@ class ChunkIndex:
                 done += used
                 if progress is not None:
                     progress(done, total)
-                if time.monotonic() - saved >= _SAVE_SECONDS:
+                if (started := time.monotonic()) >= next_save:
                     keep()
-                    saved = time.monotonic()
+                    ended = time.monotonic()
+                    next_save = ended + max(_SAVE_SECONDS, 10 * (ended - started))  # saving takes a tenth at most
         except BaseException:
             keep()
             raise
