@@ -103,7 +103,7 @@ def test_questions_and_documents_are_embedded_as_such(tmp_path: Path) -> None:
         def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
             return HashEmbedder.embed(self, [f"query {text}" for text in texts])
 
-    from cas.evaluation.arms import CachingEmbedder
+    from cas.evaluation.answers import CachingEmbedder
 
     embedder: Embedder = Asymmetric()
     cached = CachingEmbedder(embedder)
