@@ -54,15 +54,15 @@ class Chunk:
 def split_sentences(text: str, limit: int = 120, count: Callable[[str], int] | None = None) -> list[tuple[int, int]]:
     """Character spans ``(start, end)`` of the sentences, in order, without gaps: together they are the whole text.
 
-    The whitespace after a sentence belongs to it. Sentences end by Unicode's Sentence_Terminal property, at blank lines,
-    before list items, and in Thai and Lao at spaces and line breaks.
+    The whitespace after a sentence belongs to it. Sentences end by Unicode's Sentence_Terminal property, at blank
+    lines, before list items, and in Thai and Lao at line breaks and at the spaces between long phrases.
 
     Args:
-        limit: the most words of a sentence, or the most tokens where ``count`` is given. A longer one is cut: by words
-            between words; by tokens between lines, words or after punctuation, whichever comes first and fits, else
+        limit: the most words of a sentence, or the most tokens if ``count`` is given. A longer sentence is cut between
+            words; counted in tokens, between lines if it has several, else between words, else after punctuation, else
             between grapheme clusters.
-        count: the number of tokens of a text (whitespace at either end is stripped first). A single character of more
-            tokens than the limit stays whole.
+        count: returns the number of tokens of a text; it gets texts without whitespace at either end. A single
+            character of more tokens than the limit stays whole.
     """
     if limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
@@ -150,8 +150,9 @@ def chunk_document(
     limit: int | None = None,
     count: Callable[[str], int] | None = None,
 ) -> list[Chunk]:
-    """Cut ``text`` into chunks of whole sentences, filled greedily, each of at most ``words`` words and, where ``count``
-    is given, at most ``limit`` tokens.
+    """Cut ``text`` into chunks of whole sentences, filled greedily.
+
+    A chunk has at most ``words`` words and, if ``limit`` and ``count`` are given, at most ``limit`` tokens.
 
     A chunk begins with the last ``overlap`` sentences of the one before it, as far as they leave room for a new one.
     Chunks carry no whitespace at either end; every word of the text is in at least one. Blank text has no chunks.

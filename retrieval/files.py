@@ -83,6 +83,8 @@ def read_index(folder: Path) -> tuple[bytes, dict[str, Any]]:
 
 def write_words(folder: Path, key: str, write: Callable[[Path], None]) -> None:
     """Make ``words`` in an index's folder, by way of a new folder: files that ``write`` makes, with ``key``."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no index in {folder}")
     new, final = _sibling(folder.resolve(), "words"), folder / WORDS
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()

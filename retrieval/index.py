@@ -75,7 +75,7 @@ class ChunkIndex:
         self._faiss = stored
 
     def embed(self, texts: Sequence[str], queries: bool = False) -> np.ndarray:
-        """float32 [texts, dimension], of documents or of questions; ValueError if the embedder's rows are not unit rows."""
+        """float32 [texts, dimension], of documents or of questions. Raises ValueError if a row has not length 1."""
         name, shape = self.embedder.name, (len(texts), self.embedder.dimension)
         embed = self.embedder.embed_queries if queries else self.embedder.embed
         vectors = np.asarray(embed(list(texts)), np.float32) if texts else np.zeros(shape, np.float32)
@@ -90,8 +90,10 @@ class ChunkIndex:
         return document_id, *self.entries[document_id].spans[row - int(self.bounds[document])]
 
     def search(self, texts: Sequence[str], top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ``top`` best rows (all rows if fewer) for questions: scores float32 and rows int64, both [texts, top], best
-        first."""
+        """The ``top`` best rows for each question, or all rows if there are fewer, best first.
+
+        Returns: scores float32 and rows int64, both [texts, top].
+        """
         if top < 1:
             raise ValueError(f"top must be at least 1, not {top}")
         return self.nearest(self.embed(texts, queries=True), top)

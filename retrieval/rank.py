@@ -42,8 +42,9 @@ def rank_chunks(index: ChunkIndex, questions: Sequence[str], top: int, words: Wo
 def rank_documents(
     index: ChunkIndex, questions: Sequence[str], k: int, words: WordIndex | None = None
 ) -> list[list[Ranked]]:
-    """For each question the ``k`` best documents, best first; all of them if there are no more than ``k``. By vectors, or
-    with ``words`` by both.
+    """For each question the ``k`` best documents, best first; all of them if there are no more than ``k``.
+
+    By vectors, or with ``words`` by both.
 
     FAISS is asked for the nearest rows, and for more of them until no other row can change the result: as exact as
     scoring every chunk, but for the rows that an approximate index (:data:`retrieval.index.EXACT_ROWS`) misses.
@@ -79,8 +80,9 @@ def _candidates(
     size: int,
     enough: Callable[[np.ndarray, np.ndarray, float], bool],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each question rows, ascending, and their exact scores: all rows, or as many that ``enough(rows, scores, bound)``
-    is true, where no other row scores more than ``bound`` (the threshold algorithm of Fagin et al., 2001)."""
+    """For each question rows in ascending order and their exact scores: all rows, or as many as it takes until
+    ``enough(rows, scores, bound)`` is true, where no other row can score more than ``bound`` (the threshold algorithm
+    of Fagin et al., 2001). At first about ``size`` rows."""
     queries = index.embed(questions, queries=True)
     step = max(1, _BLOCK // len(index))
     for begin in range(0, len(queries), step):
@@ -118,9 +120,9 @@ def _scored(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The nearest rows, and as many of the best by words, with their exact scores; and what no other row can exceed."""
     rows = np.sort(near[1][near[1] >= 0])
-    furthest = float(near[0][near[1] >= 0][-1])
+    furthest = float(near[0][near[1] >= 0][-1]) + _ROUNDING
     if word_scores is None:
-        return rows, index.score(query, rows)[0], furthest + _ROUNDING
+        return rows, index.score(query, rows)[0], furthest
     by_words = np.argpartition(-word_scores[0], len(rows))[: len(rows) + 1]
     rows = np.union1d(rows, by_words)
     exact, of_words = index.score(query, rows), word_scores[:, rows]

@@ -45,7 +45,7 @@ class WordIndex:
     """BM25 (bm25s, its defaults) over the rows of an index, titles included; terms as in :func:`terms`."""
 
     def __init__(self, index: ChunkIndex, documents: Iterable[tuple[str, str, str]]) -> None:
-        """``documents``: the same ``(id, title, text)`` that the index was made of. Raises ValueError if they differ."""
+        """``documents``: the ``(id, title, text)`` that the index was made of. Raises ValueError if they differ."""
         bm25s = _import_bm25s()
         given = {document_id: (title, text) for document_id, title, text in documents}
         if set(given) != set(index.document_ids):
@@ -63,8 +63,10 @@ class WordIndex:
     def open(
         cls, index: ChunkIndex, documents: Callable[[], Iterable[tuple[str, str, str]]], folder: str | Path
     ) -> WordIndex:
-        """The word index saved in the folder of ``index``, mapped into memory; where there is none of these documents, a
-        new one, saved there if the folder can be written."""
+        """The word index saved in the folder of ``index``, mapped into memory.
+
+        If there is none, or one of other documents, a new one is made of ``documents()`` and saved there if possible.
+        """
         try:
             return cls.load(index, folder)
         except IndexBroken:
@@ -141,8 +143,10 @@ def ascii_digits(text: str) -> str:
 
 
 def _import_bm25s() -> Any:
-    """The library, without jax and its debug log: it tries jax when it is imported, for a search that is not used here, and
-    jax takes most of a GPU's memory on its first call."""
+    """The library, without jax and without its debug log.
+
+    When imported it tries jax, for a search that is not used here; jax takes most of a GPU's memory on its first call.
+    """
     hidden = sys.modules.setdefault("jax", None) is None  # type: ignore[arg-type]
     try:
         import bm25s

@@ -46,9 +46,9 @@ _REWRITES = [
     )
 ]
 _LETTER = r"[\p{L}\p{M}\p{N}]"
-# Punctuation that is kept, or else dropped: ASCII without a trace (as in SQuAD: "U.S." is "us"), other marks as a space.
+# Punctuation that is kept; other ASCII is dropped without a trace (as in SQuAD: "U.S." is "us"), the rest as a space.
 _PUNCTUATION = regex.compile(
-    rf"""(?P<kept> (?<=\d)[^\w\s](?=-?\d)           # inside numbers: 1.5, 3/4, 12:30, 4-5, 10^6
+    rf"""(?P<kept> (?<=\d)[^\w\s]+(?=\d)            # inside numbers: 1.5, 3/4, 12:30, 4-5, 10^6
                  | (?<![\w)\]])-(?=\p{{Sc}}?\.?\d)  # a sign: -5
                  | (?<!\S)\.(?=\d)                  # .5
                  | (?<={_LETTER}[+\#]*)[+\#]        # C++, C#, A+
@@ -63,13 +63,13 @@ _DRAWS_AT_ONCE = 1 << 20  # keeps the bootstrap within some 30 MB for up to a mi
 
 
 def normalize_answer(text: str) -> str:
-    """Fold case, compatibility forms (NFKC), digits and dashes; drop punctuation, then a/an/the; one space between tokens.
+    """Fold case, compatibility forms (NFKC), digits and dashes; drop punctuation, then a/an/the.
 
-    As SQuAD for ordinary English, quirks included: ``"U.S."`` becomes ``"us"`` and the lone letter ``"A"`` becomes ``""``,
-    so a multiple-choice question needs the text of its option as gold answer, not the letter. What changes a value is
-    kept: marks inside numbers (1.5, 3/4, 4-5; but 1,000 is 1000), the minus sign, percent, ``<`` and ``>`` before
-    numbers, ``C++``, ``C#``, ``m/s``. Characters of scripts that put no spaces between words, and Korean syllables
-    (particles are attached to words), are tokens of their own.
+    Tokens are joined with single spaces. As SQuAD for ordinary English, quirks included: ``"U.S."`` becomes ``"us"``
+    and the lone letter ``"A"`` becomes ``""``, so a multiple-choice question needs the text of its option as gold
+    answer, not the letter. What changes a value is kept: marks inside numbers (1.5, 3/4, 4-5; but 1,000 is 1000), the
+    minus sign, percent, ``<`` and ``>`` before numbers, ``C++``, ``C#``, ``m/s``. Characters of scripts that put no
+    spaces between words, and Korean syllables (particles are attached to words), are tokens of their own.
     """
     text = regex.sub(r"(?<=\d)[¼-¾⅐-⅞]", r" \g<0>", text)  # NFKC would make 51/2 of 5½ and 106 of 10⁶
     text = regex.sub(r"(?<=\d)(?=[⁻⁰¹²³⁴-⁹])", "^", text) if regex.search(r"\d[⁻⁰¹²³⁴-⁹]", text) else text

@@ -83,7 +83,7 @@ def test_questions_find_their_documents_in_scripts_without_spaces() -> None:
 
 def test_bm25s_logs_nothing() -> None:
     program = (
-        "import logging; logging.basicConfig(level=logging.DEBUG); from retrieval import *; d = [('a', '', 'red valve')]; "
+        "import logging; logging.basicConfig(level=logging.DEBUG); from retrieval import *; d = [('a', '', 'valve')]; "
         "WordIndex(ChunkIndex(d, HashEmbedder()), d).score(['valve'])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -129,7 +129,7 @@ def test_an_embedder_that_remembers_gives_the_same_rows() -> None:
 
 
 def test_jax_is_not_touched(tmp_path: Path) -> None:
-    """bm25s calls jax when it is imported, which takes most of a GPU's memory; jax itself can still be imported afterwards."""
+    """bm25s calls jax when it is imported, which takes most of a GPU's memory; jax can still be imported afterwards."""
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("print('jax!')")
     (tmp_path / "jax" / "lax.py").write_text("def top_k(*_): print('top_k!')")
