@@ -21,6 +21,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,40}}")
 _BREAK = regex.compile(
     r"""(?<![.!?…])(?P<stop>[.!?…]+)["'”’»)\]]*\s+  # closing punctuation, then whitespace
       | (?:[\p{Sentence_Terminal}--[.!?\u2024．]]|．(?!\d))+[\p{Pe}\p{Pf}"']*\s*  # other scripts: 。 ؟ । ։ need none
+      | (?<=[\p{Han}\p{Hira}\p{Kana}])[!?]+["'”’]*(?=[\p{Han}\p{Hira}\p{Kana}])  # ASCII marks in Chinese, Japanese
       | \n[^\S\n]*\n\s*                               # a blank line
       | \n(?=\s*(?:[-*+•|\#]|\d+[.)]\s))              # the next line is a list item, a table row or a heading
       | (?<=[\p{Thai}\p{Lao}]{30})\s+(?=[\p{Thai}\p{Lao}])  # no stops in Thai and Lao: a space ends a long phrase

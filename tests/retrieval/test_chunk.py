@@ -60,8 +60,9 @@ def test_sentences_end_in_every_script(language: str, sentences: int) -> None:
 
 
 def test_full_width_numbers_and_closing_quotes_stay_whole() -> None:
-    text = "値は１．５です。彼は『止まれ！』と言った。"
-    assert [text[a:b] for a, b in split_sentences(text)] == ["値は１．５です。", "彼は『止まれ！』", "と言った。"]
+    text = "値は１．５です。彼は『止まれ！』と言った。低い?はい。"
+    expected = ["値は１．５です。", "彼は『止まれ！』", "と言った。", "低い?", "はい。"]
+    assert [text[a:b] for a, b in split_sentences(text)] == expected
 
 
 def test_english_sentences_stay_as_they_were() -> None:
