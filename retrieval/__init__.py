@@ -1,12 +1,12 @@
 """Retrieval over a collection: chunk, embed, index, rank, and the retrieval metrics.
 
-Stands on its own: nothing here knows about cartridges. Importing the package costs numpy and the standard library
+Stands on its own: nothing here knows about cartridges. Importing the package costs numpy and regex
 only; faiss, bm25s, torch and sentence-transformers are loaded by the calls that need them.
 """
 
 from retrieval.chunk import Chunk, chunk_document, split_sentences, with_title
 from retrieval.embed import Embedder, HashEmbedder, SentenceEmbedder
-from retrieval.files import IndexBroken
+from retrieval.files import IndexBroken, OtherEmbedder
 from retrieval.hub import EmbedderUnavailable
 from retrieval.index import ChunkIndex
 from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarize
@@ -20,6 +20,7 @@ __all__ = [
     "EmbedderUnavailable",
     "HashEmbedder",
     "IndexBroken",
+    "OtherEmbedder",
     "Ranked",
     "SentenceEmbedder",
     "WordIndex",

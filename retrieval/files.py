@@ -1,4 +1,5 @@
-"""The two files of an index, ``index.faiss`` and ``chunks.json``: written together, checked when read."""
+"""The files of an index: ``index.faiss`` and ``chunks.json``, written together and checked when read; and ``words``, a
+folder beside them that :class:`retrieval.WordIndex` can make again at any time."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # 1: chunks were not limited to what the embedder reads
 _NAMES = ("index.faiss", "chunks.json")
+WORDS = "words"
 
 
 class IndexBroken(ValueError):
@@ -18,6 +21,14 @@ class IndexBroken(ValueError):
 
     def __init__(self, folder: str | Path, reason: str) -> None:
         super().__init__(f"no usable index in {folder}: {reason}; build the index again")
+
+
+class OtherEmbedder(IndexBroken):
+    """An index that was made with another embedder. ``made``, ``given``: their names and dimensions."""
+
+    def __init__(self, folder: str | Path, made: str, given: str) -> None:
+        super().__init__(folder, f"it was made with the embedder {made}, not {given}")
+        self.made, self.given = made, given
 
 
 def write_index(folder: Path, vectors: bytes, body: dict[str, Any]) -> None:
@@ -29,13 +40,13 @@ def write_index(folder: Path, vectors: bytes, body: dict[str, Any]) -> None:
     folder = folder.resolve()
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     if folder.exists():
-        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= set(_NAMES):
+        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {*_NAMES, WORDS}:
             raise FileExistsError(f"{folder} holds something other than an index; give the index a folder of its own")
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     body = body | {"faiss_sha256": hashlib.sha256(vectors).hexdigest()}
-    header = {"format": FORMAT, "body_sha256": _body_hash(body), "body": body}
+    header = {"format": FORMAT, "body_sha256": body_hash(body), "body": body}
     for name, content in zip(_NAMES, (vectors, json.dumps(header).encode())):
         with open(new / name, "wb") as file:
             file.write(content)
@@ -63,14 +74,55 @@ def read_index(folder: Path) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise IndexBroken(folder, f"chunks.json is not of format {FORMAT}")
     body = header.get("body")
-    if not isinstance(body, dict) or header.get("body_sha256") != _body_hash(body):
+    if not isinstance(body, dict) or header.get("body_sha256") != body_hash(body):
         raise IndexBroken(folder, "chunks.json does not match its checksum")
     if body["faiss_sha256"] != hashlib.sha256(vectors).hexdigest():
         raise IndexBroken(folder, "index.faiss does not match its checksum")
     return vectors, body
 
 
-def _body_hash(body: dict[str, Any]) -> str:
+def write_words(folder: Path, key: str, write: Callable[[Path], None]) -> None:
+    """Make ``words`` in an index's folder, by way of a new folder: files that ``write`` makes, with ``key``."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no index in {folder}")
+    new, final = _sibling(folder.resolve(), "words"), folder / WORDS
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    write(new)
+    (new / "key.json").write_text(json.dumps({"key": key, "sha256": _digests(new)}))
+    for path in new.iterdir():
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(new, final)
+
+
+def check_words(folder: Path, key: str) -> Path:
+    """The ``words`` of an index's folder if they have this key and are whole; raises :class:`IndexBroken`."""
+    words = folder / WORDS
+    try:
+        header = json.loads((words / "key.json").read_bytes())
+        if header["key"] != key:
+            raise IndexBroken(words, "it was made of other documents")
+        if header["sha256"] != _digests(words):
+            raise IndexBroken(words, "its files do not match their checksums")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, IndexBroken):
+            raise
+        raise IndexBroken(words, "it is missing or damaged") from None
+    return words
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "key.json":
+            with open(path, "rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def body_hash(body: dict[str, Any]) -> str:
+    """SHA-256 of what ``chunks.json`` says, in hex."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -76,7 +76,7 @@ class Answerer:
         """The k best documents for each question, by vectors and words: names unknown to the embedder are found by
         their spelling."""
         if self._words is None:
-            self._words = WordIndex(self.index, self.store.texts())
+            self._words = WordIndex.open(self.index, self.store.texts, self.store.folder / "index")
         return rank_documents(self.index, questions, k, self._words)
 
     def load(self, document: str) -> Tensor:

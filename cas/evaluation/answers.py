@@ -220,14 +220,24 @@ class CachingEmbedder:
     """An embedder that embeds a text once: the arms of an experiment share chunks and questions."""
 
     def __init__(self, embedder: Embedder) -> None:
-        self.name, self.dimension = embedder.name, embedder.dimension
-        self._embedder, self._vectors = embedder, dict[str, np.ndarray]()
+        self.name, self.dimension, self.limit = embedder.name, embedder.dimension, embedder.limit
+        self.count = embedder.count
+        self._embedder, self._vectors = embedder, dict[tuple[str, bool], np.ndarray]()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, dimension], as the embedder returns."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-        self._vectors |= dict(zip(new, self._embedder.embed(new), strict=True))
-        return np.stack([self._vectors[text] for text in texts]) if texts else np.zeros((0, self.dimension), np.float32)
+        return self._cached(texts, False)
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts, dimension], as the embedder returns."""
+        return self._cached(texts, True)
+
+    def _cached(self, texts: Sequence[str], queries: bool) -> np.ndarray:
+        embed = self._embedder.embed_queries if queries else self._embedder.embed
+        new = [text for text in dict.fromkeys(texts) if (text, queries) not in self._vectors]
+        self._vectors |= {(text, queries): row for text, row in zip(new, embed(new), strict=True)}
+        rows = [self._vectors[text, queries] for text in texts]
+        return np.stack(rows) if rows else np.zeros((0, self.dimension), np.float32)
 
 
 def unseen_questions(questions: Sequence[Question], conversations: Conversations) -> list[Question]:

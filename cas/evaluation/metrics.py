@@ -1,7 +1,8 @@
 """Answer metrics, their bootstrap intervals and permutation tests.
 
-Answer metrics follow SQuAD: lower case, no punctuation, no articles, best over the gold answers; each is a float from
-0 to 1. The log-perplexity of the gold answer comes from the model code and is one more float per question here.
+Answer metrics follow SQuAD (case, punctuation and articles are ignored, the best gold answer counts), extended to all
+scripts and to the marks that change a value, see :func:`normalize_answer`; each is a float from 0 to 1. The
+log-perplexity of the gold answer is measured by the model code and is one more float per question here.
 
 Intervals come from the percentile bootstrap (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 13) over
 clusters: questions about one document share its cartridge, so they are not independent, and whole documents are
@@ -15,30 +16,69 @@ and the interval runs between the (1 - level)/2 and (1 + level)/2 quantiles of t
 
 from __future__ import annotations
 
-import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
 from cas.errors import ConfigError, UserError
+from retrieval.words import UNSPACED, ascii_digits
 
 METRICS = ("contains", "f1", "exact_match", "log_perplexity")  # of every recorded answer
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_DASHES = "\u2010\u2011\u2012\u2013\u2212"  # hyphens, figure and en dash, minus
+_FOLD = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys("‘’ʼ´`", "'") | {"٪": "%"})
+# What is rewritten, in this order, before punctuation is dropped. `\p{Nd}` digits are ASCII by then.
+_REWRITES = [
+    (regex.compile(pattern, regex.V1), replacement)
+    for pattern, replacement in (
+        (r"\p{Cf}", ""),  # soft hyphens, marks of direction, joiners
+        (r"(?<=(?<!\d)\d{1,3}(?:,\d{3})*),(?=\d{3}(?!\d))", ""),  # 1,000 is 1000
+        (r"(?<=\d)\p{Pd}(?=\d)", "-"),
+        (r"(?<=\d)\s*%|\bper cent\b", " percent "),
+        (r"[<>]=", lambda match: "≤≥"["<>".index(match[0][0])]),
+        (r"(?<![-=\w])[<>≤≥](?=\s*[-\p{Sc}.]*\d)", r" \g<0> "),
+        (r"(?<=\d)(?=°)|(?<=[\p{Sc}--[$]])(?=\d)|(?<=\d)(?=[\p{Sc}--[$]])", " "),  # 5°C is 5 °C; €5 is € 5
+        (rf"{UNSPACED}\p{{M}}*", r" \g<0> "),  # one token per character
+    )
+]
+_LETTER = r"[\p{L}\p{M}\p{N}]"
+# Punctuation that is kept; other ASCII is dropped without a trace (as in SQuAD: "U.S." is "us"), the rest as a space.
+_PUNCTUATION = regex.compile(
+    rf"""(?P<kept> (?<=\d)[^\w\s]+(?=\d)            # inside numbers: 1.5, 3/4, 12:30, 4-5, 10^6
+                 | (?<![\w)\]])-(?=\p{{Sc}}?\.?\d)  # a sign: -5
+                 | (?<!\S)\.(?=\d)                  # .5
+                 | (?<={_LETTER}[+\#]*)[+\#]        # C++, C#, A+
+                 | (?<={_LETTER})[/_@=^](?={_LETTER})  # m/s, max_connections
+                 | (?<=\s)[<>](?=\s) )
+       | (?P<dropped> [!-/:-@\[-`{{-~] )
+       | \p{{P}}""",
+    regex.VERBOSE | regex.V1,
+)
+_ARTICLES = {"a", "an", "the"}
 _DRAWS_AT_ONCE = 1 << 20  # keeps the bootstrap within some 30 MB for up to a million documents
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case ``text``, drop ASCII punctuation, then a/an/the, and join the words with single spaces.
+    """Fold case, compatibility forms (NFKC), digits and dashes; drop punctuation, then a/an/the.
 
-    The order is SQuAD's and has its quirks: ``"U.S."`` becomes ``"us"``, ``"4-5"`` becomes ``"45"`` and the lone letter
-    ``"A"`` becomes ``""``, so a multiple-choice question needs the text of its option as gold answer, not the letter.
+    Tokens are joined with single spaces. As SQuAD for ordinary English, quirks included: ``"U.S."`` becomes ``"us"``
+    and the lone letter ``"A"`` becomes ``""``, so a multiple-choice question needs the text of its option as gold
+    answer, not the letter. What changes a value is kept: marks inside numbers (1.5, 3/4, 4-5; but 1,000 is 1000), the
+    minus sign, percent, ``<`` and ``>`` before numbers, ``C++``, ``C#``, ``m/s``. Characters of scripts that put no
+    spaces between words, and Korean syllables (particles are attached to words), are tokens of their own.
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    text = regex.sub(r"(?<=\d)[¼-¾⅐-⅞]", r" \g<0>", text)  # NFKC would make 51/2 of 5½ and 106 of 10⁶
+    text = regex.sub(r"(?<=\d)(?=[⁻⁰¹²³⁴-⁹])", "^", text) if regex.search(r"\d[⁻⁰¹²³⁴-⁹]", text) else text
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_FOLD)).casefold())
+    text = ascii_digits(text.translate(_FOLD).replace("⁄", "/"))  # NFKC gives new dashes and quotes
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _PUNCTUATION.sub(lambda match: match["kept"] or ("" if match["dropped"] else " "), text)
+    return " ".join(word for word in text.split() if word not in _ARTICLES)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -50,7 +90,9 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of word precision and recall (repeated words count), 0 to 1, best over the gold answers.
+    """Harmonic mean of token precision and recall (repeated tokens count), 0 to 1, best over the gold answers.
+
+    A token is a word, or a character of a script without spaces (:func:`normalize_answer`).
 
     When either side is empty, 1.0 if both are and else 0.0, as in SQuAD 2.0.
     """
@@ -60,7 +102,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 def contains(prediction: str, answers: Sequence[str]) -> float:
     """1.0 when the words of a normalized gold answer occur in a row in the normalized prediction, else 0.0.
 
-    Whole words: ``"7"`` is not in ``"17 bar"``. Without a gold answer, 1.0 for an empty prediction only.
+    Whole words: ``"7"`` is not in ``"17 bar"``; whole characters in scripts without spaces. Without a gold answer, 1.0
+    for an empty prediction only.
     """
     # Words have one space between them, so an empty gold answer (two spaces) is found in an empty prediction only.
     return _best(lambda predicted, gold: float(f" {gold} " in f" {predicted} "), prediction, answers)

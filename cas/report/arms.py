@@ -37,7 +37,7 @@ class Comparison:
         self.config, self.model, self.store, self.collection, self.rag = config, model, store, collection, rag
         self.sizes = {name: row.p for name, row in store.rows().items()}
         self.index = open_index(store, rag.embedder)
-        self.words = WordIndex(self.index, store.texts())
+        self.words = WordIndex.open(self.index, store.texts, store.folder / "index")
         self.room = model.geometry.max_positions - model.layout_header - QUESTION_ROOM - config.max_new_tokens
         self.settings: dict[int, Setting] = {}  # of RAG, by budget
         self.notes: list[str] = []

@@ -58,7 +58,7 @@ def _time_answer(
         [(_, [prompt], precomputed, layout)] = comparison.groups(arm, [question])
     started, first_token = time.perf_counter(), 0.0
     if arm.kind in ("rag", "cas"):
-        embedder.embed([question.question])  # the comparison's own embedder has it in its cache
+        embedder.embed_queries([question.question])  # the comparison's own embedder has it in its cache
     if arm.kind in ("full_document", "truncated"):
         [(_, [prompt], tokens)] = comparison.shared_texts(arm, [question])
         prompt = Prompt((*tokens, *prompt.tokens))

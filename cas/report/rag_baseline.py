@@ -26,7 +26,7 @@ class Setting:
     """How chunks are made and ranked."""
 
     words: int = 80
-    """Words of a chunk, at most."""
+    """Words of a chunk, at most; and no more tokens than the embedder reads (:class:`retrieval.ChunkIndex`)."""
     ranking: Ranking = "both"
     """By vectors, by words (BM25), or by both (mean of the shares of the best score)."""
     titles: bool = True

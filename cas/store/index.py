@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from cas.errors import EmbedderError
 from cas.store.store import Store
-from retrieval import ChunkIndex, IndexBroken
+from retrieval import ChunkIndex, IndexBroken, OtherEmbedder
 
 if TYPE_CHECKING:
     from retrieval import Embedder
 
 
-def load_embedder(name: str | None = None) -> Embedder:
-    """The embedding model of that name, or the default one. Raises EmbedderError with the reason."""
+def load_embedder(name: str | None = None, **options: Any) -> Embedder:
+    """The embedding model of that name, or the default one; ``options`` (``device``, ``batch_size``) as of
+    :class:`retrieval.SentenceEmbedder`. Raises EmbedderError with the reason."""
     from retrieval import EmbedderUnavailable, SentenceEmbedder
 
     try:
-        return SentenceEmbedder() if name is None else SentenceEmbedder(name)
+        return SentenceEmbedder(**options) if name is None else SentenceEmbedder(name, **options)
     except EmbedderUnavailable as error:
         raise EmbedderError(str(error)) from error
 
 
-def open_index(store: Store, embedder: Embedder | None = None) -> ChunkIndex:
-    """The retrieval index beside a store, updated to the documents that have a cartridge now."""
+def open_index(
+    store: Store,
+    embedder: Embedder | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    rebuild: bool = False,
+) -> ChunkIndex:
+    """The retrieval index beside a store, updated to the documents that have a cartridge now.
+
+    Args:
+        progress: called with the number of chunks embedded so far and the number to embed. What is embedded is saved
+            every minute, so the next call continues an interrupted one.
+        rebuild: embed everything again if the index was made with another embedder, instead of raising EmbedderError.
+    """
     embedder = embedder or load_embedder()
     folder = store.folder / "index"
-    documents = store.texts()
     try:
-        index = ChunkIndex.load(folder, embedder)
-        changed = bool(index.update(documents)) or set(index.document_ids) != {d[0] for d in documents}
+        index, changed = ChunkIndex.load(folder, embedder), False
+    except OtherEmbedder as error:
+        if not rebuild:
+            raise EmbedderError(
+                f"the index in {folder} was made with the embedder {error.made}, not {error.given}: "
+                "give that one as --embedder, or delete the folder to embed everything again"
+            ) from None
+        index, changed = ChunkIndex([], embedder), True
     except (IndexBroken, OSError):
-        index, changed = ChunkIndex(documents, embedder), True
-    if changed:
+        index, changed = ChunkIndex([], embedder), True
+
+    def save() -> None:
         with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
             index.save(folder)
+
+    documents, before = store.texts(), index.document_ids
+    if index.update(documents, progress, save) or index.document_ids != before or changed:
+        save()
     return index

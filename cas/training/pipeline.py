@@ -307,6 +307,7 @@ def _show_steps(bar: Progress) -> Callable[[Report], None]:
 
 def index(setup: Setup, store: Store, view: View) -> None:
     """Bring the retrieval index up to date with the store's documents."""
-    open_index(store, load_embedder(setup.config.embedder))
+    with view.progress("index") as bar:
+        open_index(store, load_embedder(setup.config.embedder), progress=bar.show, rebuild=True)
     if setup.round.postponed:
         view.line(f"collection  {setup.round.differences}; train that with the same command")

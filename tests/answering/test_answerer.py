@@ -15,6 +15,7 @@ from cas.answering import answerer as answer
 from cas.data.collection import Collection, Document
 from cas.errors import CollectionError, EmbedderError, StoreMismatch, UserError
 from cas.model.frozen import FrozenModel
+from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
 from retrieval import EmbedderUnavailable, HashEmbedder
 
@@ -54,6 +55,28 @@ def test_documents_without_cartridge_are_not_retrieved(
             answerer.ask("Which bell?", documents=["bell"])
 
 
+def test_an_index_of_another_embedder_is_neither_used_nor_overwritten(
+    tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection
+) -> None:
+    with make_store(tmp_path / "s", tiny("llama"), collection) as store:
+        index = open_index(store, HashEmbedder(64))
+        before = (store.folder / "index" / "index.faiss").read_bytes()
+        with pytest.raises(
+            EmbedderError, match=r"with the embedder hash-64 \(64\), not hash-32 \(32\): give that"
+        ) as error:
+            answer.Answerer(tiny("llama"), store, HashEmbedder(32)).ask("Which valve?")
+        assert "\n" not in str(error.value)
+        assert (store.folder / "index" / "index.faiss").read_bytes() == before
+        progress: list[tuple[int, int]] = []
+        again = open_index(store, HashEmbedder(32), lambda *done: progress.append(done), rebuild=True)
+        assert again.document_ids == index.document_ids and progress == [(len(again), len(again))]
+        assert open_index(store, HashEmbedder(32)).vectors.tobytes() == again.vectors.tobytes()
+        answerer = answer.Answerer(tiny("llama"), store, HashEmbedder(32))
+        first = answerer.retrieve(["Which valve?"], 2)
+        assert (store.folder / "index" / "words").is_dir()  # BM25 is kept beside the vectors
+        assert answer.Answerer(tiny("llama"), store, HashEmbedder(32)).retrieve(["Which valve?"], 2) == first
+
+
 def test_another_model_is_refused(tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection) -> None:
     refused = pytest.raises(StoreMismatch, match="open it with the model it was made with")
     with make_store(tmp_path / "s", tiny("llama"), collection) as store, refused:
@@ -66,5 +89,5 @@ def test_an_embedder_that_is_not_there_is_one_error(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("retrieval.SentenceEmbedder", missing)
     with pytest.raises(EmbedderError, match=r"^none/such: no such embedder$") as caught:
-        answer.load_embedder("none/such")
+        load_embedder("none/such")
     assert caught.value.exit_status == 2

@@ -23,7 +23,8 @@ TEXTS = st.one_of(WORDS, st.text(max_size=20))
         ("The  Red\tvalve!", "red valve"),
         ("an apple, a pear; the end.", "apple pear end"),
         ("U.S.", "us"),
-        ("4-5 bar", "45 bar"),
+        ("4-5 bar", "4-5 bar"),
+        ("4–5 bar", "4-5 bar"),
         ("theatre another", "theatre another"),
         ("A", ""),
         ("Ärzte", "ärzte"),
@@ -65,6 +66,83 @@ def test_metrics_by_hand(
     assert exact_match(prediction, answers) == expected_match
     assert f1(prediction, answers) == pytest.approx(expected_f1, abs=1e-12)
     assert contains(prediction, answers) == expected_contains
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1.5 bar", "15 bar"),
+        ("-5 °C", "5 °C"),
+        ("−5", "5"),
+        ("-$5", "$5"),
+        ("C++", "C"),
+        ("C#", "C"),
+        ("A+", "A-"),
+        ("3/4 inch", "34 inch"),
+        ("4-5 bar", "45 bar"),
+        ("5½", "51/2"),
+        ("10⁶", "106"),
+        ("10^6", "106"),
+        ("10**6", "106"),
+        ("1...5", "15"),
+        ("12:30", "1230"),
+        ("1,5", "15"),
+        (".5 bar", "5 bar"),
+        ("192.168.1.1", "19216811"),
+        ("5 %", "5"),
+        ("<5", ">5"),
+        ("5 m/s", "5 ms"),
+        ("max_connections", "maxconnections"),
+        ("红色阀门", "蓝色阀门"),
+        ("हल", "हाल"),
+    ],
+)
+def test_marks_that_change_a_value_count(one: str, other: str) -> None:
+    for prediction, gold in ((one, other), (other, one)):
+        assert exact_match(prediction, [gold]) == 0
+    assert not contains(f"It is {other}.", [one])
+    assert exact_match(one, [one]) == contains(f"It is {one}.", [one]) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,000,000", "1000000"),
+        ("−5 °C", "-5°C"),
+        ("５．５", "5.5"),
+        ("١٫٥", "1.5"),
+        ("½", "1/2"),
+        ("5½", "5 1/2"),
+        ("10⁻³", "10^-3"),
+        ("5%", "5 per cent"),
+        ("1990–1995", "1990-1995"),
+        ("STRASSE", "Straße"),
+        ("the pump’s “red” valve", "pump's red valve"),
+        ("e‐mail", "e-mail"),
+        ("cafe\u0301", "café"),
+        ("«rouge»!", "rouge"),
+        ("ﾊﾞﾙﾌﾞ", "バルブ"),
+        ("红色，阀门。", "红色阀门"),
+        ("لون أحمر؟", "لون أحمر"),
+        ("लाल है।", "लाल है"),
+        ("co\u00adoperate", "cooperate"),
+        ("x <= 5", "x ≤5"),
+        ("*the* **red** _valve_", "red valve"),
+    ],
+)
+def test_spellings_of_one_answer_are_equal(one: str, other: str) -> None:
+    assert normalize_answer(one) == normalize_answer(other) != ""
+
+
+def test_scripts_without_spaces_are_compared_by_characters() -> None:
+    assert contains("答案是红色阀门。", ["红色阀门"]) == 1
+    assert contains("答えは赤いバルブです。", ["赤いバルブ"]) == 1
+    assert contains("คำตอบคือวาล์วสีแดง", ["สีแดง"]) == 1
+    assert contains("밸브는 빨간색입니다.", ["빨간색"]) == 1
+    assert contains("压力是15巴", ["5巴"]) == contains("压力是1.5巴", ["5巴"]) == 0
+    assert contains("कमला", ["कमल"]) == 0  # a script with spaces: whole words, marks belong to them
+    # 2 characters shared of 4 predicted and 3 gold.
+    assert f1("红色阀门", ["红色泵"]) == pytest.approx(2 * 2 / (4 + 3))
 
 
 def test_a_bare_string_is_not_a_list_of_answers() -> None:
@@ -232,7 +310,9 @@ def test_importing_the_metrics_needs_no_torch() -> None:
         ("a red valve, of the pump", ["red valve", "the pump's valve"]),
         ("U.S. Navy", ["the US navy"]),
         ("four", ["4"]),
-        ("4-5 bar", ["45 bar", "five bar"]),
+        ("4-5 bar", ["five bar", "4-5 bars"]),
+        ("The e-mail cost 1,000 dollars", ["an email", "1000 dollars"]),
+        ("$5", ["5"]),
         ("valve valve red", ["red valve red"]),
     ],
 )

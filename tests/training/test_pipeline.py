@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(manuals: 
     """Every time a little later: in self-study, in initialization and in training."""
     whole = Recorder()
     pipeline.run(configured(), whole)
-    assert whole.titles == ["self-study", "initialize", "training"]
+    assert whole.titles == ["self-study", "initialize", "training", "index"]
     with Store.open(FOLDER) as store:
         expected = contents(store), store.run_state()
     cut = configured("--store", "runs/cut")
