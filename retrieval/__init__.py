@@ -4,14 +4,14 @@ Stands on its own: nothing here knows about cartridges. Importing the package co
 only; faiss, bm25s, torch and sentence-transformers are loaded by the calls that need them.
 """
 
+from retrieval.bm25 import WordIndex
 from retrieval.chunk import Chunk, chunk_document, split_sentences, with_title
 from retrieval.embed import Embedder, HashEmbedder, SentenceEmbedder
-from retrieval.files import IndexBroken, OtherEmbedder
-from retrieval.hub import EmbedderUnavailable
+from retrieval.embedder_files import EmbedderUnavailable
 from retrieval.index import ChunkIndex
+from retrieval.index_files import IndexBroken, OtherEmbedder
 from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarize
 from retrieval.rank import Ranked, rank_chunks, rank_documents
-from retrieval.words import WordIndex
 
 __all__ = [
     "Chunk",

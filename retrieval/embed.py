@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from retrieval.chunk import count_words
-from retrieval.hub import MINILM, EmbedderUnavailable, find_model
+from retrieval.embedder_files import MINILM, EmbedderUnavailable, find_model
 
 # Prompts of families whose models need them and do not all declare them: (name, for queries, for documents).
 _PROMPTS = (

@@ -18,7 +18,7 @@ import numpy as np
 
 from retrieval.chunk import Chunk, chunk_document, content_hash, truncate, with_title
 from retrieval.embed import Embedder
-from retrieval.files import IndexBroken, OtherEmbedder, read_index, write_index
+from retrieval.index_files import IndexBroken, OtherEmbedder, read_index, write_index
 
 MAX_TOKENS = 256  # of a chunk with its title, so that chunks stay comparable where an embedder reads more
 EXACT_ROWS = 100_000  # more rows are searched approximately

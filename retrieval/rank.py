@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrieval.bm25 import WordIndex, fuse
 from retrieval.index import ChunkIndex
-from retrieval.words import WordIndex, fuse
 
 _BLOCK = 2**24  # BM25 scores held at once (64 MiB)
 _FIRST = 64  # rows that FAISS is asked for at first

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import regex
 
 from cas.errors import ConfigError, UserError
-from retrieval.words import UNSPACED, ascii_digits
+from retrieval.bm25 import UNSPACED, ascii_digits
 
 METRICS = ("contains", "f1", "exact_match", "log_perplexity")  # of every recorded answer
 _DASHES = "\u2010\u2011\u2012\u2013\u2212"  # hyphens, figure and en dash, minus

@@ -12,9 +12,9 @@ import pytest
 from test_chunk import LONG
 from test_retrieval import QUESTIONS, documents
 
-import retrieval.files
+import retrieval.bm25
 import retrieval.index
-import retrieval.words
+import retrieval.index_files
 from retrieval import (
     ChunkIndex,
     Embedder,
@@ -27,8 +27,8 @@ from retrieval import (
     rank_chunks,
     rank_documents,
 )
+from retrieval.bm25 import fuse
 from retrieval.embed import _prompts
-from retrieval.words import fuse
 
 
 class Tokens(HashEmbedder):
@@ -208,9 +208,9 @@ def test_an_index_of_the_older_format_or_of_other_limits_is_built_again(tmp_path
     index.save(tmp_path / "index")
     with pytest.raises(IndexBroken, match="at most 256 tokens, not 64"):
         ChunkIndex.load(tmp_path / "index", Tokens(64))
-    vectors, body = retrieval.files.read_index(tmp_path / "index")
+    vectors, body = retrieval.index_files.read_index(tmp_path / "index")
     del body["limit"], body["faiss_sha256"]
-    retrieval.files.write_index(tmp_path / "index", vectors, body)
+    retrieval.index_files.write_index(tmp_path / "index", vectors, body)
     path = tmp_path / "index" / "chunks.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
     with pytest.raises(IndexBroken, match="not of format 2"):
@@ -238,7 +238,7 @@ def test_words_are_kept_beside_the_index(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(IndexBroken, match="other documents"):
         WordIndex.load(other, folder)
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval.words, "_TERMS_VERSION", 99)
+        patch.setattr(retrieval.bm25, "_TERMS_VERSION", 99)
         with pytest.raises(IndexBroken, match="other documents"):
             WordIndex.load(index, folder)
     for path in sorted((folder / "words").iterdir()):

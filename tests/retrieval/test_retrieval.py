@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import retrieval.files
-import retrieval.hub
+import retrieval.embedder_files
+import retrieval.index_files
 from retrieval import (
     Chunk,
     ChunkIndex,
@@ -205,24 +205,24 @@ def test_find_model_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(retrieval.hub, "_packaged", lambda: tmp_path)
-    monkeypatch.setattr(retrieval.hub, "_HUB_SECONDS", 0.1)
+    monkeypatch.setattr(retrieval.embedder_files, "_packaged", lambda: tmp_path)
+    monkeypatch.setattr(retrieval.embedder_files, "_HUB_SECONDS", 0.1)
     # Half a cached copy (no weights) does not count; the download fails; the package serves, but only its own model.
-    assert retrieval.hub.find_model(retrieval.hub.MINILM) == (tmp_path, "package")
+    assert retrieval.embedder_files.find_model(retrieval.embedder_files.MINILM) == (tmp_path, "package")
     assert calls == [True, False]
     with pytest.raises(EmbedderUnavailable, match=r"'some/model'.*ConnectionError"):
-        retrieval.hub.find_model("some/model")
+        retrieval.embedder_files.find_model("some/model")
     start = time.perf_counter()
     with pytest.raises(EmbedderUnavailable, match="TimeoutError"):
-        retrieval.hub.find_model("silent/model")
+        retrieval.embedder_files.find_model("silent/model")
     assert time.perf_counter() - start < 5
     # A whole cached copy is taken without asking the hub.
     (cached / "config.json").write_text("{}")
     (cached / "model.safetensors").write_bytes(b"")
     calls.clear()
-    assert retrieval.hub.find_model("some/model") == (cached, "hub")
+    assert retrieval.embedder_files.find_model("some/model") == (cached, "hub")
     assert calls == [True]
-    assert retrieval.hub.find_model(str(cached)) == (cached, "folder")
+    assert retrieval.embedder_files.find_model(str(cached)) == (cached, "folder")
 
 
 # ---- the index
@@ -331,9 +331,9 @@ def test_a_foreign_index_is_refused(index: ChunkIndex, tmp_path: Path) -> None:
         ChunkIndex.load(tmp_path / "index", HashEmbedder(64))
     # Vectors and chunks that disagree although every checksum holds.
     index.save(tmp_path / "index")
-    vectors, body = retrieval.files.read_index(tmp_path / "index")
+    vectors, body = retrieval.index_files.read_index(tmp_path / "index")
     body["documents"] = body["documents"][:-1]
-    retrieval.files.write_index(tmp_path / "index", vectors, body)
+    retrieval.index_files.write_index(tmp_path / "index", vectors, body)
     with pytest.raises(IndexBroken, match="row counts"):
         ChunkIndex.load(tmp_path / "index", HashEmbedder(64))
     header = json.loads((tmp_path / "index" / "chunks.json").read_text())
@@ -351,7 +351,7 @@ def test_a_crash_at_any_point_of_save_leaves_a_whole_index(
     index: ChunkIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     newer = ChunkIndex(documents(seed=5), HashEmbedder(64), words=30)
-    owner = {"mkdir": Path, "fsync": os, "rename": os, "rmtree": retrieval.files.shutil}[function]
+    owner = {"mkdir": Path, "fsync": os, "rename": os, "rmtree": retrieval.index_files.shutil}[function]
     real = getattr(owner, function)
     seen = set()
     for nth in range(10):

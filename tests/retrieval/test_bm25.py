@@ -14,7 +14,7 @@ import pytest
 from test_retrieval import QUESTIONS, documents
 
 from retrieval import ChunkIndex, HashEmbedder, WordIndex, rank_chunks, rank_documents, with_title
-from retrieval.words import fuse, terms
+from retrieval.bm25 import fuse, terms
 
 DOCUMENTS = documents()
 

@@ -16,8 +16,8 @@ import numpy as np
 import regex
 
 from retrieval.chunk import with_title
-from retrieval.files import IndexBroken, body_hash, check_words, write_words
 from retrieval.index import ChunkIndex
+from retrieval.index_files import IndexBroken, body_hash, check_words, write_words
 
 # A letter or number of a script that puts no spaces between words, and Hangul, where particles are attached to words.
 UNSPACED = (
