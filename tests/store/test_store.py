@@ -322,7 +322,7 @@ def test_the_store_knows_no_model() -> None:
     for file in sorted(Path(Store.create.__code__.co_filename).parent.glob("*.py")):
         modules = {".".join(name.split(".")[:3]) for _, name in imported(file.read_text(), "cas.store")}
         ours = {name for name in modules if name.startswith("cas.") and not name.startswith("cas.store")}
-        assert {n for n in ours if n.split(".")[1] not in ("config", "errors")} <= {
+        assert {n for n in ours if n.split(".")[1] not in ("options", "errors")} <= {
             "cas.model.positions",
             "cas.data.collection",
         }
