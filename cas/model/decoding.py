@@ -131,13 +131,9 @@ def log_likelihood(
     rows = batch_rows or (128 if model.device.type == "cuda" else 32)
     for members in _batches(joined, sizes, 0, batch_positions or most_positions(model), rows):
         state = Decoding(model, [joined[i] for i in members], cartridges, layout, 0)
-        longest = max(len(answers[i]) for i in members)
-        for read, logits in state.read_prompts(longest):
-            for row, scores in zip(read, logits, strict=True):
-                i = members[row]
-                wanted = torch.tensor(answers[i], device=model.device)
-                of_answer = scores[-len(wanted) :].float().log_softmax(-1).gather(1, wanted[:, None])
-                results[i] = float(of_answer.mean())
+        for row, logits in state.read_prompts([len(answers[i]) for i in members]):
+            wanted = torch.tensor(answers[members[row]], device=model.device)
+            results[members[row]] = float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).mean())
     return results
 
 

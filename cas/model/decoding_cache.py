@@ -4,8 +4,8 @@ Rows with the same prefix form a group and read its keys and values in place, in
 groups with R slots each, so that one product serves all groups; slots without a row of their own repeat another row. Rows
 that have ended stay in their slots until an eighth of the slots can be saved.
 
-Prompts are padded on the left, so that all rows write their next key into the same column; positions are explicit, so
-padding does not shift them. Equal prompts are read once.
+Prompts end in the same column of the cache, so that all rows write their next key into the same one; positions are explicit, so
+padding does not shift them. Equal prompts are read once, packed without padding.
 
 Shape legend: G groups, R slots of a group, B = G * R, H key/value heads, Q query heads, S prefix positions, T own tokens,
 N own tokens so far, D head dimension, L layers.
@@ -71,30 +71,34 @@ class Prefix:
         layout: Layout,
     ) -> None:
         """``names``: of all cartridges, numbered from 1 in ``owner``."""
-        header = model.header_kv
-        layers, _, heads, start, dim = header.shape
-        sizes = {name: cartridges[name].shape[3] for name in names}
+        start, device = model.layout_header, model.device
+        pool = torch.cat([model.header_kv, *(cartridges[name].to(device, model.dtype) for name in names)], dim=3)
+        sizes = [cartridges[name].shape[3] for name in names]
+        ends = torch.tensor([start, *sizes]).cumsum(0).tolist()
         numbers = {name: number for number, name in enumerate(names, start=1)}
-        self.widths = [start + sum(sizes[name] for name in group) for group in groups]
-        width = max(self.widths)
-        kv = header.new_zeros(layers, 2, len(groups), heads, width, dim)
-        kv[:, :, :, :, :start] = header[:, :, None]
-        positions, shifts, owner = torch.zeros(3, len(groups), width, dtype=torch.long)
-        positions[:, :start] = torch.arange(start)
+        self.widths = [start + sum(sizes[numbers[name] - 1] for name in group) for group in groups]
+        # Of every column its place in the pool, position, shift, and cartridge; padding repeats the first.
+        columns, positions, shifts, owner = torch.zeros(4, len(groups), max(self.widths), dtype=torch.long)
+        columns[:, :start] = positions[:, :start] = torch.arange(start)
         for g, group in enumerate(groups):
-            end = start
-            for name, shift in zip(group, layout.shifts([sizes[name] for name in group]), strict=True):
-                columns = slice(end, end + sizes[name])
-                kv[:, :, g, :, columns] = cartridges[name]
-                positions[g, columns] = torch.arange(sizes[name]) + layout.header + shift
-                shifts[g, columns] = shift
-                owner[g, columns] = numbers[name]
-                end += sizes[name]
-        if bool(shifts.any()):
-            for layer, (keys, _) in enumerate(kv):
-                keys.copy_(model.rope.shift(keys, shifts[:, None], layer))
-        self.layers = [(keys, values) for keys, values in kv]
-        self.positions, self.owner = positions.to(kv.device), owner.to(kv.device)
+            at = start
+            for name, shift in zip(group, layout.shifts([sizes[numbers[name] - 1] for name in group]), strict=True):
+                number = numbers[name]
+                size = sizes[number - 1]
+                place = torch.arange(size)
+                columns[g, at : at + size] = place + ends[number - 1]
+                positions[g, at : at + size] = place + layout.header + shift
+                shifts[g, at : at + size] = shift
+                owner[g, at : at + size] = number
+                at += size
+        heads, length, dim = pool.shape[2:]
+        rows = (columns[:, None] + length * torch.arange(heads)[:, None]).flatten().to(device)
+        shape = (len(groups), heads, max(self.widths), dim)
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        for layer, kv in enumerate(pool):
+            keys, values = (x.flatten(0, 1).index_select(0, rows).view(shape) for x in kv)
+            self.layers.append((model.rope.shift(keys, shifts[:, None], layer) if shifts.any() else keys, values))
+        self.positions, self.owner = positions.to(device), owner.to(device)
         self.valid = self._valid()
 
     def take(self, groups: range | list[int]) -> Prefix:
@@ -164,57 +168,64 @@ def attention(
 
 
 class Prefill:
-    """Context of one forward pass that reads prompts: a rectangle of G groups with R of them each."""
+    """Context of one forward pass that reads prompts, packed without padding; inside attention they are padded at the end to a
+    rectangle of G groups with R of them each."""
 
-    def __init__(self, prefix: Prefix, prompts: Sequence[Prompt], starts: Sequence[int]) -> None:
-        """prompts: G * R, those of a group side by side; starts: position of each one's first token."""
+    def __init__(self, prefix: Prefix, prompts: Sequence[Sequence[Prompt]], starts: Mapping[Prompt, int]) -> None:
+        """prompts: of every group, at most R; starts: position of each one's first token."""
         device = prefix.positions.device
-        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
-        t = int(lengths.max())
-        rows = [[0] * (t - len(prompt.tokens)) + list(prompt.tokens) for prompt in prompts]
-        self.tokens = torch.tensor(rows, device=device)
-        self.first = (t - lengths).to(device)  # column of the first token
-        columns = torch.arange(t, device=device)
-        positions = columns + (torch.tensor(starts, device=device) - self.first)[:, None]
-        # Padding stands at position 0, where it sees the header in any window.
-        self.positions = positions.masked_fill(columns < self.first[:, None], 0)
-        self.prefix, self.columns, self.padded = prefix, columns, bool((lengths < t).any())
+        flat = [prompt for group in prompts for prompt in group]
+        lengths = [len(prompt.tokens) for prompt in flat]
+        self.prefix, self.size, self.length = prefix, max(map(len, prompts)), max(lengths)
+        self.tokens = torch.tensor([[token for prompt in flat for token in prompt.tokens]], device=device)
+        self.ends = torch.tensor(lengths).cumsum(0).tolist()  # where each prompt ends among the tokens
+        positions = [torch.arange(n) + starts[prompt] for prompt, n in zip(flat, lengths, strict=True)]
+        self.positions = torch.cat(positions)[None].to(device)
+        # Token of every place of the rectangle, 0 where there is none; and place of every token.
+        rectangle = torch.zeros(len(prompts), self.size, self.length, dtype=torch.long)
+        placed = torch.zeros(len(prompts), self.size, self.length, dtype=torch.long)
+        inside = torch.zeros(rectangle.shape, dtype=torch.bool)
+        numbers = iter(range(len(flat)))
+        for g, group in enumerate(prompts):
+            for r, number in zip(range(len(group)), numbers):
+                n = lengths[number]
+                rectangle[g, r, :n] = torch.arange(self.ends[number] - n, self.ends[number])
+                placed[g, r] = torch.arange(self.length) + starts[flat[number]]
+                inside[g, r, :n] = True
+        self.rectangle, self.placed = rectangle.to(device).flatten(), placed.to(device)
+        self.place = inside.flatten().nonzero()[:, 0].to(device)
         self.biases: dict[int | None, tuple[Tensor, Tensor | None]] = {}
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # [tokens, H, D]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.kv[layer] = key, value
+        self.kv[layer] = key[0].transpose(0, 1), value[0].transpose(0, 1)
         keys, values = self.prefix.layers[layer]
-        groups, width = keys.shape[0], keys.shape[2]
-        b, t = key.shape[0], key.shape[2]
-        if b == 1 and t >= FUSED_FROM:
+        groups, width, tokens = keys.shape[0], keys.shape[2], key.shape[2]
+        if len(self.rectangle) == tokens == self.length >= FUSED_FROM:
             if (
-                window is None and 4 * width <= t
-            ):  # the prefix gets queries too: the mask is a triangle, which is known to kernels
+                window is None and 4 * width <= tokens
+            ):  # the prefix gets queries, too: a triangle is a mask that kernels know
                 query, mask = pad(query, (0, 0, width, 0)), None
             else:
-                seen = causal_mask(self.positions[0], torch.cat([self.prefix.positions[0], self.positions[0]]), window)
-                mask = seen[None, None]
+                placed = self.positions[0]
+                mask = causal_mask(placed, torch.cat([self.prefix.positions[0], placed]), window)[None, None]
             k, v = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
             out = scaled_dot_product_attention(
                 query, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
-            return out[:, :, -t:].transpose(1, 2)
-        own_bias, prefix_bias = self._bias(window, groups, key.dtype)
-        own = tuple(x.unflatten(0, (groups, -1)).transpose(1, 2).contiguous() for x in (key, value))
-        return attention(query, (own[0], own[1]), (keys, values), scale, own_bias, prefix_bias)[0]
-
-    def _bias(self, window: int | None, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+            return out[:, :, -tokens:].transpose(1, 2)
         if window not in self.biases:
-            seen = causal_mask(self.columns, self.columns, window)[None]
-            if self.padded:
-                seen = (seen & (self.columns >= self.first[:, None])[:, None]).unflatten(0, (groups, -1))
-            else:
-                seen = seen[None]
-            positions = self.positions.unflatten(0, (groups, -1))
-            prefix_bias = self.prefix.bias(positions, window, dtype)
-            self.biases[window] = hide(~seen, dtype)[:, None, :, None], prefix_bias
-        return self.biases[window]
+            columns = torch.arange(self.length, device=key.device)
+            hidden = ~causal_mask(columns, columns, window)
+            self.biases[window] = hide(hidden, key.dtype), self.prefix.bias(self.placed, window, key.dtype)
+        asked, own_keys, own_values = (
+            x[0].index_select(1, self.rectangle).view(x.shape[1], groups, self.size, self.length, -1)
+            for x in (query, key, value)
+        )
+        own = own_keys.transpose(0, 1).contiguous(), own_values.transpose(0, 1).contiguous()
+        asked = asked.permute(1, 2, 0, 3, 4).flatten(0, 1)
+        out = attention(asked, own, (keys, values), scale, *self.biases[window])[0]
+        return out.flatten(0, 1).index_select(0, self.place)[None]
 
 
 class Decoding:
@@ -261,33 +272,37 @@ class Decoding:
 
     def prefill(self) -> Tensor:
         """Read the prompts and fill the cache: next-token logits [rows, vocabulary] in the model's dtype."""
-        rows, logits = zip(*self.read_prompts(), strict=True)
-        order = torch.tensor([row for some in rows for row in some], device=self.model.device)
-        return torch.cat([part[:, -1] for part in logits])[order.argsort()]
+        logits = dict(self.read_prompts([1] * len(self.prompts)))
+        return torch.cat([logits[row] for row in self.rows])
 
-    def read_prompts(self, last: int = 1) -> Iterator[tuple[list[int], Tensor]]:
+    def read_prompts(self, last: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Read the prompts, equal ones once, and fill the cache if there is room for answers.
 
-        Args: last: logits of so many last tokens, or of all where a prompt is shorter.
-        Yields: rows, and their logits [rows, last, vocabulary] in the model's dtype.
+        Args: last: of each prompt, how many of its last tokens' logits are wanted.
+        Yields: row, and its logits [last, vocabulary] in the model's dtype.
         """
-        copies: dict[Prompt, list[int]] = {}
+        copies: dict[tuple[Prompt, int], list[int]] = {}
         for row, prompt in enumerate(self.prompts):
-            copies.setdefault(prompt, []).append(row)
+            copies.setdefault((prompt, last[row]), []).append(row)
+        starts = dict(zip(self.prompts, self.starts, strict=True))
         first = {rows[0]: rows for rows in copies.values()}
         for start, block in self._rectangles(first):
-            members = [row for rows in block for row in rows + rows[:1] * (max(map(len, block)) - len(rows))]
             prefix = self.prefix.take(range(start, start + len(block)))
-            context = Prefill(prefix, [self.prompts[row] for row in members], [self.starts[row] for row in members])
-            count = min(last, context.tokens.shape[1])
-            logits = self.model.forward(context.tokens, context.positions, context, rows=count)
-            source = {row: i for i, row in reversed(list(enumerate(members)))}
-            pairs = [(copy, source[row]) for row in source for copy in first[row]]
-            rows, sources = [row for row, _ in pairs], [i for _, i in pairs]
+            context = Prefill(prefix, [[self.prompts[row] for row in rows] for rows in block], starts)
+            members = [row for rows in block for row in rows]
+            wanted = [torch.arange(end - last[row], end) for row, end in zip(members, context.ends, strict=True)]
+            logits = self.model.forward(context.tokens, context.positions, context, rows=torch.cat(wanted))[0]
             if self.room:
-                self._store(context, rows, sources)
-            in_order = sources == list(range(len(logits)))
-            yield rows, logits if in_order else logits[torch.tensor(sources, device=logits.device)]
+                self._store(
+                    context,
+                    [
+                        (row, end)
+                        for first_row, end in zip(members, context.ends, strict=True)
+                        for row in first[first_row]
+                    ],
+                )
+            for row, scores in zip(members, logits.split([last[row] for row in members]), strict=True):
+                yield from ((copy, scores) for copy in first[row])
 
     def _rectangles(self, wanted: Mapping[int, object]) -> Iterator[tuple[int, list[list[int]]]]:
         """Wanted rows in rectangles with little padding that one forward pass takes: number of the first group, rows by group."""
@@ -298,8 +313,8 @@ class Decoding:
             lengths = [len(self.prompts[row].tokens) for rows in block for row in rows]
             longest, slots = max(lengths), len(block) * max(map(len, block))
             scores = slots * longest * heads * (width + longest)
-            little_padding = slots * longest <= 1.25 * sum(lengths) + 64
-            return little_padding and slots * longest <= PREFILL_TOKENS[on_gpu] and scores <= PREFILL_SCORES[on_gpu]
+            little_padding = slots * longest <= 1.5 * sum(lengths) + 64
+            return little_padding and sum(lengths) <= PREFILL_TOKENS[on_gpu] and scores <= PREFILL_SCORES[on_gpu]
 
         block: list[list[int]] = []
         start = 0
@@ -320,18 +335,24 @@ class Decoding:
         if block:
             yield start, block
 
-    def _store(self, context: Prefill, rows: Sequence[int], sources: Sequence[int]) -> None:
-        """Put what the context read into the slots of these rows."""
-        slots = torch.tensor([self.slot_of[row] for row in rows], device=self.first.device)
-        taken = torch.tensor(sources, device=slots.device)
-        t = len(context.columns)
+    def _store(self, context: Prefill, read: Sequence[tuple[int, int]]) -> None:
+        """Put what the context read into the cache: rows, and where their prompts end among its tokens."""
+        slots, columns, tokens = [], [], []
+        for row, end in read:
+            n = len(self.prompts[row].tokens)
+            slots.append(torch.full((n,), self.slot_of[row]))
+            columns.append(torch.arange(self.end - n, self.end))
+            tokens.append(torch.arange(end - n, end))
+        slot, column, token = (torch.cat(x).to(self.first.device) for x in (slots, columns, tokens))
         for layer, kv in context.kv.items():
-            _, heads, _, d = kv[0].shape
+            _, heads, d = kv[0].shape
             if layer not in self.own:
                 shape = (len(self.groups), heads, self.size, self.end + self.room, d)
-                self.own[layer] = kv[0].new_zeros(shape), kv[1].new_zeros(shape)
-            for cache, read in zip(self.own[layer], kv, strict=True):
-                cache.transpose(1, 2)[slots // self.size, slots % self.size, :, self.end - t : self.end] = read[taken]
+                self.own[layer] = kv[0].new_empty(shape), kv[1].new_empty(shape)
+                for cache in self.own[layer]:  # padding is read, but counts nothing
+                    cache[:, :, :, : self.end] = 0
+            for cache, x in zip(self.own[layer], kv, strict=True):
+                cache.permute(0, 2, 3, 1, 4)[slot // self.size, slot % self.size, column] = x[token]
 
     # -- decoding ---------------------------------------------------------------------------------------------------
 
