@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cas.model.decoding_cache import Decoding, Prompt, group_rows
+from cas.model.decoding_attention import Prompt, group_rows
+from cas.model.decoding_cache import Decoding
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 
@@ -43,7 +45,7 @@ def generate(
     layout: Layout,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
     watch: bool = False,
     keep_top: int = 0,
@@ -56,7 +58,7 @@ def generate(
 
     Args:
         cartridges: id -> [L, 2, H, P, D] of every cartridge named in the prompts, any float dtype.
-        temperature: 0 is greedy; else sampled, by ``seed`` alone.
+        temperature: 0 is greedy; else sampled, by ``seed`` alone. One for all prompts or one for each.
         watch: measure each cartridge's share of the attention. keep_top: keep this many most likely tokens of every step.
         also_stop: further tokens that end an answer.
         on_token: called with (prompt index, token id) as soon as a token is known.
@@ -65,47 +67,71 @@ def generate(
     Returns: one Generation per prompt, in the order of the prompts; stop tokens are left out.
     """
     results = [Generation() for _ in prompts]
-    sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
+    temperatures = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
     longest, stop = model.geometry.max_positions, model.template.stop_ids | also_stop
-    rows = batch_rows or (512 if model.device.type == "cuda" else 64)
-    batches = _batches(prompts, sizes, max_new_tokens, batch_positions or most_positions(model), rows)
-    for number, members in enumerate(batches):
-        generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + number) % 2**63)
-        state = Decoding(model, [prompts[i] for i in members], cartridges, layout, max_new_tokens, watch)
-        assert state.last_position < longest + max_new_tokens, "a prompt is longer than the model's positions"
-        tokens: Tensor | None = None
-        for _ in range(max_new_tokens):
-            logits = (state.prefill() if tokens is None else state.step(tokens)).float()
-            if temperature > 0:
-                chosen = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    waiting = Waiting(
+        prompts,
+        {name: kv.shape[3] for name, kv in cartridges.items()},
+        max_new_tokens,
+        batch_positions or most_positions(model),
+        batch_rows or (512 if model.device.type == "cuda" else 64),
+    )
+    generator = torch.Generator(device="cpu")
+
+    def choose(state: Decoding, logits: Tensor) -> Tensor:
+        """Choose the next token of every row; rows that have ended leave. Returns the tokens of the others."""
+        logits = logits.float()
+        chosen = logits.argmax(-1).cpu()
+        if sampled := [b for b, row in enumerate(state.rows) if temperatures[row] > 0]:
+            scale = torch.tensor([temperatures[state.rows[b]] for b in sampled], device=logits.device)
+            probabilities = (logits[sampled] / scale[:, None]).softmax(-1).cpu()
+            chosen[sampled] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        if keep_top:
+            top = logits.topk(keep_top, dim=-1)
+            top_ids = top.indices.to("cpu", torch.int32)
+            top_logprobs = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
+            for row, ids, logprobs in zip(state.rows, top_ids, top_logprobs, strict=True):
+                results[row].top_ids.append(ids)
+                results[row].top_logprobs.append(logprobs)
+        going = []
+        for b, (row, token) in enumerate(zip(state.rows, chosen.tolist(), strict=True)):
+            result = results[row]
+            if token in stop:
+                result.finished = True
             else:
-                chosen = logits.argmax(-1).cpu()
-            if keep_top:
-                top = logits.topk(keep_top, dim=-1)
-                top_ids = top.indices.to("cpu", torch.int32)
-                top_logprobs = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
-                for row, ids, logprobs in zip(state.rows, top_ids, top_logprobs, strict=True):
-                    results[members[row]].top_ids.append(ids)
-                    results[members[row]].top_logprobs.append(logprobs)
-            going = []
-            for b, (row, token) in enumerate(zip(state.rows, chosen.tolist(), strict=True)):
-                result = results[members[row]]
-                if token in stop:
-                    result.finished = True
-                    result.attention = state.attention_shares(row)
-                    continue
                 result.ids.append(token)
                 if on_token is not None:
-                    on_token(members[row], token)
+                    on_token(row, token)
+            if result.finished or len(result.ids) == max_new_tokens:
+                result.attention = state.attention_shares(row, len(result.ids) + result.finished - 1)
+            else:
                 going.append(b)
-            if not going:
-                break
-            if len(going) < len(state.rows):
-                state.keep([state.rows[b] for b in going])
-            tokens = chosen[going]
-        else:
-            for row in state.rows:
-                results[members[row]].attention = state.attention_shares(row)
+        if len(going) < len(state.rows):
+            state.keep([state.rows[b] for b in going])
+        return chosen[going]
+
+    state: Decoding | None = None
+    number = most = 0
+    tokens = torch.empty(0, dtype=torch.long)
+    while state or waiting:
+        # Sampled rows stay in the batches that their random numbers are keyed by; others join as soon as half have left.
+        refill = not state or (2 * len(state.rows) <= most and max(temperatures) == 0)
+        members = waiting.take(state) if refill and waiting else []
+        if members:
+            new = Decoding(model, {i: prompts[i] for i in members}, cartridges, layout, max_new_tokens, watch)
+            assert new.last_position < longest + max_new_tokens, "a prompt is longer than the model's positions"
+            generator.manual_seed((seed * 1_000_003 + number) % 2**63)
+            number += 1
+            new_tokens = choose(new, new.prefill())
+            if state and new:
+                state.join(new)
+                tokens = torch.cat([tokens, new_tokens])
+            elif new:
+                state, tokens = new, new_tokens
+            most = max(most, len(state.rows)) if state else 0
+        elif state:
+            tokens = choose(state, state.step(tokens))
+            state = state if state.rows else None
     return results
 
 
@@ -129,34 +155,46 @@ def log_likelihood(
     results = [0.0] * len(prompts)
     sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
     rows = batch_rows or (128 if model.device.type == "cuda" else 32)
-    for members in _batches(joined, sizes, 0, batch_positions or most_positions(model), rows):
-        state = Decoding(model, [joined[i] for i in members], cartridges, layout, 0)
-        for row, logits in state.read_prompts([len(answers[i]) for i in members]):
-            wanted = torch.tensor(answers[members[row]], device=model.device)
-            results[members[row]] = float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).mean())
+    waiting = Waiting(joined, sizes, 0, batch_positions or most_positions(model), rows)
+    while waiting:
+        state = Decoding(model, {i: joined[i] for i in waiting.take()}, cartridges, layout, 0)
+        for i, logits in state.read_prompts({i: len(answers[i]) for i in state.rows}):
+            wanted = torch.tensor(answers[i], device=model.device)
+            results[i] = float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).mean())
     return results
 
 
-def _batches(
-    prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
-) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, neighbors with the same cartridges side by side; at least one a batch. A prefix
-    counts once for every group that reads it, as it is held once."""
-    order = sorted(
-        range(len(prompts)),
-        key=lambda i: (len(prompts[i].cartridges), prompts[i].cartridges, len(prompts[i].tokens), i),
-    )
-    batch: list[int] = []
-    prefix, own = 0, 0  # the most positions of a row
-    for i in order:
-        width, length = sum(sizes[n] for n in prompts[i].cartridges), len(prompts[i].tokens) + room
-        widest, longest = max(prefix, width), max(own, length)
-        groups = group_rows([prompts[j].cartridges for j in (*batch, i)], widest)
-        held = len(groups) * (widest + longest * max(map(len, groups)))
-        if batch and (len(batch) == rows or held > positions):
-            yield batch
-            batch, widest, longest = [], width, length
-        batch.append(i)
-        prefix, own = widest, longest
-    if batch:
-        yield batch
+class Waiting:
+    """Prompts that wait for a batch, in the order of their cartridges and lengths."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
+    ) -> None:
+        """``positions``, ``rows``: the most that a batch holds, ``room`` positions behind every prompt included. A prefix counts
+        once for every group that reads it, as it is held once."""
+        self.prompts, self.sizes, self.room, self.positions, self.rows = prompts, sizes, room, positions, rows
+        self.order = deque(
+            sorted(
+                range(len(prompts)),
+                key=lambda i: (len(prompts[i].cartridges), prompts[i].cartridges, len(prompts[i].tokens), i),
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def take(self, state: Decoding | None = None) -> list[int]:
+        """Numbers of the next prompts that fit into a batch beside the rows of ``state``; without these at least one."""
+        seen = [self.prompts[row].cartridges for row in state.rows] if state else []
+        prefix = max((sum(map(self.sizes.__getitem__, names)) for names in seen), default=0)
+        own, batch = (state.used if state else 0), list[int]()
+        while self.order and len(seen) < self.rows:
+            prompt = self.prompts[self.order[0]]
+            prefix = max(prefix, sum(self.sizes[name] for name in prompt.cartridges))
+            own = max(own, len(prompt.tokens))
+            groups = group_rows([*seen, prompt.cartridges], prefix)
+            if seen and len(groups) * (prefix + (own + self.room) * max(map(len, groups))) > self.positions:
+                break
+            seen.append(prompt.cartridges)
+            batch.append(self.order.popleft())
+        return batch

@@ -11,7 +11,7 @@ from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokeni
 from torch import Tensor
 
 from cas.model.attention import Batch, Reference, packed_positions
-from cas.model.decoding import Decoding, Prompt, _batches, generate, log_likelihood
+from cas.model.decoding import Decoding, Prompt, Waiting, generate, log_likelihood
 from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout, Positions
 
@@ -95,11 +95,16 @@ def test_batches_equal_one_by_one(kind: str, tiny: Callable[..., FrozenModel]) -
 
 
 def test_a_prefix_that_a_batch_shares_is_counted_once() -> None:
-    sizes, shared = {"a": 1000, "b": 1000}, [Prompt((1,) * 10, ("a",))] * 50
-    assert [len(b) for b in _batches(shared, sizes, 10, positions=1400, rows=64)] == [20, 20, 10]
+    def counts(prompts: list[Prompt], positions: int) -> list[int]:
+        waiting, counts = Waiting(prompts, {"a": 1000, "b": 1000}, 10, positions, rows=64), []
+        while waiting:
+            counts.append(len(waiting.take()))
+        return counts
+
+    assert counts([Prompt((1,) * 10, ("a",))] * 50, 1400) == [20, 20, 10]
     mixed = [Prompt((1,) * 10, (name,)) for name in "ab"]
-    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2039, rows=64)] == [1, 1]
-    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2040, rows=64)] == [2]
+    assert counts(mixed, 2039) == [1, 1]
+    assert counts(mixed, 2040) == [2]
 
 
 def test_rows_stop_early_and_leave_the_batch(tiny: Callable[..., FrozenModel]) -> None:
@@ -276,6 +281,6 @@ def test_decoding_reads_one_shared_prefix_in_place(tiny: Callable[..., FrozenMod
     model = tiny("llama")
     cartridges, layout = tiny_cartridges(model, SIZES), Layout("fixed", model.layout_header, SPAN)
     same = [prompt(model, text, "a", "b") for text in ("Which?", "Why is that so?", "Who?")]
-    assert Decoding(model, same, cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 1
+    assert Decoding(model, dict(enumerate(same)), cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 1
     mixed = [*same, *(prompt(model, text, "c") for text in ("When?", "How?", "Where?"))]
-    assert Decoding(model, mixed, cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 2
+    assert Decoding(model, dict(enumerate(mixed)), cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 2
