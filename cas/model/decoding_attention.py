@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,31 +62,37 @@ class Prefix:
         layout: Layout,
     ) -> None:
         start, device = model.layout_header, model.device
-        names = list(dict.fromkeys(name for group in groups for name in group))
-        pool = torch.cat([model.header_kv, *(cartridges[name].to(device, model.dtype) for name in names)], dim=3)
-        sizes = {name: cartridges[name].shape[3] for name in names}
-        begins = dict(zip(names, torch.tensor([start, *sizes.values()]).cumsum(0).tolist(), strict=False))
+        sizes = {name: cartridges[name].shape[3] for group in groups for name in group}
+        shifted = [list(zip(group, layout.shifts([sizes[name] for name in group]), strict=True)) for group in groups]
+        # Every cartridge once for every shift of its keys, side by side behind the header.
+        pool = list(dict.fromkeys(part for parts in shifted for part in parts))
+        begins = dict(zip(pool, accumulate((sizes[name] for name, _ in pool), initial=start), strict=False))
+        kv = torch.cat([model.header_kv, *(cartridges[name].to(device, model.dtype) for name, _ in pool)], dim=3)
+        shifts = torch.tensor([0] * start + [shift for name, shift in pool for _ in range(sizes[name])])
         self.widths = [start + sum(sizes[name] for name in group) for group in groups]
-        # Of every column its place in the pool, position, shift, and cartridge (1 is the group's first); padding repeats a column.
-        columns, positions, shifts, owner = torch.zeros(4, len(groups), max(self.widths), dtype=torch.long)
+        # Of every column its place there, its position, and its cartridge (1 is the group's first); padding repeats a column.
+        columns, positions, owner = torch.zeros(3, len(groups), max(self.widths), dtype=torch.long)
         columns[:, :start] = positions[:, :start] = torch.arange(start)
-        for g, group in enumerate(groups):
+        for g, parts in enumerate(shifted):
             at = start
-            for number, (name, shift) in enumerate(
-                zip(group, layout.shifts([sizes[n] for n in group]), strict=True), 1
-            ):
+            for number, (name, shift) in enumerate(parts, 1):
                 place, end = torch.arange(sizes[name]), at + sizes[name]
-                columns[g, at:end] = place + begins[name]
+                columns[g, at:end] = place + begins[name, shift]
                 positions[g, at:end] = place + layout.header + shift
-                shifts[g, at:end], owner[g, at:end] = shift, number
+                owner[g, at:end] = number
                 at = end
-        heads, length, dim = pool.shape[2:]
+        _, _, heads, length, dim = kv.shape
         rows = (columns[:, None] + length * torch.arange(heads)[:, None]).flatten().to(device)
         shape = (len(groups), heads, max(self.widths), dim)
         self.layers: list[tuple[Tensor, Tensor]] = []
-        for layer, kv in enumerate(pool):
-            keys, values = (x.flatten(0, 1).index_select(0, rows).view(shape) for x in kv)
-            self.layers.append((model.rope.shift(keys, shifts[:, None], layer) if shifts.any() else keys, values))
+        for layer, (keys, values) in enumerate(kv):
+            keys = model.rope.shift(keys, shifts, layer) if shifts.any() else keys
+            self.layers.append(
+                (
+                    keys.flatten(0, 1).index_select(0, rows).view(shape),
+                    values.flatten(0, 1).index_select(0, rows).view(shape),
+                )
+            )
         self.positions, self.owner = positions.to(device), owner.to(device)
         self.valid = self._valid()
 
