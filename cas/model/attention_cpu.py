@@ -1,15 +1,16 @@
 """Attention for training on a CPU: every cartridge's keys are read where they lie, by all tokens that see it at once.
 
-What a token sees are *parts*: its own conversation up to it, the header, and some cartridges. Softmax attention over all of them
-is the sum of what each part's exponentials give, over their sum. So each part is one batched product over the rows that see
-it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it: the cost follows what is visible. The
-backward pass uses the weights kept by the forward one, and computes gradients only of cartridges that learn.
+What a token sees are *parts*: its own conversation up to it, the header, and some cartridges. Softmax attention over
+all of them is the sum of what each part's exponentials give, over their sum. So each part is one batched product over
+the rows that see it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it:
+the cost follows what is visible. The backward pass uses the weights kept by the forward one, and computes gradients
+only of cartridges that learn.
 
-Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones, which
-meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too, which gives their
-sums. Softmax is the same for any reference, but for rounding in bfloat16, which is the finer the nearer the reference is to the
-highest score; the row's highest score in the header, the attention sink, is at hand and keeps
-exponentials in range nearly always. Rows where it does not get their true maximum.
+Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones,
+which meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too,
+which gives their sums. Softmax is the same for any reference, but for rounding in bfloat16, which is the finer the
+nearer the reference is to the highest score; the row's highest score in the header, the attention sink, is at hand
+and keeps exponentials in range nearly always. Rows where it does not get their true maximum.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class _Own:
     bias: Tensor  # [B, 1, T, T], 0 or -inf: causal, and padding sees nothing
 
     def take(self, x: Tensor, kv_heads: int) -> Tensor:
-        """The group's rows of x [Q, N, C] as [H * B, rep * T, C]; of keys and values, whose Q is H, as [H * B, T, C]."""
+        """The group's rows of x [Q, N, C] as [H * B, rep * T, C]; of keys and values, whose Q is H, as [H * B, T,
+        C]."""
         x = x.index_select(1, self.rows)
         x = x.view(kv_heads, -1, self.size, x.shape[1] // self.size, x.shape[2]).transpose(1, 2)
         return x.reshape(kv_heads * self.size, -1, x.shape[4])
@@ -146,8 +148,8 @@ class CpuAttention:
         return out[None]
 
     def keys_values(self, part: _Part, layer: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        """What a part's rows see: of a prefix where it stands, [H, P, C]; of conversations, out of ``own`` [2, H, N, C], their
-        own keys and values, [H * B, T, C]."""
+        """What a part's rows see: of a prefix where it stands, [H, P, C]; of conversations, out of ``own`` [2, H, N,
+        C], their own keys and values, [H * B, T, C]."""
         if isinstance(part, _Own):
             return part.take(own[0], own.shape[1]), part.take(own[1], own.shape[1])
         keys, values = self.layers[part.name][layer].detach()
@@ -221,7 +223,8 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
 class _Attention(torch.autograd.Function):
     """CpuAttention softmax attention of packed tokens: query [Q, N, D], key and value [H, N, D] -> [N, Q, D].
 
-    Gradients flow to query, key, value and to the layers of learning cartridges, [2, H, P, D + SPARE] each, in their order.
+    Gradients flow to query, key, value and to the layers of learning cartridges, [2, H, P, D + SPARE] each, in their
+    order.
     """
 
     @staticmethod
@@ -259,8 +262,8 @@ class _Attention(torch.autograd.Function):
         asked, own, out, sums, *weights = ctx.saved_tensors
         context, layer, scale = ctx.cas
         kv_heads, d = own.shape[1], out.shape[2]
-        # A score's gradient is its softmax times (what its value would give - what the row got). The spare column of ones in the
-        # values subtracts the latter; a row's weights are its softmax times its sum.
+        # A score's gradient is its softmax times (what its value would give - what the row got). The spare column of
+        # ones in the values subtracts the latter; a row's weights are its softmax times its sum.
         given = torch.zeros_like(asked)
         grad = torch.mul(gradients[0].transpose(0, 1), sums.reciprocal().to(asked.dtype)[..., None], out=given[..., :d])
         given[..., d] = -(grad * out).sum(-1)

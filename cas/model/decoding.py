@@ -19,7 +19,7 @@ BATCH_BYTES = 2 << 30  # KV cache that it may hold on a GPU, where many rows cos
 
 
 def most_positions(model: FrozenModel) -> int:
-    """Prefix, prompt and answer positions that one batch holds unless it is told."""
+    """Prefix, prompt and answer positions that one batch holds by default."""
     each = model.geometry.elements(1) * model.dtype.itemsize
     return max(BATCH_POSITIONS, BATCH_BYTES // each) if model.device.type == "cuda" else BATCH_POSITIONS
 
@@ -27,8 +27,8 @@ def most_positions(model: FrozenModel) -> int:
 @dataclass
 class Generation:
     """One decoded answer. ``finished``: the model ended its turn by itself. ``attention``: mean share of the attention
-    that answer tokens paid to each cartridge, over layers and heads. ``top_ids``, ``top_logprobs``: for every token, the one
-    that ended the turn included, the model's most likely ones, [K] each. Both only when asked for."""
+    that answer tokens paid to each cartridge, over layers and heads. ``top_ids``, ``top_logprobs``: for every token,
+    the one that ended the turn included, the model's most likely ones, [K] each. Both only when asked for."""
 
     ids: list[int] = field(default_factory=list)
     finished: bool = False
@@ -59,11 +59,12 @@ def generate(
     Args:
         cartridges: id -> [L, 2, H, P, D] of every cartridge named in the prompts, any float dtype.
         temperature: 0 is greedy; else sampled, by ``seed`` alone. One for all prompts or one for each.
-        watch: measure each cartridge's share of the attention. keep_top: keep this many most likely tokens of every step.
+        watch: measure each cartridge's share of the attention. keep_top: keep this many most likely tokens of every
+            step.
         also_stop: further tokens that end an answer.
         on_token: called with (prompt index, token id) as soon as a token is known.
-        batch_positions, batch_rows: prefix, prompt and answer positions, and rows, that one batch may hold; by default as
-            suits the device.
+        batch_positions, batch_rows: prefix, prompt and answer positions, and rows, that one batch may hold; the
+            default depends on the device.
     Returns: one Generation per prompt, in the order of the prompts; stop tokens are left out.
     """
     results = [Generation() for _ in prompts]
@@ -114,7 +115,7 @@ def generate(
     number = most = 0
     tokens = torch.empty(0, dtype=torch.long)
     while state or waiting:
-        # Sampled rows stay in the batches that their random numbers are keyed by; others join as soon as half have left.
+        # Random numbers are keyed by the batch, so only greedy rows join others, as soon as half of these have left.
         refill = not state or (2 * len(state.rows) <= most and max(temperatures) == 0)
         members = waiting.take(state) if refill and waiting else []
         if members:
@@ -170,8 +171,8 @@ class Waiting:
     def __init__(
         self, prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
     ) -> None:
-        """``positions``, ``rows``: the most that a batch holds, ``room`` positions behind every prompt included. A prefix counts
-        once for every group that reads it, as it is held once."""
+        """``positions``, ``rows``: the most that a batch holds, ``room`` positions behind every prompt included. A
+        prefix counts once for every group that reads it, as it is held once."""
         self.prompts, self.sizes, self.room, self.positions, self.rows = prompts, sizes, room, positions, rows
         self.order = deque(
             sorted(
@@ -184,7 +185,8 @@ class Waiting:
         return len(self.order)
 
     def take(self, state: Decoding | None = None) -> list[int]:
-        """Numbers of the next prompts that fit into a batch beside the rows of ``state``; without these at least one."""
+        """Numbers of the next prompts that fit into a batch beside the rows of ``state``; without these at least
+        one."""
         seen = [self.prompts[row].cartridges for row in state.rows] if state else []
         prefix = max((sum(map(self.sizes.__getitem__, names)) for names in seen), default=0)
         own, batch = (state.used if state else 0), list[int]()

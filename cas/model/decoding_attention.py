@@ -1,10 +1,10 @@
 """Attention of prompts and of decoding steps over [prefix ; own tokens].
 
-Rows with the same prefix form a group and read its keys and values in place, in one matrix product. A batch is a rectangle of G
-groups with R slots each, so that one product serves all groups.
+Rows with the same prefix form a group and read its keys and values in place, in one matrix product. A batch is a
+rectangle of G groups with R slots each, so that one product serves all groups.
 
-Shape legend: G groups, R slots of a group, B = G * R, H key/value heads, Q query heads, S prefix positions, T own tokens,
-N own tokens so far, D head dimension.
+Shape legend: G groups, R slots of a group, B = G * R, H key/value heads, Q query heads, S prefix positions, T own
+tokens, N own tokens so far, D head dimension.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Prompt:
 
 
 def group_rows(prefixes: Sequence[Hashable], width: int) -> list[list[int]]:
-    """Row numbers in groups with the same prefix of at most ``width`` positions; groups much larger than others are split."""
+    """Row numbers in groups with the same prefix of at most ``width`` positions; groups much larger than others are
+    split."""
     rows: dict[Hashable, list[int]] = {}
     for row, prefix in enumerate(prefixes):
         rows.setdefault(prefix, []).append(row)
@@ -70,7 +71,8 @@ class Prefix:
         kv = torch.cat([model.header_kv, *(cartridges[name].to(device, model.dtype) for name, _ in pool)], dim=3)
         shifts = torch.tensor([0] * start + [shift for name, shift in pool for _ in range(sizes[name])])
         self.widths = [start + sum(sizes[name] for name in group) for group in groups]
-        # Of every column its place there, its position, and its cartridge (1 is the group's first); padding repeats a column.
+        # Of every column its place there, its position, and its cartridge (1 is the group's first); padding repeats a
+        # column.
         columns, positions, owner = torch.zeros(3, len(groups), max(self.widths), dtype=torch.long)
         columns[:, :start] = positions[:, :start] = torch.arange(start)
         for g, parts in enumerate(shifted):
@@ -135,7 +137,8 @@ def attention(
     own_bias: Tensor | None,
     prefix_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over prefix and own tokens, whose keys and values are never put side by side; only the scores are.
+    """Softmax attention over prefix and own tokens, whose keys and values are never put side by side; only the scores
+    are.
 
     Args:
         query: [B, Q, T, D]; own: keys and values [G, H, R, N, D]; prefix: [G, H, S, D].
@@ -163,8 +166,8 @@ def attention(
 
 
 class Prefill:
-    """Context of one forward pass that reads prompts, packed without padding; inside attention they are padded at the end to a
-    rectangle of G groups with R of them each."""
+    """Context of one forward pass that reads prompts, packed without padding; inside attention they are padded at the
+    end to a rectangle of G groups with R of them each."""
 
     def __init__(self, prefix: Prefix, prompts: Sequence[Sequence[Prompt]], starts: Mapping[Prompt, int]) -> None:
         """prompts: of every group, at most R; starts: position of each one's first token."""

@@ -1,8 +1,9 @@
 """The KV cache of a batch that is decoded, and its attention context.
 
-Slots without a row of their own repeat another row or hold padding. Rows that have ended stay in their slots until an eighth of
-the slots can be saved. Prompts end in the same column of the cache, so that all rows write their next key into the same one;
-positions are explicit, so padding does not shift them. Equal prompts are read once, packed without padding.
+Slots without a row of their own repeat another row or hold padding. Rows that have ended stay in their slots until an
+eighth of the slots can be saved. Prompts end in the same column of the cache, so that all rows write their next key
+into the same one; positions are explicit, so padding does not shift them. Equal prompts are read once, packed without
+padding.
 
 Shape legend: G groups, R slots of a group, B = G * R, H key/value heads, N own tokens so far, D head dimension.
 """
@@ -18,7 +19,8 @@ from cas.model.decoding_attention import Prefill, Prefix, Prompt, attention, gro
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 
-# On a CPU and on a GPU: tokens that one forward pass of prompts takes (more would leave a CPU's caches), and scores it holds.
+# On a CPU and on a GPU: tokens that one forward pass of prompts takes (more would leave a CPU's caches), and scores
+# it holds.
 PREFILL_TOKENS = 512, 1 << 15
 PREFILL_SCORES = 1 << 22, 1 << 27
 
@@ -38,8 +40,8 @@ class Decoding:
         room: int,
         watch: bool = False,
     ) -> None:
-        """``prompts``: by their row numbers; ``room``: how many tokens will be decoded behind them; ``watch``: add up the
-        attention shares."""
+        """``prompts``: by their row numbers; ``room``: how many tokens will be decoded behind them; ``watch``: add up
+        the attention shares."""
         self.model, self.cartridges, self.layout, self.room, self.watch = model, cartridges, layout, room, watch
         self.prompts = dict(prompts)
         self.rows = list(prompts)  # those that go on
@@ -129,7 +131,8 @@ class Decoding:
                 yield from ((copy, scores) for copy in first[row])
 
     def _rectangles(self, wanted: Mapping[int, object]) -> Iterator[tuple[int, list[list[int]]]]:
-        """Wanted rows in rectangles with little padding that one forward pass takes: number of the first group, rows by group."""
+        """Wanted rows in rectangles with little padding that one forward pass takes: number of the first group, rows
+        by group."""
         on_gpu, heads = self.model.device.type == "cuda", self.model.geometry.query_heads
         width = self.prefix.positions.shape[1]
 
@@ -251,6 +254,7 @@ class Decoding:
             sources.append(
                 (state.rows, state.slots, state.size, state.end, state.first, state.offset, state.shares, state.own)
             )
+        del self.prefix, other.prefix  # before the new one takes memory
         self.prompts |= other.prompts
         self.starts |= other.starts
         self.rows = [*self.rows, *other.rows]

@@ -158,6 +158,17 @@ def test_sampling_is_reproducible_by_seed(tiny: Callable[..., FrozenModel]) -> N
     assert sample(1) == sample(1)
     assert sample(1) != sample(2) and sample(1) != greedy
     assert sample(1, temperature=1e-4) == greedy
+    # Greedy rows in the same batch change no random number of the sampled ones.
+    mixed = generate(
+        model,
+        items * 2,
+        cartridges,
+        layout,
+        max_new_tokens=10,
+        temperature=[0.0] * len(items) + [1.0] * len(items),
+        seed=1,
+    )
+    assert [result.ids for result in mixed] == greedy + sample(1)
 
 
 def test_sampling_follows_the_temperature(tiny: Callable[..., FrozenModel]) -> None:
@@ -244,6 +255,11 @@ def test_attention_shares_equal_an_eager_computation(kind: str, policy: Any, tin
             at += SIZES[name]
         # Cartridges that only other rows of the batch see.
         assert all(share == 0 for name, share in result.attention.items() if name not in item.cartridges)
+    # The same when rows join others that are under way.
+    for result, refilled in zip(
+        results, generate(model, items, cartridges, layout, max_new_tokens=6, watch=True, batch_rows=3), strict=True
+    ):
+        assert refilled.ids == result.ids and refilled.attention == pytest.approx(result.attention, abs=1e-5)
     unwatched = generate(model, items, cartridges, layout, max_new_tokens=3)
     assert all(result.attention == {} and result.top_ids == [] for result in unwatched)
 
