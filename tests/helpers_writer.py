@@ -58,9 +58,10 @@ class Writer:
         if options.get("keep_top"):
             self.answered += len(prompts)
             return [self.answer(p, options["keep_top"]) for p in prompts]
-        assert options["also_stop"] and options["temperature"] in (0.0, 0.7)
+        assert options["also_stop"] and set(options["temperature"]) <= {0.0, 0.7}
         self.asked += len(prompts)
-        return [self.question(p, options["seed"] if options["temperature"] else 0) for p in prompts]
+        heat = zip(prompts, options["temperature"], strict=True)
+        return [self.question(prompt, options["seed"] if temperature else 0) for prompt, temperature in heat]
 
     def question(self, prompt: Prompt, seed: int) -> Generation:
         text = self.model.tokenizer.decode(list(prompt.tokens))

@@ -12,7 +12,7 @@ Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -98,32 +98,6 @@ def packed_positions(batch: Batch, sizes: Mapping[str, int], layout: Layout) -> 
         for length, seen in zip(batch.lengths, batch.visible, strict=True)
     ]
     return torch.cat(rows)[None]
-
-
-class _Pool:
-    """Header and residents side by side, [L, 2, H, S, D] in the compute dtype, with each one's place in it."""
-
-    def __init__(self, header: Tensor, cartridges: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.places: dict[str, range] = {}
-        end = header.shape[3]
-        for name, kv in cartridges.items():
-            self.places[name] = range(end, end + kv.shape[3])
-            end += kv.shape[3]
-        # One cat and one unbind: slicing each layer out of each leaf would make autograd fill a whole zero tensor a slice.
-        self.layers = torch.cat([header.to(dtype), *(kv.to(dtype) for kv in cartridges.values())], dim=3).unbind(0)
-        self.header = range(header.shape[3])
-        self.size = end
-
-
-def _visible_columns(pool: _Pool, seen: Sequence[str], layout: Layout) -> tuple[list[int], list[int], list[int]]:
-    """Pool columns of one conversation's prefix, the position each key is placed at, and by how much it must turn."""
-    columns, placed, turn = list(pool.header), list(pool.header), [0] * len(pool.header)
-    for name, shift in zip(seen, layout.shifts([len(pool.places[n]) for n in seen]), strict=True):
-        place = pool.places[name]
-        columns += place
-        placed += range(layout.header + shift, layout.header + shift + len(place))
-        turn += [shift] * len(place)
-    return columns, placed, turn
 
 
 class Reference:

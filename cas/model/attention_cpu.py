@@ -1,15 +1,16 @@
 """Attention for training on a CPU: every cartridge's keys are read where they lie, by all tokens that see it at once.
 
-What a token sees are *parts*: its own conversation up to it, the header, and some cartridges. Softmax attention over all of them
-is the sum of what each part's exponentials give, over their sum. So each part is one batched product over the rows that see
-it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it: the cost follows what is visible. The
-backward pass uses the weights kept by the forward one, and computes gradients only of cartridges that learn.
+What a token sees are *parts*: its own conversation up to it, the header, and some cartridges. Softmax attention over
+all of them is the sum of what each part's exponentials give, over their sum. So each part is one batched product over
+the rows that see it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it:
+the cost follows what is visible. The backward pass uses the weights kept by the forward one, and computes gradients
+only of cartridges that learn.
 
-Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones, which
-meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too, which gives their
-sums. Softmax is the same for any reference, but for rounding in bfloat16, which is the finer the nearer the reference is to the
-highest score; the row's highest score in the header, the attention sink, is at hand and keeps
-exponentials in range nearly always. Rows where it does not get their true maximum.
+Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones,
+which meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too,
+which gives their sums. Softmax is the same for any reference, but for rounding in bfloat16, which is the finer the
+nearer the reference is to the highest score; the row's highest score in the header, the attention sink, is at hand
+and keeps exponentials in range nearly always. Rows where it does not get their true maximum.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cas.model.attention import Batch, causal_mask, packed_positions
 from cas.model.positions import Layout, Rope
@@ -35,28 +35,26 @@ class _Prefix:
     """The header or a cartridge, as some rows see it."""
 
     name: str
-    rows: Tensor | None  # [R] of the packed tokens; None: all
+    rows: Tensor | slice  # [R] of the packed tokens; a slice where they follow each other, which copies less
     turn: int  # by how many positions its keys are turned
     positions: Tensor  # [P] where its keys stand
 
     def take(self, x: Tensor, kv_heads: int) -> Tensor:
         """The part's rows of x [Q, N, C] as [H, rep * R, C]: query heads that share a key head side by side."""
-        x = x if self.rows is None else x.index_select(1, self.rows)
+        x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
         return x.reshape(kv_heads, -1, x.shape[2])
 
     def add(self, total: Tensor, x: Tensor) -> None:
         """Add x [H, rep * R, C] to the part's rows of total [Q, N, C]."""
         x = x.view(total.shape[0], -1, x.shape[2]).to(total.dtype)
-        if self.rows is None:
-            total.add_(x)
+        if isinstance(self.rows, slice):
+            total[:, self.rows].add_(x)
         else:
             total.index_add_(1, self.rows, x)
 
     def raise_to(self, highest: Tensor, top: Tensor) -> None:
         """Raise the part's rows of highest [Q, N] to top [H, rep * R]."""
-        rows = torch.arange(highest.shape[1], device=top.device) if self.rows is None else self.rows
-        top = top.reshape(highest.shape[0], -1)
-        highest.index_copy_(1, rows, torch.maximum(highest.index_select(1, rows), top))
+        highest[:, self.rows] = torch.maximum(highest[:, self.rows], top.reshape(highest.shape[0], -1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class _Own:
     bias: Tensor  # [B, 1, T, T], 0 or -inf: causal, and padding sees nothing
 
     def take(self, x: Tensor, kv_heads: int) -> Tensor:
-        """The group's rows of x [Q, N, C] as [H * B, rep * T, C]; of keys and values, whose Q is H, as [H * B, T, C]."""
+        """The group's rows of x [Q, N, C] as [H * B, rep * T, C]; of keys and values, whose Q is H, as [H * B, T,
+        C]."""
         x = x.index_select(1, self.rows)
         x = x.view(kv_heads, -1, self.size, x.shape[1] // self.size, x.shape[2]).transpose(1, 2)
         return x.reshape(kv_heads * self.size, -1, x.shape[4])
@@ -108,9 +107,8 @@ class CpuAttention:
         used = sorted({name for seen in batch.visible for name in seen})
         sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
         device = header.device
-        # One cast and one unbind each: slicing every layer out of a leaf would make autograd fill a zero tensor a slice.
         kv = {HEADER: header, **{name: cartridges[name] for name in used}}
-        self.layers = {name: _with_ones(tensor.to(dtype)).unbind(0) for name, tensor in kv.items()}
+        self.layers: dict[str, tuple[Tensor, ...]] = {name: _Layers.apply(x, dtype) for name, x in kv.items()}
         self.learning = [name for name in used if cartridges[name].requires_grad]
         self.rope = rope
         self.positions = packed_positions(batch, sizes, layout)[0].to(device)
@@ -119,9 +117,11 @@ class CpuAttention:
         for start, length, seen in zip(starts, batch.lengths, batch.visible, strict=True):
             for name, shift in zip(seen, layout.shifts([sizes[n] for n in seen]), strict=True):
                 seen_at.setdefault((name, shift), []).append(range(start, start + length))
-        self.prefixes = [_Prefix(HEADER, None, 0, torch.arange(header.shape[3], device=device))]
+        self.prefixes = [_Prefix(HEADER, slice(None), 0, torch.arange(header.shape[3], device=device))]
         for (name, shift), spans in sorted(seen_at.items()):
-            rows = torch.tensor([row for span in spans for row in span], device=device)
+            rows: Tensor | slice = torch.tensor([row for span in spans for row in span], device=device)
+            if sum(map(len, spans)) == spans[-1].stop - spans[0].start:
+                rows = slice(spans[0].start, spans[-1].stop)
             placed = torch.arange(sizes[name], device=device) + layout.header + shift
             self.prefixes.append(_Prefix(name, rows, shift, placed))
         self.own = [self._own(members, batch.lengths, starts) for members in _similar(batch.lengths)]
@@ -148,8 +148,8 @@ class CpuAttention:
         return out[None]
 
     def keys_values(self, part: _Part, layer: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        """What a part's rows see: of a prefix where it stands, [H, P, C]; of conversations, out of ``own`` [2, H, N, C], their
-        own keys and values, [H * B, T, C]."""
+        """What a part's rows see: of a prefix where it stands, [H, P, C]; of conversations, out of ``own`` [2, H, N,
+        C], their own keys and values, [H * B, T, C]."""
         if isinstance(part, _Own):
             return part.take(own[0], own.shape[1]), part.take(own[1], own.shape[1])
         keys, values = self.layers[part.name][layer].detach()
@@ -177,8 +177,7 @@ class CpuAttention:
                 seen = causal_mask(part.positions, part.positions, window)[:, None]
                 self._biases[number, window] = part.bias + self._hiding(seen)
             else:
-                rows = self.positions if part.rows is None else self.positions[part.rows]
-                seen = causal_mask(rows, part.positions, window)
+                seen = causal_mask(self.positions[part.rows], part.positions, window)
                 self._biases[number, window] = None if bool(seen.all()) else self._hiding(seen)
         return self._biases[number, window]
 
@@ -186,9 +185,29 @@ class CpuAttention:
         return self.layers[HEADER][0].new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
-def _with_ones(x: Tensor) -> Tensor:
-    """[..., D] -> [..., D + SPARE], with ones in the first of the new columns."""
-    return pad(pad(x, (0, 1), value=1.0), (0, SPARE - 1))
+def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., D] -> [..., D + SPARE] in this dtype, with ones in the first of the new columns."""
+    d = x.shape[-1]
+    padded = x.new_empty((*x.shape[:-1], d + SPARE), dtype=dtype)
+    padded[..., :d], padded[..., d], padded[..., d + 1 :] = x, 1, 0
+    return padded
+
+
+class _Layers(torch.autograd.Function):
+    """[L, 2, H, P, D] -> L tensors [2, H, P, D + SPARE] of another dtype; one copy forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ctx.cas = kv.shape, kv.dtype
+        return _with_ones(kv, dtype).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        shape, dtype = ctx.cas
+        gradient = gradients[0].new_empty(shape, dtype=dtype)
+        for layer, x in enumerate(gradients):
+            gradient[layer] = x[..., : shape[-1]]
+        return gradient, None
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
@@ -204,7 +223,8 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
 class _Attention(torch.autograd.Function):
     """CpuAttention softmax attention of packed tokens: query [Q, N, D], key and value [H, N, D] -> [N, Q, D].
 
-    Gradients flow to query, key, value and to the layers of learning cartridges, [2, H, P, D + SPARE] each, in their order.
+    Gradients flow to query, key, value and to the layers of learning cartridges, [2, H, P, D + SPARE] each, in their
+    order.
     """
 
     @staticmethod
@@ -222,7 +242,7 @@ class _Attention(torch.autograd.Function):
         (heads, n, d), kv_heads = query.shape, key.shape[0]
         asked = query.new_zeros(heads, n, d + SPARE)
         torch.mul(query, scale, out=asked[..., :d])
-        own = _with_ones(torch.stack([key, value]))
+        own = _with_ones(torch.stack([key, value]), key.dtype)
         header = context.keys_values(context.prefixes[0], layer, own)[0]
         top = context.scores(0, context.prefixes[0].take(asked, kv_heads), header, window).amax(-1)
         asked[..., d] = -top.view(heads, n)
@@ -242,8 +262,8 @@ class _Attention(torch.autograd.Function):
         asked, own, out, sums, *weights = ctx.saved_tensors
         context, layer, scale = ctx.cas
         kv_heads, d = own.shape[1], out.shape[2]
-        # A score's gradient is its softmax times (what its value would give - what the row got). The spare column of ones in the
-        # values subtracts the latter; a row's weights are its softmax times its sum.
+        # A score's gradient is its softmax times (what its value would give - what the row got). The spare column of
+        # ones in the values subtracts the latter; a row's weights are its softmax times its sum.
         given = torch.zeros_like(asked)
         grad = torch.mul(gradients[0].transpose(0, 1), sums.reciprocal().to(asked.dtype)[..., None], out=given[..., :d])
         given[..., d] = -(grad * out).sum(-1)

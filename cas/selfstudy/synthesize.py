@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -159,17 +160,22 @@ class Teacher:
         shared, requests = self.style.request_tokens(self.model, call.seed_prompt, call.document.title, pairs)
         prefix = self.chunk_kv(call.chunk, shared)
         prompts = [Prompt(tokens, ("call",)) for tokens in requests]
+        # One batch for all wordings where they fit, so that the prompts are read once; else one for each temperature.
+        temperatures = sorted(call.temperatures)
+        batches = [temperatures]
+        if len(prompts) * len(temperatures) > ROWS:
+            batches = [list(equal) for _, equal in groupby(temperatures)]
         replies: list[Generation] = []
-        for temperature, times in Counter(call.temperatures).items():
+        for batch in batches:
             replies += generate(
                 self.model,
-                prompts * times,
+                prompts * len(batch),
                 {"call": prefix},
                 self.layout,
                 batch_rows=ROWS,
                 max_new_tokens=self.settings.question_tokens,
                 also_stop=self.newline,
-                temperature=temperature,
+                temperature=[temperature for temperature in batch for _ in prompts],
                 seed=Random(f"{self.settings.seed}/write/{call.number}").getrandbits(32),
             )
         written = [

@@ -40,9 +40,7 @@ def packed(
 
 def decoded(model: FrozenModel, prompts: list[Prompt], cartridges: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Next-token logits [B, vocabulary] by the decoding engine."""
-    state = Decoding(model, prompts, cartridges, layout, room=1, watch=False)
-    width = state.tokens.shape[1]
-    return model.forward(state.tokens, state.positions[:, :width], state, rows=1)[:, -1].float()
+    return Decoding(model, dict(enumerate(prompts)), cartridges, layout, room=1).prefill().float()
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:

@@ -11,7 +11,7 @@ from conftest import KINDS, TEXTS, WINDOW, tiny_cartridges, tiny_hf, tiny_tokeni
 from torch import Tensor
 
 from cas.model.attention import Batch, Reference, packed_positions
-from cas.model.decoding import Decoding, Prompt, _batches, generate, log_likelihood
+from cas.model.decoding import Decoding, Prompt, Waiting, generate, log_likelihood
 from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout, Positions
 
@@ -95,11 +95,16 @@ def test_batches_equal_one_by_one(kind: str, tiny: Callable[..., FrozenModel]) -
 
 
 def test_a_prefix_that_a_batch_shares_is_counted_once() -> None:
-    sizes, shared = {"a": 1000, "b": 1000}, [Prompt((1,) * 10, ("a",))] * 50
-    assert [len(b) for b in _batches(shared, sizes, 10, positions=1400, rows=64)] == [20, 20, 10]
+    def counts(prompts: list[Prompt], positions: int) -> list[int]:
+        waiting, counts = Waiting(prompts, {"a": 1000, "b": 1000}, 10, positions, rows=64), []
+        while waiting:
+            counts.append(len(waiting.take()))
+        return counts
+
+    assert counts([Prompt((1,) * 10, ("a",))] * 50, 1400) == [20, 20, 10]
     mixed = [Prompt((1,) * 10, (name,)) for name in "ab"]
-    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2039, rows=64)] == [1, 1]
-    assert [len(b) for b in _batches(mixed, sizes, 10, positions=2040, rows=64)] == [2]
+    assert counts(mixed, 2039) == [1, 1]
+    assert counts(mixed, 2040) == [2]
 
 
 def test_rows_stop_early_and_leave_the_batch(tiny: Callable[..., FrozenModel]) -> None:
@@ -153,6 +158,17 @@ def test_sampling_is_reproducible_by_seed(tiny: Callable[..., FrozenModel]) -> N
     assert sample(1) == sample(1)
     assert sample(1) != sample(2) and sample(1) != greedy
     assert sample(1, temperature=1e-4) == greedy
+    # Greedy rows in the same batch change no random number of the sampled ones.
+    mixed = generate(
+        model,
+        items * 2,
+        cartridges,
+        layout,
+        max_new_tokens=10,
+        temperature=[0.0] * len(items) + [1.0] * len(items),
+        seed=1,
+    )
+    assert [result.ids for result in mixed] == greedy + sample(1)
 
 
 def test_sampling_follows_the_temperature(tiny: Callable[..., FrozenModel]) -> None:
@@ -239,6 +255,11 @@ def test_attention_shares_equal_an_eager_computation(kind: str, policy: Any, tin
             at += SIZES[name]
         # Cartridges that only other rows of the batch see.
         assert all(share == 0 for name, share in result.attention.items() if name not in item.cartridges)
+    # The same when rows join others that are under way.
+    for result, refilled in zip(
+        results, generate(model, items, cartridges, layout, max_new_tokens=6, watch=True, batch_rows=3), strict=True
+    ):
+        assert refilled.ids == result.ids and refilled.attention == pytest.approx(result.attention, abs=1e-5)
     unwatched = generate(model, items, cartridges, layout, max_new_tokens=3)
     assert all(result.attention == {} and result.top_ids == [] for result in unwatched)
 
@@ -272,10 +293,10 @@ def test_bfloat16_decoding_is_near_float32() -> None:
 
 
 def test_decoding_reads_one_shared_prefix_in_place(tiny: Callable[..., FrozenModel]) -> None:
-    """Rows with the same prefix hold it once; rows with different ones gather theirs."""
+    """Rows with the same prefix hold it once, whatever other rows are in the batch."""
     model = tiny("llama")
     cartridges, layout = tiny_cartridges(model, SIZES), Layout("fixed", model.layout_header, SPAN)
     same = [prompt(model, text, "a", "b") for text in ("Which?", "Why is that so?", "Who?")]
-    assert Decoding(model, same, cartridges, layout, room=4, watch=False).prefix[0][0].shape[0] == 1
-    mixed = [*same, prompt(model, "When?", "c")]
-    assert Decoding(model, mixed, cartridges, layout, room=4, watch=False).prefix[0][0].shape[0] == 4
+    assert Decoding(model, dict(enumerate(same)), cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 1
+    mixed = [*same, *(prompt(model, text, "c") for text in ("When?", "How?", "Where?"))]
+    assert Decoding(model, dict(enumerate(mixed)), cartridges, layout, room=4).prefix.layers[0][0].shape[0] == 2

@@ -241,7 +241,7 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
             asked.append(text)
             kind, _, sentence = text.partition(": ")
             fact = sentence.rstrip(".")
-            if options["temperature"] and len(out) % 2:  # every other sampled question is a new one
+            if options["temperature"][len(out)] and len(out) % 2:  # every other sampled question is a new one
                 fact += f", of all {len(out)}"
             out.append(Generation(model.encode(f"Quixotic zebras dance, {kind}: {fact}?"), True))
         return out
