@@ -9,6 +9,7 @@ the document goes. A budget counts the tokens there: text with its titles, or po
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from cas.report.config import Config
 
 if TYPE_CHECKING:
     from cas.data.collection import Collection, Question
+    from cas.evaluation.arms import Arm
     from cas.evaluation.recording import Prediction
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
@@ -62,11 +64,12 @@ def compare(config: Config) -> int:
     store.check_model(model)
     collection = load_collection(config, model, store)
     validation, test = split(collection, config)
+    parts = output / "parts"
+    match_parts_to_text_option(parts, config.no_text)
     metric = config.metric or ("exact_match" if model.reader else "contains")
     print(f"questions   {len(test)} to test, {len(validation)} to tune on; {metric} decides", flush=True)
     rag = Rag(model, store.texts(), CachingEmbedder(SentenceEmbedder(config.embedder)))
     comparison = Comparison(config, model, store, collection, rag)
-    parts = output / "parts"
     settings = comparison.tune_rag(parts, validation, metric)
     main_arm = f"cas{comparison.ks()[-1]}"
     if validation:
@@ -74,7 +77,7 @@ def compare(config: Config) -> int:
     predictions: list[Prediction] = []
     measurements: dict[str, dict[str, float]] = {}
     for arm in comparison.arms():
-        part = cached_json(parts / f"{arm}.json", partial(comparison.run, arm, test))
+        part = cached_json(parts / f"{arm}.json", partial(measure, comparison, arm, test))
         predictions += part["predictions"]
         measurements |= part["measured"]
         print(f"measured    {arm}", flush=True)
@@ -126,6 +129,35 @@ def split(collection: Collection, config: Config) -> tuple[list[Question], list[
     shuffled = Random(f"validation/{config.seed}").sample(collection.questions, len(collection.questions))
     test = shuffled[size:] if config.questions is None else shuffled[size : size + config.questions]
     return shuffled[:size], sorted(test, key=lambda q: q.id)
+
+
+def measure(comparison: Comparison, arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
+    """What :meth:`Comparison.run` returns, without the answers if the configuration keeps texts out."""
+    part = comparison.run(arm, questions)
+    return without_answers(part) if comparison.config.no_text else part
+
+
+def without_answers(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of the report whose predictions have scores and no answers."""
+    return {**part, "predictions": [{k: v for k, v in p.items() if k != "answer"} for p in part["predictions"]]}
+
+
+def match_parts_to_text_option(parts: Path, no_text: bool) -> None:
+    """Remove the answers from the parts of an earlier run with texts, or the parts of one without, for this run to
+    compute again."""
+    from cas.evaluation.resume import write as write_json
+
+    for file in parts.glob("*.partial"):  # left by a killed run
+        file.unlink()
+    for file in parts.glob("*.json"):
+        part = json.loads(file.read_text())
+        if not isinstance(part, dict) or "predictions" not in part:
+            continue
+        has_answers = any("answer" in p for p in part["predictions"])
+        if no_text and has_answers:
+            write_json(file, without_answers(part))
+        elif not no_text and not has_answers:
+            file.unlink()
 
 
 def write(

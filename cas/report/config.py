@@ -47,6 +47,6 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..."""
     no_text: bool = False
-    """Keep answers and question texts out of what is written: figures and question ids only."""
+    """Write figures and ids only: no text of questions, answers or documents in any file."""
     seed: int = 0
     """Seed of the split into validation and test questions."""

@@ -208,11 +208,44 @@ def test_the_page_shows_what_only_one_side_answers(asked: Callable[..., Path]) -
     assert all(t["p_holm"] >= t["p"] for t in view.tests)
 
 
+def _texts_under(folder: Path) -> list[Path]:
+    """The files that hold an answer or a part of a question, gold answer or document."""
+    parts = [
+        'answer": ',
+        "Which valve",
+        "red &",
+        "red &amp;",
+        *(line for text in TEXTS.values() for line in text.split(". ")),
+    ]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return [file for file in files if any(part in file.read_text() for part in parts)]
+
+
 def test_without_text_only_figures_and_ids_are_written(asked: Callable[..., Path]) -> None:
-    folder = asked(no_text=True)
-    for name in ("report.html", "report.md", "results.json", "predictions.jsonl"):
-        assert "Which valve" not in (folder / name).read_text() and "red &" not in (folder / name).read_text()
-    assert '"answer"' not in (folder / "predictions.jsonl").read_text()
+    assert _texts_under(asked(no_text=True)) == []
+
+
+def test_the_text_option_may_change_between_runs(asked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing texts computes nothing again; a report with texts computes the answers that are missing."""
+    from cas.report.arms import Comparison
+
+    runs, run = [], Comparison.run
+
+    def counted(self: Comparison, arm: Any, questions: Any) -> Any:
+        runs.append(str(arm))
+        return run(self, arm, questions)
+
+    monkeypatch.setattr(Comparison, "run", counted)
+    folder = asked()
+    (folder / "parts" / "left.partial").write_text("Which valve")
+    assert _texts_under(folder)
+    results, first = json.loads((folder / "results.json").read_text()), len(runs)
+    asked(no_text=True)
+    assert _texts_under(folder) == [] and len(runs) == first
+    assert json.loads((folder / "results.json").read_text())["metrics"] == results["metrics"]
+    asked()
+    assert len(runs) > first and '"answer"' in (folder / "predictions.jsonl").read_text()
+    assert json.loads((folder / "results.json").read_text())["metrics"] == results["metrics"]
 
 
 class _Press:
