@@ -57,7 +57,8 @@ with `>=`, higher is better. Missed targets are **bold**.
 
 `decode_many` and `first_token` use [fictional documents](worlds.md). Cartridges have a sixteenth of a document's tokens
 in `decode_many` and 32 positions in `first_token`, which is a twentieth of the mean document in the reader's tokens and
-a twenty-sixth in SmolLM2's.
+a twenty-sixth in SmolLM2's. `first_token` names the four documents: retrieval is timed on neither side, and the RAG
+prompt is the beginning of their text.
 
 ## Where a training step's time goes
 
