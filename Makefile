@@ -62,7 +62,7 @@ test-slow: $(STAMP) ## the tests that take minutes or a real model
 check: $(STAMP) ## lint, types, the import rule, the options of the commands
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/test_imports.py tests/test_cli.py
+	$(PY) -m pytest -q tests/test_imports.py tests/commands/test_cli.py
 
 clean: ## remove .venv, caches and build outputs; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

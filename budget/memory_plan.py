@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from budget.manager import guest_bytes, trainee_bytes
 
-RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: measured, see docs/architecture.md
+RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: see docs/architecture.md
 
 
 class DoesNotFit(ValueError):

@@ -1,7 +1,8 @@
 """Sizes and positions of cartridges: how many positions one has, where its keys and the tokens behind it stand.
 
 A cartridge is one tensor ``kv`` of shape [L, 2, H, P, D] (layers; key, value; key/value heads; positions; head
-dimension). Keys are stored after RoPE, as if the cartridge stood directly behind the header.
+dimension). Keys are stored after RoPE, at the positions that their initialization gave them: directly behind the header,
+or (``matched``) as far from the question as in the document.
 """
 
 from __future__ import annotations
