@@ -116,18 +116,13 @@ class Answerer:
         load_s = clock.lap()
         if on_loaded is not None:
             on_loaded([(name, self.store.row(name).title, score) for name, score in scores.items()])
-        ids: list[int] = []
-        shown, first = "", 0.0
+        stream, first = self.model.stream(), 0.0
 
         def on_token(_: int, token: int) -> None:
-            nonlocal shown, first
+            nonlocal first
             first = first or time.perf_counter()
-            ids.append(token)
-            text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-            # A character of several tokens decodes to U+FFFD until its last token.
-            if on_text is not None and not text.endswith("\ufffd"):
-                on_text(text[len(shown) :])
-                shown = text
+            if on_text is not None and (piece := stream.push(token)):
+                on_text(piece)
 
         started = time.perf_counter()
         result = generate(
@@ -140,6 +135,8 @@ class Answerer:
             on_token=on_token,
         )[0]
         total = time.perf_counter() - started
+        if on_text is not None and (rest := stream.finish()):
+            on_text(rest)
         prefill_s = (first - started) if first else total
         timings = {"retrieve_s": retrieve_s, "load_s": load_s, "prefill_s": prefill_s, "decode_s": total - prefill_s}
         return self._answer(question, prompt, result, scores, loaded, timings)
@@ -181,7 +178,7 @@ class Answerer:
         held = self.store.layout.header + positions + len(prompt.tokens) + len(result.ids)
         return Answer(
             question=question,
-            answer=self.model.decode(result.ids),
+            answer=self.model.answer_text(result.ids),
             cartridges=tuple(
                 Loaded(n, self.store.row(n).title, s, result.attention.get(n, 0.0)) for n, s in scores.items()
             ),

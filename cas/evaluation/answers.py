@@ -200,7 +200,7 @@ def answer_prompts(
     likelihoods = log_likelihood(model, prompts, gold, cartridges, layout)
     predictions: list[Prediction] = []
     for question, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
-        text = model.decode(answer.ids)
+        text = model.answer_text(answer.ids)
         quality = (contains(text, question.answers), f1(text, question.answers), exact_match(text, question.answers))
         scores = dict(zip(METRICS, (*quality, -likelihood), strict=True))
         predictions.append(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from cas.errors import ModelError
 from cas.model.loading import first_line
+from cas.model.text import TextCodec
 
-_DOCUMENT, _QUESTION, _ANSWER = "\u241eDOCUMENT\u241e", "\u241eQUESTION\u241e", "\u241eANSWER\u241e"
+_TODAY = "01 Jan 2026"  # for templates that print the date: the header must not change from day to day
+# <think>, [THINK], <|START_THINKING|>, </think>: tags around a block of thoughts.
+_TAG = re.compile(r"(<\|?|\[)(/?[\w:]*(?:think|thought|reason)[\w:]*)(\|?>|\])", re.IGNORECASE)
+_ENDS = {"START": "END", "start": "end", "BEGIN": "END", "begin": "end"}
 
 
 @dataclass(frozen=True)
 class Template:
-    """The rendered chat template in four parts, each tokenised by itself, the same for every arm:
+    """The rendered chat template in four parts, each tokenized by itself, the same for every arm:
     header, DOCUMENT, footer, QUESTION, suffix, ANSWER, end."""
 
     header_ids: tuple[int, ...]
@@ -23,54 +28,100 @@ class Template:
     stop_ids: frozenset[int]
 
 
-def render_template(tokenizer: Any, system: str, stop_ids: set[int]) -> Template:
+def render_template(codec: TextCodec, system: str, stop_ids: set[int]) -> Template:
     """Render the chat template once with marks for document, question and answer, and cut it there.
 
     The document stands in the system message; where a template refuses or drops that one, at the start of the user's.
-    A tokenizer without a template (a base model) gets plain headings.
+    A tokenizer without a template (a base model) gets plain headings. A block of thoughts that the template opens is
+    closed, empty.
+    Raises: ModelError for a template that cannot be cut so.
     """
-    marks = (_DOCUMENT, _QUESTION, _ANSWER)
-
-    def in_order(text: str) -> bool:
-        places = [text.find(mark) for mark in marks]
-        return all(text.count(mark) == 1 for mark in marks) and places == sorted(places)
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-
-    context = f"{system}\n\n{_DOCUMENT}"
+    tokenizer = codec.tokenizer
+    marks = _marks(f"{system}{tokenizer.chat_template}")
+    document, question, answer = marks
     if tokenizer.chat_template is None:
-        bos = tokenizer.bos_token or ""
-        text = f"{bos}{context}\n\nQuestion: {_QUESTION}\nAnswer: {_ANSWER}{tokenizer.eos_token or ''}"
+        text = f"{system}\n\n{document}\n\nQuestion: {question}\nAnswer: {answer}{tokenizer.eos_token or ''}"
+        text = (tokenizer.bos_token or "") + text
     else:
-        question = {"role": "user", "content": _QUESTION}
-        with_role = [{"role": "system", "content": context}, question]
-        without = [{"role": "user", "content": f"{context}\n\n{_QUESTION}"}]
-        # Templates that print the date get a fixed one: the header must not change from day to day.
-        today = "01 Jan 2026"
-        fixed = "{% macro strftime_now(format) %}" + today + "{% endmacro %}" + tokenizer.get_chat_template()
-        options = {"chat_template": fixed, "tokenize": False, "enable_thinking": False, "date_string": today}
-        for messages in (with_role, without):
-            try:
-                prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-                text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": _ANSWER}], **options)
-            except Exception as error:  # a template may raise anything; only the last one tried has to work
-                if messages is without:
-                    raise ModelError(f"the chat template cannot be rendered ({first_line(error)})") from error
-                continue
-            # The text before the answer is the generation prompt, an empty thinking block included.
-            text = prompt + _ANSWER + text.partition(_ANSWER)[2]
-            if in_order(text):
-                break
-    if not in_order(text):
-        raise ModelError("the chat template does not show document, question and answer once each, in this order")
-    header, rest = text.split(_DOCUMENT)
-    footer, rest = rest.split(_QUESTION)
-    suffix, end = rest.split(_ANSWER)
+        text = _render(tokenizer, system, marks)
+    header, rest = text.split(document)
+    footer, rest = rest.split(question)
+    suffix, end = rest.split(answer)
     # The turn ends with the template's first special token; plain characters before it do not end answers.
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    end_ids = tuple(i for i in ids(end) if i in stop_ids or i in special)[:1]
+    end_ids = tuple(i for i in codec.encode_template(end) if i in stop_ids or i in codec.special)[:1]
     stop_ids = stop_ids | set(end_ids)
     if not stop_ids:
         raise ModelError("the tokenizer names no end-of-turn token; answers could never end")
-    return Template(ids(header), ids(footer), ids(suffix), end_ids or (min(stop_ids),), frozenset(stop_ids))
+    header_ids = _header_ids(codec, header, system)
+    footer_ids, suffix_ids = (tuple(codec.encode_template(part)) for part in (footer, _closed(suffix, codec)))
+    return Template(header_ids, footer_ids, suffix_ids, end_ids or (min(stop_ids),), frozenset(stop_ids))
+
+
+def _marks(text: str) -> tuple[str, str, str]:
+    """Marks for document, question and answer that do not occur in a text."""
+    sign = "\u241e"
+    while sign in text:
+        sign += "\u241e"
+    return f"{sign}DOCUMENT{sign}", f"{sign}QUESTION{sign}", f"{sign}ANSWER{sign}"
+
+
+def _render(tokenizer: Any, system: str, marks: tuple[str, str, str]) -> str:
+    """A conversation in the chat template, with each mark once and in order."""
+    document, question, answer = marks
+    context = f"{system}\n\n{document}"
+    with_role = [{"role": "system", "content": context}, {"role": "user", "content": question}]
+    without = [{"role": "user", "content": f"{context}\n\n{question}"}]
+    fixed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + tokenizer.get_chat_template()
+    options = {"chat_template": fixed, "tokenize": False, "date_string": _TODAY}
+    options |= {"enable_thinking": False, "thinking": False}
+    for messages in (with_role, without):
+        try:
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+            text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **options)
+        except Exception as error:  # a template may raise anything; only the last one tried has to work
+            if messages is without:
+                raise ModelError(f"the chat template cannot be rendered ({first_line(error)})") from error
+            continue
+        before, _, end = text.partition(answer)
+        if "add_generation_prompt" not in fixed and before.startswith(prompt) and before.strip() != prompt.strip():
+            prompt = before
+        # The text before the answer is the generation prompt, an empty thinking block included.
+        text = prompt + answer + end
+        places = [text.find(mark) for mark in marks]
+        if all(text.count(mark) == 1 for mark in marks) and places == sorted(places):
+            return text
+    raise ModelError("the chat template does not show document, question and answer once each, in this order")
+
+
+def _closed(suffix: str, codec: TextCodec) -> str:
+    """The suffix, with the block of thoughts closed that it opens at its end.
+
+    Raises: ModelError for thoughts that are opened in another way: every answer would be one.
+    """
+    tags = list(_TAG.finditer(suffix))
+    last = tags[-1] if tags else None
+    if last is None or last[2].startswith("/") or re.match("end", last[2], re.IGNORECASE):
+        if not re.search(r"[>|\]](analysis|thought|thinking)\s*$", suffix):
+            return suffix
+    elif not suffix[last.end() :].strip():
+        left, name, right = last.groups()
+        start = next((word for word in _ENDS if name.startswith(word)), None)
+        end = f"{left}{_ENDS[start]}{name.removeprefix(start)}{right}" if start else f"{left}/{name}{right}"
+        vocabulary = codec.tokenizer.get_vocab()
+        if last[0] not in vocabulary or end in vocabulary:
+            return f"{suffix[: last.end()]}\n\n{end}\n\n"
+    raise ModelError(
+        f"the chat template opens a block of thoughts before every answer ({suffix[-40:].strip()!r}), which cannot be "
+        "closed; use a model that answers without, or another chat template"
+    )
+
+
+def _header_ids(codec: TextCodec, header: str, system: str) -> tuple[int, ...]:
+    """Token ids of the header: control tokens that the system text names are spelled out, and the token that begins
+    every text is there once, also where the tokenizer adds it and not the template."""
+    ids, system = codec.encode_template(header), system.strip()
+    if not codec.control.isdisjoint(codec.encode_template(system)):
+        before, _, after = header.partition(system)
+        ids = [*codec.encode_template(before), *codec.encode(system), *codec.encode_template(after)]
+    first, bos = codec.tokenizer("")["input_ids"][:1], codec.tokenizer.bos_token_id
+    return tuple(first + ids if first == [bos] and bos not in ids else ids)

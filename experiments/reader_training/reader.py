@@ -152,7 +152,7 @@ def read(
             continue
         layout = Layout(policy, model.layout_header, max(sizes, default=0))
         prompt: Prompt = Prompt(model.question_tokens(question.question), tuple(kv))
-        yield question, model.decode(generate(model, [prompt], kv, layout, max_new_tokens=24)[0].ids)
+        yield question, model.answer_text(generate(model, [prompt], kv, layout, max_new_tokens=24)[0].ids)
 
 
 def context_texts(

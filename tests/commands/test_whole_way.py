@@ -30,7 +30,7 @@ def test_the_python_of_the_readme_runs(manuals: FrozenModel) -> None:
         exec(compile(code, "README.md", "exec"), names)
     store = names["store"]
     assert set(store.rows()) == {"lamp", "pump", "tide", "valve"} and all(r.steps for r in store.rows().values())
-    spoken = names["model"].decode(names["answer"].tolist())
+    spoken = names["model"].answer_text(names["answer"].tolist())
     assert len(names["answer"]) and spoken in out.getvalue() and store.verify() == []
 
 

@@ -44,7 +44,7 @@ def right(model: FrozenModel, store: Store, questions: Sequence[Question], loade
     """Exact match of whole answers with these cartridges loaded."""
     kv = {i: store.cartridge(i).to(model.dtype) for i in {i for some in loaded.values() for i in some}}
     prompts = [Prompt(model.question_tokens(q.question), loaded[q.document_ids[0]]) for q in questions]
-    answers = [model.decode(g.ids) for g in generate(model, prompts, kv, store.layout, max_new_tokens=12)]
+    answers = [model.answer_text(g.ids) for g in generate(model, prompts, kv, store.layout, max_new_tokens=12)]
     return sum(exact_match(a, q.answers) for a, q in zip(answers, questions)) / len(questions)
 
 

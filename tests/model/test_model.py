@@ -320,7 +320,8 @@ def test_the_template_in_parts_is_the_template(tiny: Callable[..., FrozenModel])
     assert joined(model, "x", "y").startswith(f"<|im_start|>system\n{DEFAULT_SYSTEM}\n\nx<|im_end|>")
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert model.template.end_ids == (end,) and model.template.stop_ids == {end}
-    assert model.decode([*model.encode("Red."), end]) == "Red."
+    assert model.answer_text([*model.encode("Red."), end]) == "Red."
+    assert model.decode([*model.encode("Red."), end]) == "Red.<|im_end|>"
 
 
 def test_another_system_instruction_is_another_header() -> None:
