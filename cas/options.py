@@ -93,8 +93,8 @@ class ModelOptions:
     reader for million_tokens, which is all it can read, else SmolLM2-135M-Instruct."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type of the frozen model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type of the frozen model; float16 on GPUs only."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..."""
     system: str = DEFAULT_SYSTEM
@@ -237,8 +237,12 @@ class QueryConfig(_Checked):
     """Longest answer."""
     json: bool = False
     """Print one JSON object instead of text."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type of the model."""
+    model: str | None = None
+    """Where the store's model is now, if it has moved: a folder, a .gguf file or a Hub name."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model; default the recorded one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type of the model; float16 on GPUs only."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..."""
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"

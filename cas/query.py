@@ -38,7 +38,9 @@ def query(config: QueryConfig) -> int:
             )
         if config.question is not None and not config.question.strip():
             raise UserError("the question is empty")
-        model = FrozenModel.from_store(store, dtype=config.dtype, device=config.device)
+        model = FrozenModel.from_store(store, config.model, config.revision, config.dtype, config.device)
+        if config.dtype == "auto" and str(model.dtype) == "torch.float16":
+            print("computing in float16: this GPU has no bfloat16; see --dtype", file=sys.stderr)
         embedder = None if config.documents else load_embedder(config.embedder)
         answerer = Answerer(model, store, embedder)
         if config.question is not None:

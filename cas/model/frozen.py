@@ -100,10 +100,10 @@ class FrozenModel:
             ) from error
         kind = _dtype(dtype, place)
         hf, tokenizer, source = load(name, revision, kind, place)
-        identity = None
-        if kind == torch.float16 and hf.dtype != kind:  # whose bits bfloat16 could not be told from
+        identity, quantized = None, getattr(hf, "is_quantized", False)
+        if kind == torch.float16 and hf.dtype != kind and not quantized:  # whose bits bfloat16 could not be told from
             identity, hf = identification.identify(hf, tokenizer), hf.half()
-        if not getattr(hf, "is_quantized", False):  # a quantized one is on its device already
+        if not quantized:  # a quantized one is on its device already
             hf = hf.to(place)
         return cls(hf, tokenizer, source, system, identity)
 
@@ -126,9 +126,9 @@ class FrozenModel:
         options: dict[str, Any] = {"dtype": dtype, "device": device, "system": recorded["system"]}
         if model is not None:
             return cls.from_pretrained(model, revision=revision, **options)
-        source = Source(**recorded["source"])
+        source = recorded["source"]
         refuse_moved(source)
-        return cls.from_pretrained(source.name, revision=revision or source.revision, **options)
+        return cls.from_pretrained(source["name"], revision=revision or source["revision"], **options)
 
     # -- encoding and forward passes --------------------------------------------------------------------------------
 

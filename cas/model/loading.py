@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ class Source:
     revision: str | None = None
 
 
-def refuse_moved(source: Source) -> None:
-    """Raise ModelError if a store's model was a folder or file that is no longer there."""
-    if source.kind in ("folder", "gguf") and not Path(source.name).exists():
-        raise ModelError(f"{source.name}: the store's model is no longer there; if it has moved, name it with --model")
+def refuse_moved(source: Mapping[str, Any]) -> None:
+    """Raise ModelError if a store's model (the fields of :class:`Source`) was a folder or file that is no longer there."""
+    if source.get("kind") in ("folder", "gguf") and not Path(source["name"]).exists():
+        raise ModelError(
+            f"{source['name']}: the store's model is no longer there; if it has moved, name it with --model"
+        )
 
 
 def load(
@@ -84,10 +87,13 @@ def load(
 
 
 def _read(name: str, revision: str | None, dtype: torch.dtype, device: torch.device | None) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.quantizers import AutoHfQuantizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its tables about files are several lines; our errors name what is wrong
     arguments: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     quantization, wanted = "", "auto" if dtype == torch.float16 else dtype
     try:
@@ -98,40 +104,49 @@ def _read(name: str, revision: str | None, dtype: torch.dtype, device: torch.dev
         if settings:
             settings = settings if isinstance(settings, dict) else settings.to_dict()
             quantization = f"quantized with {settings.get('quant_method', 'an unknown method')}: "
+            if "quant_method" in settings and not AutoHfQuantizer.supports_quant_method(settings):
+                raise ValueError("transformers does not know it")
             placing, wanted = {"device_map": {"": device or torch.device("cpu")}}, dtype
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-        hf, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=wanted,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            **arguments,
-            **placing,
-        )
+        return _weights(name, wanted, use_safetensors=True, **arguments, **placing), tokenizer
+    except ModelError:
+        raise
     except Exception as error:  # broken files fail in many ways, deep in libraries
         hint = (
             "give a folder that is not quantized" if quantization else "give a Hub name, a model folder or a .gguf file"
         )
         raise ModelError(f"{name}: not loaded ({quantization}{first_line(error)}); {hint}") from error
-    _refuse_missing(name, info)
-    return hf, tokenizer
+    finally:
+        logging.set_verbosity(verbosity)
 
 
-def _refuse_missing(name: str, info: dict[str, Any]) -> None:
-    """Raise ModelError for tensors that are not in the files: transformers fills them at random."""
+def _weights(place: str | Path, dtype: torch.dtype | str, **arguments: Any) -> Any:
+    """The model in a folder or file. Raises ModelError for tensors that are not in the files, or have another shape there:
+    transformers fills them at random."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    arguments |= {"attn_implementation": "sdpa", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    hf, info = loader.from_pretrained(place, dtype=dtype, **arguments)
+    name = Path(place, arguments["gguf_file"]) if "gguf_file" in arguments else place
+    for tensor, in_file, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{name}: not loaded ({tensor} has shape {list(in_file)} in the files and {list(expected)} in the model); "
+            "download the model again, or give another"
+        )
     if missing := sorted(info["missing_keys"]):
         others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"{name}: not loaded (the files lack {', '.join(missing[:3])}{others}); "
             "download the model again, or give another"
         )
+    return hf
 
 
 def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """Dequantize a GGUF file, and cache the result for this user: reading that takes a tenth of the time."""
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     about = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns} {dtype} {transformers.__version__}"
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cas"
@@ -139,19 +154,14 @@ def _read_gguf(file: Path, dtype: torch.dtype, arguments: dict[str, Any]) -> tup
     if cached.is_dir():
         with contextlib.suppress(Exception):  # a damaged copy is made again
             tokenizer = AutoTokenizer.from_pretrained(cached, **arguments)
-            return AutoModelForCausalLM.from_pretrained(
-                cached, dtype=dtype, attn_implementation="sdpa", **arguments
-            ), tokenizer
+            return _weights(cached, dtype, **arguments), tokenizer
     arguments = {**arguments, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
     if hasattr(transformers, "GgufConfig"):
         # Newer versions keep the quantized blocks and dequantize in every product: slower, and in float32 only.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # reading a GGUF file draws a progress bar that nothing turns off
-        hf, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **arguments
-        )
-    _refuse_missing(str(file), info)
+        hf = _weights(file.parent, dtype, **arguments)
     with contextlib.suppress(Exception):  # the copy is optional
         caches.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=caches))

@@ -47,6 +47,26 @@ class Layout:
         return self.header + (self.span if self.policy == "fixed" and sizes else sum(sizes))
 
 
+def unseen_layers(layout: Layout, sizes: Sequence[int], windows: Sequence[int | None]) -> str | None:
+    """One line about layers whose sliding window never reaches some cartridges, loaded alone; None where all do.
+
+    Args: sizes: positions of each cartridge; windows: of each layer, in positions.
+    """
+    # A token sees the window's last positions, its own included; the first token behind a cartridge sees most of it.
+    distance = {p: layout.token_start([p]) - layout.header - p + 1 for p in sizes}
+    blind = {i: window for i, window in enumerate(windows) if window is not None and window <= max(distance.values())}
+    if not sizes or not blind:
+        return None
+    narrowest = min(blind.values())
+    count = sum(distance[p] >= narrowest for p in sizes)
+    names = ", ".join(map(str, blind)) if len(blind) < 9 else f"{len(blind)} of {len(windows)}"
+    return (
+        f"{count} of {len(sizes)} cartridges are out of sight of layers {names}, whose sliding windows have "
+        f"{narrowest} positions: with --positions {layout.policy} the question starts {layout.span} positions behind "
+        f"the header, and these cartridges end before the window; give a --span below {narrowest}, or --positions offset"
+    )
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary frequencies: ``frequencies[layer]`` float32 [R/2], R <= D rotated dimensions in half-split pairs."""

@@ -15,6 +15,8 @@ from budget.memory_plan import Plan
 from cas.data.collection import Collection, split_long
 from cas.errors import ConfigError, StoreMismatch
 from cas.model.frozen import FrozenModel
+from cas.model.loading import refuse_moved
+from cas.model.positions import Layout, cartridge_size, unseen_layers
 from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import synthesize
@@ -125,6 +127,8 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
         if not round.new:  # the pool that this training was begun with
             pool = pool or (store.run_state() or {}).get("settings", {}).get("pool")
     learning = learning_documents(round, store, documents)
+    if round.learners:
+        _warn_of_windows(config, model, learning, ratio, store, view)
     needed = plan_memory(config, model, learning, ratio, pool, frozen) if round.learners else None
     load_embedder(config.embedder)  # refused now, not after hours of training
     return Setup(config, folder, model, ratio, learning, round, needed)
@@ -153,15 +157,27 @@ def _load_documents(config: TrainConfig, view: View) -> Collection:
 def _load_model(config: TrainConfig, store: Store | None, view: View) -> FrozenModel:
     """The model of the options, else of the store, else the default for the collection."""
     fictional = config.collection in FICTIONAL
-    name = config.model or (READER if fictional else DEFAULT_MODEL)
-    if store is not None and not config.model:
-        name = str(store.meta["model"]["source"]["name"])
+    name, revision = config.model or (READER if fictional else DEFAULT_MODEL), config.revision
+    if store is not None and config.model in (None, (source := store.meta["model"]["source"])["name"]):
+        refuse_moved(source)
+        name, revision = source["name"], revision or source["revision"]
     model = FrozenModel.from_pretrained(
-        name, revision=config.revision, dtype=config.dtype, device=config.device, system=config.system
+        name, revision=revision, dtype=config.dtype, device=config.device, system=config.system
     )
     if model.reader and not fictional:
         view.warn("warning: the embedded reader can read --collection million_tokens alone; give another --model")
     return model
+
+
+def _warn_of_windows(
+    config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None, store: Store | None, view: View
+) -> None:
+    """Say which cartridges stand too far from the question for some layers' windows."""
+    tokens = [model.count_tokens(d.text) for d in documents.documents]
+    sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
+    span = (store.meta["span"] if store is not None else config.span) or max(sizes)
+    if warning := unseen_layers(Layout(config.positions, 0, span), sizes, model.geometry.windows):
+        view.warn(f"warning: {warning}")
 
 
 def _refuse_other_collection(config: TrainConfig, store: Store, round: Round) -> None:
