@@ -21,7 +21,7 @@ from cas.errors import ModelError
 from cas.model import attention
 from cas.model import fingerprint as identification
 from cas.model.chat_template import render_template
-from cas.model.loading import Source, first_line, load, refuse_moved
+from cas.model.loading import Source, first_line, halve, load, recorded_source
 from cas.model.positions import Rope
 from cas.model.probe import Geometry, KVRecorder, Probe, refuse_unsupported, rotary
 from cas.model.text import TextCodec, TextStream
@@ -102,7 +102,8 @@ class FrozenModel:
         hf, tokenizer, source = load(name, revision, kind, place)
         identity, quantized = None, getattr(hf, "is_quantized", False)
         if kind == torch.float16 and hf.dtype != kind and not quantized:  # whose bits bfloat16 could not be told from
-            identity, hf = identification.identify(hf, tokenizer), hf.half()
+            identity = identification.identify(hf, tokenizer)
+            halve(hf)
         if not quantized:  # a quantized one is on its device already
             hf = hf.to(place)
         return cls(hf, tokenizer, source, system, identity)
@@ -127,8 +128,8 @@ class FrozenModel:
         if model is not None:
             return cls.from_pretrained(model, revision=revision, **options)
         source = recorded["source"]
-        refuse_moved(source)
-        return cls.from_pretrained(source["name"], revision=revision or source["revision"], **options)
+        with recorded_source(source):
+            return cls.from_pretrained(source["name"], revision=revision or source["revision"], **options)
 
     # -- encoding and forward passes --------------------------------------------------------------------------------
 

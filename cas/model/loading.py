@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,17 @@ class Source:
     revision: str | None = None
 
 
-def refuse_moved(source: Mapping[str, Any]) -> None:
-    """Raise ModelError if a store's model (the fields of :class:`Source`) was a folder or file that is no longer there."""
-    if source.get("kind") in ("folder", "gguf") and not Path(source["name"]).exists():
-        raise ModelError(
-            f"{source['name']}: the store's model is no longer there; if it has moved, name it with --model"
-        )
+@contextlib.contextmanager
+def recorded_source(source: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, a store's model is loaded from where it was (the fields of :class:`Source`); an error says if it is gone."""
+    try:
+        yield
+    except ModelError as error:
+        if source.get("kind") in ("folder", "gguf") and not Path(source["name"]).exists():
+            raise ModelError(
+                f"{source['name']}: the store's model is no longer there; if it has moved, name it with --model"
+            ) from error
+        raise
 
 
 def load(
@@ -118,6 +123,12 @@ def _read(name: str, revision: str | None, dtype: torch.dtype, device: torch.dev
         raise ModelError(f"{name}: not loaded ({quantization}{first_line(error)}); {hint}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def halve(hf: Any) -> None:
+    """Convert the weights to float16; buffers such as rotary frequencies keep their precision."""
+    for parameter in hf.parameters():
+        parameter.data = parameter.data.half()
 
 
 def _weights(place: str | Path, dtype: torch.dtype | str, **arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from budget.memory_plan import Plan
 from cas.data.collection import Collection, split_long
 from cas.errors import ConfigError, StoreMismatch
 from cas.model.frozen import FrozenModel
-from cas.model.loading import refuse_moved
+from cas.model.loading import recorded_source
 from cas.model.positions import Layout, cartridge_size, unseen_layers
 from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
@@ -157,13 +157,17 @@ def _load_documents(config: TrainConfig, view: View) -> Collection:
 def _load_model(config: TrainConfig, store: Store | None, view: View) -> FrozenModel:
     """The model of the options, else of the store, else the default for the collection."""
     fictional = config.collection in FICTIONAL
-    name, revision = config.model or (READER if fictional else DEFAULT_MODEL), config.revision
-    if store is not None and config.model in (None, (source := store.meta["model"]["source"])["name"]):
-        refuse_moved(source)
-        name, revision = source["name"], revision or source["revision"]
-    model = FrozenModel.from_pretrained(
-        name, revision=revision, dtype=config.dtype, device=config.device, system=config.system
-    )
+    source = {"name": config.model or (READER if fictional else DEFAULT_MODEL), "revision": None}
+    if store is not None and config.model in (None, store.meta["model"]["source"]["name"]):
+        source = store.meta["model"]["source"]
+    with recorded_source(source):
+        model = FrozenModel.from_pretrained(
+            str(source["name"]),
+            revision=config.revision or source["revision"],
+            dtype=config.dtype,
+            device=config.device,
+            system=config.system,
+        )
     if model.reader and not fictional:
         view.warn("warning: the embedded reader can read --collection million_tokens alone; give another --model")
     return model
