@@ -1,8 +1,9 @@
 """Attention over [header ; visible cartridges ; own tokens], plugged into any Hugging Face decoder.
 
 Hugging Face models look their attention function up by name and hand every extra keyword of ``forward`` on to it.
-We register one function, ``"cas"``, and pass an :class:`AttentionContext` as the keyword ``cas``: the context holds
-the prefix, decides what every query may see, so that no model code of our own is needed.
+We pass an :class:`AttentionContext` as the keyword ``cas``, which the registered ``"sdpa"`` then calls: the context holds
+the prefix and decides what every query may see, so that no model code of our own is needed. Nothing of the model changes,
+so threads can share it; only models that are loaded with another attention are switched to ``"cas"`` meanwhile.
 
 Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q query heads, D head dimension, L layers.
 
@@ -12,7 +13,9 @@ Shape legend: B batch, T own tokens, S prefix positions, H key/value heads, Q qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,13 +55,40 @@ def cas_attention(
     return cas.attend(module.layer_idx, query, key, value, scale, window), None
 
 
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def our_masks() -> Iterator[None]:
+    """Inside, in this thread, transformers makes no masks: our contexts do. Other threads may use the same model."""
+    before = getattr(_thread, "ours", False)
+    _thread.ours = True
+    try:
+        yield
+    finally:
+        _thread.ours = before
+
+
 def register() -> None:
-    """Make ``"cas"`` known to transformers (idempotent). Our contexts build their own masks."""
+    """Make ``"cas"`` known to transformers, and ``"sdpa"`` take the keyword ``cas`` (idempotent)."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    if "cas" in functions:
+        return
+    sdpa, sdpa_mask = functions["sdpa"], masks["sdpa"]
+
+    def attend(*arguments: Any, **options: Any) -> Any:
+        return (cas_attention if options.get("cas") is not None else sdpa)(*arguments, **options)
+
+    def mask(*arguments: Any, **options: Any) -> Any:
+        return None if getattr(_thread, "ours", False) else sdpa_mask(*arguments, **options)
+
     AttentionInterface.register("cas", cas_attention)
-    AttentionMaskInterface.register("cas", lambda *args, **kwargs: None)
+    AttentionMaskInterface.register("cas", lambda *_, **__: None)
+    AttentionInterface.register("sdpa", attend)
+    AttentionMaskInterface.register("sdpa", mask)
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:

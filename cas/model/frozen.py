@@ -192,11 +192,15 @@ class FrozenModel:
 
     @contextlib.contextmanager
     def _our_attention(self) -> Iterator[None]:
-        before, self.config._attn_implementation = self.config._attn_implementation, "cas"
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
+        with attention.our_masks():
+            if (before := self.config._attn_implementation) == "sdpa":  # which hands its calls on: no shared state
+                yield
+                return
+            self.config._attn_implementation = "cas"
+            try:
+                yield
+            finally:
+                self.config._attn_implementation = before
 
     def hidden(
         self,
@@ -313,6 +317,8 @@ class FrozenModel:
             ) from error
         # The model's own attention, with the mask that transformers makes.
         theirs = self.hf(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        if not probe.layers:
+            raise ModelError(f"{kind}: does not run through the attention interface of transformers")
         layers = [probe.layers[i] for i in sorted(probe.layers)]
         if sorted(probe.layers) != list(range(self.config.num_hidden_layers)):
             raise ModelError(

@@ -124,6 +124,27 @@ def test_forward_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model.hf(input_ids=ids).logits, before)
 
 
+def test_threads_share_a_model(tiny: Callable[..., FrozenModel]) -> None:
+    """While one is inside a layer of ours, another runs plain transformers, and one a forward pass of ours."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny("gemma3")  # whose windows need masks
+    ids = torch.tensor([model.encode(TEXTS["crane"])])
+    positions = torch.arange(ids.shape[1])[None]
+    plain, ours = model.hf(input_ids=ids).logits, model.forward(ids, positions, Plain())
+    others: list[Tensor] = []
+
+    class Interrupted(Plain):
+        def attend(self, layer: int, *arguments: Any) -> Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                others.append(pool.submit(lambda: model.hf(input_ids=ids).logits).result() - plain)
+                others.append(pool.submit(lambda: model.forward(ids, positions, Plain())).result() - ours)
+            return super().attend(layer, *arguments)
+
+    assert torch.equal(model.forward(ids, positions, Interrupted()), ours)
+    assert len(others) == 6 and not any(difference.any() for difference in others)
+
+
 class Plain:
     """Causal attention written out, which keeps the keys it was given: layer -> [H, T, D]."""
 
