@@ -27,7 +27,7 @@ class Identity(NamedTuple):
     """What the weights and the vocabulary are, read before a conversion to float16 loses bits."""
 
     weights: bytes
-    legacy: str  # the fingerprint of stores made before version 0.2
+    legacy: str  # as stores of earlier versions recorded it
 
 
 def identify(hf: Any, tokenizer: Any) -> Identity:

@@ -23,7 +23,7 @@ from cas.model import fingerprint as identification
 from cas.model.chat_template import render_template
 from cas.model.loading import Source, first_line, halve, load, recorded_source
 from cas.model.positions import Rope
-from cas.model.probe import Geometry, KVRecorder, Probe, refuse_unsupported, rotary
+from cas.model.probe import Geometry, KVRecorder, Probe, refuse_unsupported, refuse_without_gradients, rotary
 from cas.model.text import TextCodec, TextStream
 from cas.options import DEFAULT_MODEL, DEFAULT_SYSTEM
 
@@ -67,6 +67,8 @@ class FrozenModel:
         self.template = render_template(self.text, system, self._stop_ids())
         self.head: torch.nn.Linear | None = None  # the output layer, where the logits are its plain output
         self.geometry, self.rope = self._probe()
+        if getattr(hf, "is_quantized", False):
+            refuse_without_gradients(hf)
 
     @classmethod
     def from_pretrained(

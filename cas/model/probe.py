@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cas.errors import ModelError
 from cas.model.attention import causal_mask
+from cas.model.loading import first_line
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ def refuse_unsupported(hf: Any) -> None:
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not types <= {"full_attention", "sliding_attention"}:
         raise ModelError(f"{kind}: layers of type {', '.join(sorted(types))} keep no plain KV cache")
+
+
+def refuse_without_gradients(hf: Any) -> None:
+    """Raise ModelError where gradients do not pass through the layers, as with some quantized ones."""
+    embedded = hf.get_input_embeddings()(torch.arange(4, device=hf.device)[None]).detach().requires_grad_()
+    try:
+        hf(inputs_embeds=embedded, use_cache=False).logits.float().square().mean().backward()
+    except Exception as error:  # kernels fail in many ways
+        raise ModelError(f"{hf.config.model_type}: quantized layers give no gradients ({first_line(error)})") from error
+    if embedded.grad is None or not bool(embedded.grad.any()):
+        raise ModelError(f"{hf.config.model_type}: quantized layers give no gradients, which training cartridges needs")
 
 
 def rotary(hf: Any) -> tuple[tuple[Tensor, ...], list[float]]:

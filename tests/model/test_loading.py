@@ -120,6 +120,16 @@ def test_quantized_models_stay_where_they_were_loaded(tmp_path: Path, monkeypatc
     assert asked == [(torch.bfloat16, torch.device("cpu"))]
 
 
+def test_quantized_models_without_gradients_are_refused() -> None:
+    hf = tiny_hf("llama")
+    hf.is_quantized = True
+    FrozenModel(hf, tiny_tokenizer(), SOURCE)
+    hf.model.layers[1].mlp.register_forward_hook(lambda _, __, output: output.detach())
+    hf.model.layers[1].register_forward_hook(lambda _, __, output: output.detach())
+    with pytest.raises(ModelError, match=r"^llama: quantized layers give no gradients[^\n]*$"):
+        FrozenModel(hf, tiny_tokenizer(), SOURCE)
+
+
 def test_compute_types(monkeypatch: pytest.MonkeyPatch) -> None:
     choose, gpu, cpu = cas.model.frozen._dtype, torch.device("cuda"), torch.device("cpu")
     for computes, expected in ((True, torch.bfloat16), (False, torch.float16)):
