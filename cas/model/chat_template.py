@@ -47,8 +47,8 @@ def render_template(codec: TextCodec, system: str, stop_ids: set[int]) -> Templa
     header, rest = text.split(document)
     footer, rest = rest.split(question)
     suffix, end = rest.split(answer)
-    # The turn ends with the template's first special token; plain characters before it do not end answers.
-    end_ids = tuple(i for i in codec.encode_template(end) if i in stop_ids or i in codec.special)[:1]
+    # The turn ends with the template's first control token; plain characters before it do not end answers.
+    end_ids = tuple(i for i in codec.encode_template(end) if i in stop_ids or i in codec.control)[:1]
     stop_ids = stop_ids | set(end_ids)
     if not stop_ids:
         raise ModelError("the tokenizer names no end-of-turn token; answers could never end")

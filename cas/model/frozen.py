@@ -127,11 +127,11 @@ class FrozenModel:
         """
         recorded = store.meta["model"]
         options: dict[str, Any] = {"dtype": dtype, "device": device, "system": recorded["system"]}
-        if model is not None:
-            return cls.from_pretrained(model, revision=revision, **options)
         source = recorded["source"]
-        with recorded_source(source):
-            return cls.from_pretrained(source["name"], revision=revision or source["revision"], **options)
+        if model in (None, source["name"]):
+            with recorded_source(source):
+                return cls.from_pretrained(source["name"], revision=revision or source["revision"], **options)
+        return cls.from_pretrained(model, revision=revision, **options)
 
     # -- encoding and forward passes --------------------------------------------------------------------------------
 

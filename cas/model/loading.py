@@ -41,7 +41,7 @@ def recorded_source(source: Mapping[str, Any]) -> Iterator[None]:
     except ModelError as error:
         if source.get("kind") in ("folder", "gguf") and not Path(source["name"]).exists():
             raise ModelError(
-                f"{source['name']}: the store's model is no longer there; if it has moved, name it with --model"
+                f"{source['name']}: the store's model is no longer there; if it has moved, name it with --model (cas.query, cas.train)"
             ) from error
         raise
 
