@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -110,11 +112,17 @@ class Interrupt:
         return 128 + (self.signal or 0)
 
 
+SECONDS_BETWEEN_LINES = 30.0  # of progress where stderr is no terminal
+
+
 class Display:
-    """A progress bar with rate and time left on stderr; silent when stderr is no terminal."""
+    """Progress on stderr with rate and time left: a bar in a terminal, elsewhere a plain line every half minute."""
 
     def __init__(self, title: str) -> None:
         self.title = title
+        self._state: tuple[int, int, str] | None = None  # as given to show()
+        self._first = 0  # what was done when the rate began to be measured
+        self._end = threading.Event()
 
     def __enter__(self) -> Display:
         from rich.console import Console
@@ -133,15 +141,43 @@ class Display:
         )
         self._progress.start()
         self._task = self._progress.add_task(self.title, total=None, note="")
+        self._entered = self._started = time.monotonic()
+        if not console.is_terminal:
+            threading.Thread(target=self._write_lines, daemon=True).start()
         return self
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Set how much is done, of how much."""
+        if time.monotonic() - self._entered < 2:  # this is what an earlier run did: it says nothing about the rate
+            self._first, self._started = done, time.monotonic()
+        self._state = done, total, note
         self._progress.update(self._task, completed=done, total=total, note=note)
 
     def say(self, line: str) -> None:
         """A line above the bar, on stderr."""
-        self._progress.console.print(line, highlight=False, markup=False)
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __exit__(self, *exc: object) -> None:
+        self._end.set()
         self._progress.stop()
+
+    def _write_lines(self) -> None:
+        while not self._end.wait(SECONDS_BETWEEN_LINES):
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._started
+        if self._state is None:
+            return f"{self.title:<11} {duration(seconds)} so far"
+        done, total, note = self._state
+        line, rate = f"{self.title:<11} {done} of {total}", (done - self._first) / max(seconds, 1e-9)
+        if rate > 0:
+            line += f", {rate * 60:.3g} a minute, about {duration((total - done) / rate)} left"
+        return f"{line}; {note}" if note else line
+
+
+def duration(seconds: float) -> str:
+    """A time in words: "40 seconds", "7 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -123,8 +123,8 @@ class SelfStudy(_Checked):
     """The training conversations that the model writes."""
 
     conversations: int | None = None
-    """Self-study conversations to keep, at least; default a quarter of the tokens, at least 64 a document; for
-    the embedded reader --wordings of every kind about every sentence, as far as they differ."""
+    """Self-study conversations to keep; default a quarter of the tokens, at least 64 a document, as far as its sentences
+    allow; for the embedded reader --wordings of every kind about every sentence, as far as they differ."""
     wordings: int = 4
     """Questions of a kind that the embedded reader writes about a sentence; those after the first are sampled."""
     chunk_tokens: int = 512
@@ -133,14 +133,17 @@ class SelfStudy(_Checked):
     """Questions asked for in one call; they share its chunk and seed prompt."""
     calls_per_unit: int = 2
     """Calls in one file of conversations; what an interruption may lose."""
-    question_tokens: int = 40
-    """Longer questions are dropped and counted."""
-    answer_tokens: int = 48
-    """Longer answers are dropped and counted, never cut."""
+    question_tokens: int | None = None
+    """Longer questions are dropped and counted. Default 64; the embedded reader 40."""
+    answer_tokens: int | None = None
+    """Longer answers are dropped and counted, never cut. Default 96, from a billion parameters 160, from three 256; the
+    embedded reader 48."""
     kinds: Annotated[tuple[str, ...], arg(help_behavior_hint=f"(default: {shlex.join(KINDS_SHOWN)})")] = KINDS
     """Kinds of seed prompt."""
     top_k: int = 20
     """Most likely tokens whose probabilities are kept of the teacher."""
+    keep_going: bool = False
+    """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
     seed: Suppress[int] = 0  # the flag is that of Training
 
 

@@ -72,7 +72,7 @@ class Writer:
         if chance == 0:
             words, why = f" {subject} Well {deed}", "malformed question"
         elif chance == 1:
-            words, why = " did he do with it?", "off topic"  # or "no named subject", depending on the opening's words
+            words, why = " did Napoleon do with the moon?", "off topic"
         elif chance == 2:
             words, why = f" {subject} Well" + " and so on" * 4 + "?", "loop"
         elif chance == 3:

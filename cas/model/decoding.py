@@ -35,6 +35,7 @@ class Generation:
     attention: dict[str, float] = field(default_factory=dict)
     top_ids: list[Tensor] = field(default_factory=list)
     top_logprobs: list[Tensor] = field(default_factory=list)
+    stop: int | None = None  # the token that ended it
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def generate(
         for b, (row, token) in enumerate(zip(state.rows, chosen.tolist(), strict=True)):
             result = results[row]
             if token in stop:
-                result.finished = True
+                result.finished, result.stop = True, token
             else:
                 result.ids.append(token)
                 if on_token is not None:

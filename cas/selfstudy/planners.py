@@ -12,21 +12,22 @@ from bisect import bisect_right
 from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from random import Random
 from typing import Protocol
 
 from cas.data.collection import Collection, Document
-from cas.errors import RunError
+from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
 from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation
-from cas.selfstudy.prompt_styles import PromptStyle
-from cas.selfstudy.seed_prompts import SeedPrompt, normal
+from cas.selfstudy.prompt_styles import PromptStyle, token_limits
+from cas.selfstudy.seed_prompts import BRIEF, SeedPrompt, is_english, normal
 from retrieval.chunk import split_sentences, with_title
 
 MAX_RETRIES_PER_DOCUMENT = 5
+MAX_QUESTIONS_PER_SENTENCE = 24  # of a kind: then its document is exhausted; English has some eight openings of a kind
 GOLDEN_RATIO = 0.6180339887498949
 
 Topic = tuple[str, str]  # document id, kind of question
@@ -40,18 +41,55 @@ class SplitDocument:
     document: Document
     sentences: tuple[str, ...]
     lengths: tuple[int, ...]
+    english: bool = True
 
 
-def split_documents(model: FrozenModel, documents: Collection) -> list[SplitDocument]:
-    """Documents in sentences, sorted by id; documents without a word are left out."""
+def split_documents(model: FrozenModel, documents: Collection, limit: int | None = None) -> list[SplitDocument]:
+    """Documents in sentences, sorted by id; documents without a word are left out. Longer sentences than ``limit`` tokens
+    are cut."""
     split = []
     for document in sorted(documents.documents, key=lambda d: d.id):
         spans = [document.text[start:end].strip() for start, end in split_sentences(document.text)]
+        if limit is not None:
+            spans = [part for text in spans for part in _cut(model, text, limit)]
         sentences = tuple(text for text in spans if re.search(r"\w", text))
         if sentences:
-            lengths = tuple(max(1, len(model.encode(text))) for text in sentences)
-            split.append(SplitDocument(document, sentences, lengths))
+            lengths = tuple(max(1, model.count_tokens(text)) for text in sentences)
+            split.append(SplitDocument(document, sentences, lengths, is_english(document.text)))
     return split
+
+
+def _cut(model: FrozenModel, sentence: str, limit: int) -> list[str]:
+    """A sentence in parts of at most ``limit`` tokens."""
+    if model.count_tokens(sentence) <= limit:
+        return [sentence]
+    return [sentence[start:end].strip() for start, end in split_sentences(sentence, limit, model.count_tokens)]
+
+
+def fit_window(
+    model: FrozenModel, style: PromptStyle, settings: SelfStudy, documents: Collection
+) -> tuple[SelfStudy, list[SplitDocument]]:
+    """The documents in sentences, and the settings with ``chunk_tokens`` such that the model can read chunk, request and
+    reply. Raises: ConfigError when the model reads too little."""
+    question, answer = token_limits(model, settings)
+    template, positions = model.template, model.geometry.max_positions
+    titles = 3 * max((model.count_tokens(d.title) for d in documents.documents), default=0)
+    requests = 0
+    for prompt in map(style.seed_prompt, settings.kinds):
+        shared, each = style.request_tokens(model, prompt, "", [("", o) for o in prompt.openings])
+        requests = max(requests, len(shared) + max(map(len, each)))
+    room = positions - len(template.header_ids) - question - titles
+    to_ask, to_answer = room - requests, room - answer - len(model.question_tokens(BRIEF))
+    limit = min(settings.chunk_tokens, to_ask // 2, to_answer)
+    if limit < 16:
+        raise ConfigError(
+            f"the model reads {positions} tokens, too few for self-study beside its instructions; give another --model"
+        )
+    sources = split_documents(model, documents, limit)
+    longest = max((n for source in sources for n in source.lengths), default=0)
+    # A chunk may have a few tokens more than its sentences by themselves.
+    most = min(to_ask - longest, to_answer) * 15 // 16
+    return replace(settings, chunk_tokens=max(1, min(settings.chunk_tokens, most))), sources
 
 
 @dataclass(frozen=True)
@@ -93,6 +131,7 @@ class History:
     """What finished units asked and kept."""
 
     asked: int = 0  # pairs
+    asked_about: Counter[str] = field(default_factory=Counter)  # document id: questions, dropped ones included
     kept: int = 0  # conversations
     questions: dict[str, set[str]] = field(default_factory=dict)  # document id: questions kept, normalized
     tried: dict[Topic, AbstractSet[Pair]] = field(default_factory=dict)
@@ -103,6 +142,7 @@ class History:
         """Count a finished unit."""
         for call in calls:
             self.asked += len(call.pairs)
+            self.asked_about[call.document.id] += len(call.pairs) * len(call.temperatures)
             self.tried[call.topic] = {*self.tried.get(call.topic, ()), *call.pairs}
             if call.is_retry:
                 self.retries[call.document.id] += 1
@@ -118,14 +158,15 @@ class Planner(Protocol):
     every_sentence: bool  # stored with each unit
 
     def plan(self, unit: int, history: History) -> list[Call]:
-        """The calls of a unit, given the history of all units before it; none when the synthesis is complete.
-
-        Raises: RunError when too little of what the model writes is kept.
-        """
+        """The calls of a unit, given the history of all units before it; none when the synthesis is complete."""
         ...
 
     def progress(self, history: History) -> tuple[int, int]:
         """How much is done, and of how much."""
+        ...
+
+    def most_questions(self, history: History) -> int:
+        """At most so many questions are still to be asked."""
         ...
 
 
@@ -168,12 +209,18 @@ class SentencePlanner:
         """(sentences asked about, sentences), each counted in every kind."""
         return history.asked, self._total
 
+    def most_questions(self, history: History) -> int:
+        """All wordings about the other sentences."""
+        return (self._total - history.asked) * self.settings.wordings
+
 
 class CoveragePlanner:
-    """Samples until enough conversations are kept, then retries documents about which none is.
+    """Samples until enough conversations are kept or every document is exhausted, then retries documents about which
+    none is.
 
     A point walks evenly (by the golden ratio) over all tokens of the collection, so that documents get calls in
-    proportion to their length.
+    proportion to their length. A document is exhausted after :data:`MAX_QUESTIONS_PER_SENTENCE`: its text does not allow
+    more conversations than were kept until then.
     """
 
     every_sentence = False
@@ -181,31 +228,42 @@ class CoveragePlanner:
     def __init__(self, sources: Sequence[SplitDocument], style: PromptStyle, settings: SelfStudy) -> None:
         self.sources, self.style, self.settings = sources, style, settings
         self.lengths = [sum(source.lengths) for source in sources]
-        self.target = settings.conversations or sum(max(64, n // 4) for n in self.lengths)
+        self.target = settings.conversations or sum(map(_owed, sources))
         self._ends = list(accumulate(self.lengths))
         self._start = Random(f"{settings.seed}/walk").random()
 
     def plan(self, unit: int, history: History) -> list[Call]:
         """The calls of a unit; a pair is tried again only when every pair of its window was tried."""
-        silent = self._silent(history) if history.kept >= self.target else []
-        if not self.sources or (history.kept >= self.target and not silent):
+        open_ends = self._open_ends(history)
+        done = history.kept >= self._target(history) or not any(open_ends)
+        silent = self._silent(history) if done else []
+        hopeless = not done and history.asked_about.total() > 12 * self.target + 1000
+        if hopeless or (done and not silent):
             return []
-        self._check_yield(unit, history)
         calls, size = list[Call](), self.settings.calls_per_unit
         tried = ChainMap[Topic, AbstractSet[Pair]]({}, history.tried)
         for number in range(unit * size, (unit + 1) * size):
-            call = self.call(number, tried, silent)
+            call = self.call(number, tried, silent, open_ends)
             tried[call.topic] = {*tried.get(call.topic, ()), *call.pairs}
             calls.append(call)
         return calls
 
-    def call(self, number: int, tried: Mapping[Topic, AbstractSet[Pair]], silent: Sequence[SplitDocument] = ()) -> Call:
-        """What call ``number`` asks, given the pairs that earlier calls tried and, in retries, which documents."""
+    def call(
+        self,
+        number: int,
+        tried: Mapping[Topic, AbstractSet[Pair]],
+        silent: Sequence[SplitDocument] = (),
+        ends: Sequence[int] | None = None,
+    ) -> Call:
+        """What call ``number`` asks, given the pairs that earlier calls tried, in retries which documents, and where
+        documents end on the walk."""
         s = self.settings
-        source, window = self.window(number, silent)
+        source, window = self.window(number, silent, ends)
         kind = s.kinds[(number + number // len(s.kinds)) % len(s.kinds)]
         prompt, title = self.style.seed_prompt(kind), source.document.title
-        pairs = [(i, opening) for i in window for opening in prompt.openings_for(source.sentences[i], title)]
+        pairs = [
+            (i, opening) for i in window for opening in prompt.openings_for(source.sentences[i], title, source.english)
+        ]
         seen = tried.get((source.document.id, kind), frozenset())
         fresh = [pair for pair in pairs if pair not in seen]
         chosen = fresh or pairs
@@ -213,24 +271,52 @@ class CoveragePlanner:
         temperature = 0.0 if fresh else self.style.repeat_temperature
         return Call(number, source, window, prompt, tuple(chosen[: s.questions_per_call]), (temperature,), bool(silent))
 
-    def window(self, number: int, silent: Sequence[SplitDocument] = ()) -> tuple[SplitDocument, range]:
+    def window(
+        self, number: int, silent: Sequence[SplitDocument] = (), ends: Sequence[int] | None = None
+    ) -> tuple[SplitDocument, range]:
         """The document and sentences that call ``number`` reads, at most ``chunk_tokens`` tokens around a point of the
-        walk: over the whole collection, or over the silent documents in turn."""
+        walk, which passes documents that end at ``ends``, or over the silent documents in turn."""
+        ends = self._ends if ends is None else ends
         along = (self._start + number * GOLDEN_RATIO) % 1.0
         if silent:
             source = silent[number % len(silent)]
             point = int(along * sum(source.lengths))
         else:
-            point = int(along * self._ends[-1])
-            index = bisect_right(self._ends, point)
-            source, point = self.sources[index], point - (self._ends[index] - self.lengths[index])
+            point = int(along * ends[-1])
+            index = bisect_right(ends, point)
+            source, point = self.sources[index], point - (ends[index] - self.lengths[index])
         center = bisect_right(list(accumulate(source.lengths)), point)
         random = Random(f"{self.settings.seed}/window/{number}")
         return source, _grow_window(source.lengths, center, self.settings.chunk_tokens, random)
 
     def progress(self, history: History) -> tuple[int, int]:
         """(conversations kept, conversations wanted)."""
-        return min(history.kept, self.target), self.target
+        target = self._target(history)
+        return min(history.kept, target), target
+
+    def most_questions(self, history: History) -> int:
+        """What exhausts all documents."""
+        return sum(max(0, self._most(source) - history.asked_about[source.document.id]) for source in self.sources)
+
+    def _open_ends(self, history: History) -> list[int]:
+        """Where each document ends on the walk; exhausted ones take no part of it."""
+        lengths = [
+            0 if self._exhausted(s, history) else length for s, length in zip(self.sources, self.lengths, strict=True)
+        ]
+        return list(accumulate(lengths))
+
+    def _most(self, source: SplitDocument) -> int:
+        return len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
+
+    def _exhausted(self, source: SplitDocument, history: History) -> bool:
+        return history.asked_about[source.document.id] >= self._most(source)
+
+    def _target(self, history: History) -> int:
+        """The conversations wanted, without those that exhausted documents fail to give."""
+        if self.settings.conversations:
+            return self.target
+        exhausted = [s for s in self.sources if self._exhausted(s, history)]
+        return self.target - sum(max(0, _owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted)
 
     def _silent(self, history: History) -> list[SplitDocument]:
         """Documents about which nothing is kept and which have retries left."""
@@ -238,17 +324,14 @@ class CoveragePlanner:
             source
             for source in self.sources
             if not history.questions.get(source.document.id)
+            and not self._exhausted(source, history)
             and history.retries[source.document.id] < MAX_RETRIES_PER_DOCUMENT
         ]
 
-    def _check_yield(self, unit: int, history: History) -> None:
-        """Raise when next to nothing of what the model writes is kept; half may be dropped of a weak model."""
-        asked = unit * self.settings.calls_per_unit * self.settings.questions_per_call
-        if history.kept < self.target and asked > 12 * self.target + 1000:
-            raise RunError(
-                f"self-study kept {history.kept} of {self.target} conversations; dropped: {dict(history.dropped)}; "
-                f"{self.style.advice}"
-            )
+
+def _owed(source: SplitDocument) -> int:
+    """Conversations that a document gets unless its text or the settings allow fewer."""
+    return max(64, sum(source.lengths) // 4)
 
 
 def _grow_window(lengths: Sequence[int], center: int, most: int, random: Random) -> range:

@@ -18,30 +18,42 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from budget.manager import trim_host_memory
 from cas.data.collection import Collection
-from cas.errors import ConfigError
+from cas.errors import ConfigError, RunError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation, Conversations, read_unit, write_unit
-from cas.selfstudy.planners import Call, History, make_planner, split_documents
-from cas.selfstudy.prompt_styles import PromptStyle, prompt_style
-from cas.selfstudy.seed_prompts import bad_answer, bad_question, loops, normal
+from cas.selfstudy.planners import Call, History, fit_window, make_planner
+from cas.selfstudy.prompt_styles import PromptStyle, prompt_style, token_limits
+from cas.selfstudy.seed_prompts import (
+    bad_answer,
+    bad_question,
+    bad_reader_answer,
+    bad_reader_question,
+    loops,
+    normal,
+    units,
+)
+from cas.selfstudy.share import KeptShare, reasons
+from cas.selfstudy.subjects import Subjects
 from cas.store.store import Store
 
 ROWS = 128  # questions or answers about a chunk that are decoded side by side
 
 AskedQuestion = tuple[Call, str]
+_Settings = TypeVar("_Settings", bound=SelfStudy)
 
 
 def synthesize(
@@ -50,24 +62,26 @@ def synthesize(
     store: Store,
     settings: SelfStudy | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; continues where an earlier call stopped.
 
     Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no conversation is
-    kept, even after retries of their own, are missing from the result.
+    kept, even after retries of their own, are missing from the result and listed in ``without_conversations.json``.
 
     Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
-    or with (asked, all) sentences where every sentence is asked about.
-    Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings; RunError when
-    too little survives the filters.
+    or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first hundred questions.
+    Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings, or the model
+    reads too little; RunError when nothing is kept, or less than a quarter of the first questions.
     """
     store.check_model(model)
-    settings = settings or SelfStudy(**options)
     folder, style = store.conversations, prompt_style(model)
-    planner = make_planner(split_documents(model, documents), style, settings)
-    made_with = _made_with(model, documents, store, settings, planner.every_sentence)
     first = folder / "unit-000000.parquet"
+    settings = with_limits(model, settings or SelfStudy(**options), folder)
+    fitting, sources = fit_window(model, style, settings, documents)
+    planner = make_planner(sources, style, fitting)
+    made_with = _made_with(model, documents, store, settings, planner.every_sentence)
     if first.exists():
         _read(first, made_with)  # before anything is written
     elif store.run_state() is not None:
@@ -76,28 +90,69 @@ def synthesize(
         )
     store.add_documents(documents, model.count_tokens)
     folder.mkdir(exist_ok=True)
-    teacher, history, unit = Teacher(model, style, settings), History(), 0
+    history, unit, teacher = History(), 0, None
+    share = KeptShare(say, style.advice, settings.keep_going or style.capital_names)
     with store.training():  # one writer of units at a time
-        while calls := planner.plan(unit, history):
-            file = folder / f"unit-{unit:06d}.parquet"
+        while True:
+            file, calls = folder / f"unit-{unit:06d}.parquet", planner.plan(unit, history)
+            done, wanted = planner.progress(history)
+            if not calls and not (file.exists() and settings.conversations is None):
+                break
             if file.exists():
                 conversations, dropped = _read(file, made_with)
             elif store.run_state() is not None:
+                if done >= wanted:  # only retries are left
+                    break
                 raise ConfigError(
                     f"{store.folder} is trained on {history.kept} conversations; "
                     "ask for no more, or give another --store"
                 )
             else:
+                share.check(wanted - done, planner.most_questions(history))
+                teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents))
                 started = time.monotonic()
                 conversations, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
                 write_unit(file, conversations, dropped, made_with)
                 store.log_duration("self-study", time.monotonic() - started)
+                share.add(len(conversations), dropped)
             history.add(calls, conversations, dropped)
             unit += 1
             if progress is not None:
                 progress(*planner.progress(history))
+        _record_without(store, documents, history)
+        if not history.kept:
+            raise RunError(
+                f"self-study kept none of {history.dropped.total()} questions about {len(documents.documents)} documents; "
+                f"dropped: {reasons(history.dropped)}; {style.advice}, or give documents with more text"
+            )
         return Conversations.load(folder, unit)
+
+
+def with_limits(model: FrozenModel, settings: _Settings, conversations: Path) -> _Settings:
+    """The settings with limits of questions and answers: as given, else as recorded by the units in the folder
+    ``conversations``, else as they suit the model."""
+    first = conversations / "unit-000000.parquet"
+    recorded = json.loads(read_unit(first)[2]) if first.exists() else {}
+    question, answer = token_limits(model, settings)
+    return replace(
+        settings,
+        question_tokens=settings.question_tokens or recorded.get("question_tokens", question),
+        answer_tokens=settings.answer_tokens or recorded.get("answer_tokens", answer),
+    )
+
+
+def _record_without(store: Store, documents: Collection, history: History) -> None:
+    """Write the documents about which no conversation is kept beside the store, {id: hash of the text}; those of earlier
+    rounds stay."""
+    file = store.folder / "without_conversations.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    without = {d.id: d.hash for d in documents.documents if not history.questions.get(d.id)}
+    now = {name: text for name, text in before.items() if name not in history.questions} | without
+    if now != before:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(now, ensure_ascii=False, sort_keys=True, indent=1), encoding="utf-8")
+        partial.replace(file)
 
 
 def _made_with(
@@ -106,7 +161,7 @@ def _made_with(
     """JSON of everything that must be the same for finished units to be used again."""
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
-    fields = {name: value for name, value in vars(settings).items() if name != "conversations"}
+    fields = {name: value for name, value in vars(settings).items() if name not in ("conversations", "keep_going")}
     return json.dumps(
         {
             "model": store.meta["model"]["fingerprint"],
@@ -132,9 +187,15 @@ def _read(file: Path, made_with: str) -> tuple[list[Conversation], Counter[str]]
 class Teacher:
     """The frozen model, which asks and answers with a chunk in its cache. It has no state of its own."""
 
-    def __init__(self, model: FrozenModel, style: PromptStyle, settings: SelfStudy) -> None:
+    def __init__(
+        self, model: FrozenModel, style: PromptStyle, settings: SelfStudy, subjects: Subjects | None = None
+    ) -> None:
+        """``subjects``: of the collection; without them every question gets a title that has no word of it."""
         self.model, self.style, self.settings = model, style, settings
-        self.newline = frozenset(i for i in range(model.geometry.vocabulary) if "\n" in model.tokenizer.decode([i]))
+        self.question_tokens, self.answer_tokens = token_limits(model, settings)
+        self.subjects = subjects or Subjects(())
+        tokens = model.tokenizer.batch_decode([[i] for i in range(model.geometry.vocabulary)])
+        self.newline = frozenset(i for i, text in enumerate(tokens) if "\n" in text)
         self.layout = Layout("offset", model.layout_header, 0)
 
     def converse(
@@ -181,26 +242,36 @@ class Teacher:
                 {"call": prefix},
                 self.layout,
                 batch_rows=ROWS,
-                max_new_tokens=self.settings.question_tokens,
+                max_new_tokens=self.question_tokens,
                 also_stop=self.newline,
                 temperature=[temperature for temperature in batch for _ in prompts],
                 seed=Random(f"{self.settings.seed}/write/{call.number}").getrandbits(32),
             )
+        times = len(call.temperatures)
         written = [
-            ((opening + self.model.continuation(self.model.encode(opening), reply.ids)).strip(), reply.finished)
-            for (_, opening), reply in zip(pairs * len(call.temperatures), replies, strict=True)
+            (self._question(opening, reply), reply.finished)
+            for (_, opening), reply in zip(pairs * times, replies, strict=True)
         ]
         return written, prefix[:, :, :, : len(self.model.encode(call.chunk))]
+
+    def _question(self, opening: str, reply: Generation) -> str:
+        """Opening and reply up to the first line break, which may stand inside the token that ended the reply."""
+        ids = [*reply.ids, reply.stop] if reply.stop is not None and reply.stop in self.newline else reply.ids
+        return (opening + self.model.continuation(self.model.encode(opening), ids)).partition("\n")[0].strip()
 
     def filter(
         self, call: Call, written: Sequence[tuple[str, bool]], seen: set[str], dropped: Counter[str]
     ) -> list[str]:
-        """Questions that are worth an answer: added to ``seen``, normalized; others are counted in ``dropped``."""
-        questions = []
+        """Questions that are worth an answer, each with a subject: added to ``seen``, normalized; others are counted in
+        ``dropped``."""
+        questions, title, text = [], call.document.title, call.chunk
         for question, finished in written:
             reason: str | None = "unfinished question"
-            if finished:
-                reason = bad_question(question, call.document.title, call.chunk, self.style.check_topic)
+            if finished and self.style.capital_names:
+                reason = bad_reader_question(question, title, text)
+            elif finished:
+                reason = bad_question(question, title, text, self.style.check_topic)
+                question = self.subjects.complete(question, title, text)
             if reason is None and normal(question) in seen:
                 reason = "duplicate"
             if reason:
@@ -230,7 +301,7 @@ class Teacher:
             prompts,
             chunks,
             self.layout,
-            max_new_tokens=self.settings.answer_tokens,
+            max_new_tokens=self.answer_tokens,
             keep_top=min(self.settings.top_k, self.model.geometry.vocabulary),
             batch_rows=ROWS,
         )
@@ -247,9 +318,12 @@ class Teacher:
         """Why an answer is dropped, or None."""
         if not answer.finished:
             return "answer too long"
-        if loops(answer.ids):
+        text = self.model.answer_text(answer.ids)
+        # Where a character takes several tokens, equal ones are no loop.
+        if loops(answer.ids if text.isascii() or self.style.capital_names else units(text)):
             return "loop"
-        return bad_answer(self.model.answer_text(answer.ids), question, call.chunk)
+        bad = bad_reader_answer if self.style.capital_names else bad_answer
+        return bad(text, question, call.chunk)
 
     def _conversation(self, call: Call, question: str, user: Sequence[int], answer: Generation) -> Conversation:
         """The record of a question and its answer, ended by the likeliest token that ends a turn."""

@@ -11,6 +11,7 @@ from cas.model.decoding import most_positions
 from cas.model.frozen import FrozenModel
 from cas.model.positions import cartridge_size
 from cas.options import TrainConfig, memory
+from cas.selfstudy.prompt_styles import token_limits
 from cas.training.initialization import LONGEST, TOKENS
 from cas.training.loss import rows_at_once
 from cas.training.schedule import guest_count
@@ -58,9 +59,10 @@ def _sizes(
     """``tokens`` of every document, ``sizes``: positions of its cartridge."""
     g = model.geometry
     template_tokens = len(model.template.footer_ids) + len(model.template.suffix_ids)
-    longest = config.question_tokens + config.answer_tokens + template_tokens + EXTRA_TOKENS
+    question, answer = token_limits(model, config)
+    longest = question + answer + template_tokens + EXTRA_TOKENS
     rows = min(config.targets, len(sizes)) * config.per_target
-    logit_rows = rows * config.answer_tokens
+    logit_rows = rows * answer
     largest = max(*sizes, *frozen, 0)
     visible = min(len(sizes) + len(frozen), 1 + (0 if config.isolation >= 1 else config.max_distractors))
     # Twice the expected number of conversations with distractors, each with the most of them.

@@ -19,7 +19,7 @@ from cas.model.loading import recorded_source
 from cas.model.positions import Layout, cartridge_size, unseen_layers
 from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
-from cas.selfstudy.synthesize import synthesize
+from cas.selfstudy.synthesize import synthesize, with_limits
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
@@ -129,7 +129,8 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
     learning = learning_documents(round, store, documents)
     if round.learners:
         _warn_of_windows(config, model, learning, ratio, store, view)
-    needed = plan_memory(config, model, learning, ratio, pool, frozen) if round.learners else None
+    limited = with_limits(model, config, folder / "conversations")
+    needed = plan_memory(limited, model, learning, ratio, pool, frozen) if round.learners else None
     load_embedder(config.embedder)  # refused now, not after hours of training
     return Setup(config, folder, model, ratio, learning, round, needed)
 
@@ -262,7 +263,7 @@ def self_study(setup: Setup, store: Store, view: View, stop: Stop) -> Conversati
                 raise Stopped
 
         study = setup.config.part(SelfStudy)
-        conversations = synthesize(setup.model, setup.documents, store, study, progress=progress)
+        conversations = synthesize(setup.model, setup.documents, store, study, progress=progress, say=bar.say)
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(conversations.dropped.items())) or "none"
     view.line(f"self-study  {len(conversations)} conversations kept; dropped: {dropped}")
     return conversations

@@ -154,7 +154,7 @@ def _one_at_a_time(teacher: Teacher, calls: Sequence[Call], sample: int = 8) -> 
                 prompt = Prompt((*model.template.footer_ids, *user, *model.template.suffix_ids), ("chunk",))
                 kv = {"chunk": teacher.chunk_kv(call.chunk)}
                 answer = generate(
-                    model, [prompt], kv, teacher.layout, max_new_tokens=s.answer_tokens, keep_top=s.top_k
+                    model, [prompt], kv, teacher.layout, max_new_tokens=teacher.answer_tokens, keep_top=s.top_k
                 )[0]
                 kept += answer.finished
     return time.perf_counter() - started, kept

@@ -183,7 +183,7 @@ def one_seed(config: Config, model: FrozenModel, seed: int) -> tuple[dict[str, A
     record: dict[str, Any] = {}
     predictions: list[Prediction] = []
     with base_store(config, model, seed) as base:
-        study = SelfStudy(conversations=config.conversations, seed=seed)
+        study = SelfStudy(conversations=config.conversations, seed=seed, keep_going=True)
         conversations = synthesize(model, collection, base, study, progress=common.counter("self-study"))
         questions = unseen_questions(collection.questions, conversations)
         embedder = CachingEmbedder(SentenceEmbedder())

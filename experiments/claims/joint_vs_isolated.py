@@ -110,7 +110,7 @@ def experiment(config: Config) -> int:
         model,
         documents,
         store,
-        SelfStudy(conversations=config.conversations, seed=config.seed),
+        SelfStudy(conversations=config.conversations, seed=config.seed, keep_going=True),
         progress=lambda done, total: print(f"self-study  {done}/{total}", file=sys.stderr, flush=True),
     )
     store.close()

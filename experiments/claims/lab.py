@@ -148,7 +148,7 @@ class ClaimContext:
     def conversations(self) -> Conversations:
         """The self-study of this seed; afterwards the base store has the attention-matching initialization."""
         with closing(self._store("base")) as base:
-            study, progress = SelfStudy(seed=self.seed), common.counter("self-study")
+            study, progress = SelfStudy(seed=self.seed, keep_going=True), common.counter("self-study")
             conversations = synthesize(self.model, self.collection, base, study, progress=progress)
             initialize_cartridges(self.model, base, conversations, progress=common.counter("initialization"))
         return conversations

@@ -70,6 +70,7 @@ def demo(config: DemoConfig) -> int:
         max_distractors=7,
         isolation=0.5,
         conversations=config.conversations,
+        keep_going=True,
         epochs=config.epochs,
         lr=config.lr,
         initialization=config.initialization,

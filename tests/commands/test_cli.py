@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,3 +302,20 @@ def test_warnings_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
         return 0
 
     assert console.run(main) == 0 and capsys.readouterr().err == "cas: nothing to train on\n"
+
+
+def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stderr is no terminal: nothing at first, then a line now and then, with rate and time left."""
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.05)
+    with console.Display("self-study") as display:
+        assert capsys.readouterr().err == ""
+        display._entered -= 10  # the first two seconds show what an earlier run did
+        display.show(30, 120, "loss 1.0")
+        time.sleep(0.4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(
+        re.fullmatch(r"self-study  30 of 120, \S+ a minute, about .* left; loss 1\.0", line) for line in lines
+    )
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    assert [console.duration(s) for s in (40, 420, 9000)] == ["40 seconds", "7 minutes", "2.5 hours"]

@@ -132,7 +132,7 @@ def test_a_question_whose_answer_was_dropped_may_come_again(
         return generation if question in again else dataclasses.replace(generation, finished=False)
 
     writer.answer = answer  # type: ignore[method-assign]
-    conversations = synthesize(model, wells(4), new_store(), **(SMALL | {"conversations": 5}))
+    conversations = synthesize(model, wells(4), new_store(), keep_going=True, **(SMALL | {"conversations": 5}))
     assert again and len(conversations) >= 5
 
 
