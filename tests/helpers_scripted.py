@@ -44,10 +44,11 @@ class _Scripted:
             query = _SHARP * self._code(positions - back, g.query_heads)
             return context.attend(layer, query, key, value, 1.0, None)[:, rows, 0].round().long()
 
+        if isinstance(context, KVRecorder):
+            context.kv = {layer: (key[0], value[0]) for layer in range(g.layers)}
+            return logits
         for layer in range(g.layers):
             read(0, layer)
-        if isinstance(context, KVRecorder):
-            return logits
         if ids.shape[1] == 1:
             state = read(1)[..., 1:3] + torch.tensor([0, 1])
         else:
