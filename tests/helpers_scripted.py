@@ -45,7 +45,7 @@ class _Scripted:
             return context.attend(layer, query, key, value, 1.0, None)[:, rows, 0].round().long()
 
         if isinstance(context, KVRecorder):
-            context.kv = {layer: (key[0], value[0]) for layer in range(g.layers)}
+            context.kv = dict.fromkeys(range(g.layers), (key[0], value[0]))
             return logits
         for layer in range(g.layers):
             read(0, layer)

@@ -257,7 +257,10 @@ class Teacher:
     def _question(self, opening: str, reply: Generation) -> str:
         """Opening and reply up to the first line break, which may stand inside the token that ended the reply."""
         ids = [*reply.ids, reply.stop] if reply.stop is not None and reply.stop in self.newline else reply.ids
-        return (opening + self.model.continuation(self.model.encode(opening), ids)).partition("\n")[0].strip()
+        return self._text([*self.model.encode(opening), *ids]).partition("\n")[0].strip()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.model.decode(self.model.text.without_special(ids))
 
     def filter(
         self, call: Call, written: Sequence[tuple[str, bool]], seen: set[str], dropped: Counter[str]
@@ -318,7 +321,7 @@ class Teacher:
         """Why an answer is dropped, or None."""
         if not answer.finished:
             return "answer too long"
-        text = self.model.answer_text(answer.ids)
+        text = self._text(answer.ids).strip()
         # Where a character takes several tokens, equal ones are no loop.
         if loops(answer.ids if text.isascii() or self.style.capital_names else units(text)):
             return "loop"
