@@ -36,7 +36,7 @@ DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer 
 
 _AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
 _AT_LEAST_1 |= {"answer_tokens", "top_k", "pool", "targets", "per_target", "rotate_every", "checkpoint_every"}
-_AT_LEAST_1 |= {"max_new_tokens"}
+_AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency"}
 _AT_LEAST_0 = {"guests", "max_distractors", "warmup", "steps"}
 _SHARES = {"isolation", "rotate_fraction", "final_lr"}
 _POSITIVE = {"lr", "epochs"}
@@ -129,10 +129,10 @@ class SelfStudy(_Checked):
     """Questions of a kind that the embedded reader writes about a sentence; those after the first are sampled."""
     chunk_tokens: int = 512
     """Tokens of text, in whole sentences, that the teacher sees at a time."""
-    questions_per_call: int = 32
-    """Questions asked for in one call; they share its chunk and seed prompt."""
-    calls_per_unit: int = 2
-    """Calls in one file of conversations; what an interruption may lose."""
+    questions_per_call: int | None = None
+    """Questions asked for in one call; they share its chunk and seed prompt. Default 32, or 20 in a list."""
+    calls_per_unit: int | None = None
+    """Calls in one file of conversations; what an interruption may lose. Default 2, or 8 that ask for lists."""
     question_tokens: int | None = None
     """Longer questions are dropped and counted. Default 64; the embedded reader 40."""
     answer_tokens: int | None = None
@@ -144,7 +144,33 @@ class SelfStudy(_Checked):
     """Most likely tokens whose probabilities are kept of the teacher."""
     keep_going: bool = False
     """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
+    writer: Literal["auto", "sentence", "list"] = "auto"
+    """How questions are written: one a sentence, or as a list about a chunk. auto: a list where an instruct model of at
+    least a billion parameters, or an endpoint, writes them."""
+    writer_url: str | None = None
+    """An OpenAI-compatible endpoint (http://localhost:8000/v1) that writes the questions; --model answers them. Its key is
+    read from $CAS_WRITER_KEY, else $OPENAI_API_KEY."""
+    writer_model: str | None = None
+    """Model that the endpoint writes with; default its only one."""
+    writer_concurrency: int = 8
+    """Requests to the endpoint at a time, at most --calls-per-unit."""
     seed: Suppress[int] = 0  # the flag is that of Training
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for options about the writer that contradict each other."""
+        super().__post_init__()
+        if self.writer not in ("auto", "sentence", "list"):
+            raise ConfigError(f"--writer {self.writer}: choose auto, sentence or list")
+        if self.writer_model and not self.writer_url:
+            raise ConfigError("--writer-model is the model of an endpoint; give its --writer-url")
+        if self.writer_url is None:
+            return
+        if self.writer == "sentence":
+            raise ConfigError("--writer-url: an endpoint writes lists; leave out --writer sentence")
+        if re.search("[@?#]", self.writer_url):
+            raise ConfigError("--writer-url: give the address alone; its key belongs in $CAS_WRITER_KEY")
+        if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[!-~]*)?", self.writer_url, re.ASCII):
+            raise ConfigError("--writer-url: give an address such as http://localhost:8000/v1")
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,7 @@ def fit_window(
     question, answer = token_limits(model, settings)
     template, positions = model.template, model.geometry.max_positions
     titles = 3 * max((model.count_tokens(d.title) for d in documents.documents), default=0)
-    requests = 0
-    for prompt in map(style.seed_prompt, settings.kinds):
-        shared, each = style.request_tokens(model, prompt, "", [("", o) for o in prompt.openings])
-        requests = max(requests, len(shared) + max(map(len, each)))
+    requests = max(style.request_length(model, kind, settings, question) for kind in settings.kinds)
     room = positions - len(template.header_ids) - question - titles
     to_ask, to_answer = room - requests, room - answer - len(model.question_tokens(BRIEF))
     limit = min(settings.chunk_tokens, to_ask // 2, to_answer)
@@ -95,7 +92,7 @@ def fit_window(
 @dataclass(frozen=True)
 class Call:
     """What one call asks: a window of sentences that the model reads, one kind of question, and (sentence, opening)
-    pairs, each of which gets one question at each of the temperatures."""
+    pairs, each of which gets one question at each of the temperatures; or, without pairs, a list of ``listed`` questions."""
 
     number: int
     source: SplitDocument
@@ -104,6 +101,7 @@ class Call:
     pairs: tuple[Pair, ...]
     temperatures: tuple[float, ...]
     is_retry: bool = False  # for a document about which nothing is kept yet
+    listed: int = 0
 
     @property
     def document(self) -> Document:
@@ -142,7 +140,7 @@ class History:
         """Count a finished unit."""
         for call in calls:
             self.asked += len(call.pairs)
-            self.asked_about[call.document.id] += len(call.pairs) * len(call.temperatures)
+            self.asked_about[call.document.id] += call.listed or len(call.pairs) * len(call.temperatures)
             self.tried[call.topic] = {*self.tried.get(call.topic, ()), *call.pairs}
             if call.is_retry:
                 self.retries[call.document.id] += 1
@@ -184,19 +182,19 @@ class SentencePlanner:
 
     def __init__(self, sources: Sequence[SplitDocument], style: PromptStyle, settings: SelfStudy) -> None:
         self.style, self.settings = style, settings
+        self.per_call, self.per_unit = style.sizes(settings)
         self._calls: list[tuple[SplitDocument, str, range, range]] = []  # document, kind, window, sentences asked about
-        rows = settings.questions_per_call
         for source in sources:
             for window, targets in sentence_windows(source.lengths, settings.chunk_tokens):
-                for first in range(targets.start, targets.stop, rows):
-                    batch = range(first, min(first + rows, targets.stop))
+                for first in range(targets.start, targets.stop, self.per_call):
+                    batch = range(first, min(first + self.per_call, targets.stop))
                     self._calls += [(source, kind, window, batch) for kind in settings.kinds]
         Random(f"{settings.seed}/everything").shuffle(self._calls)
         self._total = sum(len(batch) for *_, batch in self._calls)
 
     def plan(self, unit: int, history: History) -> list[Call]:
         """The next calls of the list, whatever the history."""
-        size = self.settings.calls_per_unit
+        size = self.per_unit
         return [self.call(number) for number in range(len(self._calls))[unit * size : (unit + 1) * size]]
 
     def call(self, number: int) -> Call:
@@ -227,6 +225,7 @@ class CoveragePlanner:
 
     def __init__(self, sources: Sequence[SplitDocument], style: PromptStyle, settings: SelfStudy) -> None:
         self.sources, self.style, self.settings = sources, style, settings
+        self.per_call, self.per_unit = style.sizes(settings)
         self.lengths = [sum(source.lengths) for source in sources]
         self.target = settings.conversations or sum(map(_owed, sources))
         self._ends = list(accumulate(self.lengths))
@@ -240,7 +239,7 @@ class CoveragePlanner:
         hopeless = not done and history.asked_about.total() > 12 * self.target + 1000
         if hopeless or (done and not silent):
             return []
-        calls, size = list[Call](), self.settings.calls_per_unit
+        calls, size = list[Call](), self.per_unit
         tried = ChainMap[Topic, AbstractSet[Pair]]({}, history.tried)
         for number in range(unit * size, (unit + 1) * size):
             call = self.call(number, tried, silent, open_ends)
@@ -261,6 +260,9 @@ class CoveragePlanner:
         source, window = self.window(number, silent, ends)
         kind = s.kinds[(number + number // len(s.kinds)) % len(s.kinds)]
         prompt, title = self.style.seed_prompt(kind), source.document.title
+        if self.style.lists:  # always sampled, so that two lists about a window differ
+            temperatures = (self.style.repeat_temperature,)
+            return Call(number, source, window, prompt, (), temperatures, bool(silent), self.per_call)
         pairs = [
             (i, opening) for i in window for opening in prompt.openings_for(source.sentences[i], title, source.english)
         ]
@@ -269,7 +271,7 @@ class CoveragePlanner:
         chosen = fresh or pairs
         Random(f"{s.seed}/call/{number}").shuffle(chosen)
         temperature = 0.0 if fresh else self.style.repeat_temperature
-        return Call(number, source, window, prompt, tuple(chosen[: s.questions_per_call]), (temperature,), bool(silent))
+        return Call(number, source, window, prompt, tuple(chosen[: self.per_call]), (temperature,), bool(silent))
 
     def window(
         self, number: int, silent: Sequence[SplitDocument] = (), ends: Sequence[int] | None = None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
 from cas.options import SelfStudy
+from cas.selfstudy.list_style import LIST_SEED_PROMPTS, instruction
 from cas.selfstudy.seed_prompts import READER_SEED_PROMPTS, SEED_PROMPTS, SeedPrompt
+
+LIST_PARAMETERS = 1_000_000_000
+"""Smaller models lose the format and the subject in a list; pointed at one sentence at a time they do not."""
 
 RequestTokens = tuple[Sequence[int], list[tuple[int, ...]]]
 """Tokens that all requests of a call share, directly behind the chunk; then the tokens of each request behind those."""
@@ -19,8 +24,9 @@ class PromptStyle:
 
     seed_prompts: tuple[SeedPrompt, ...]
     """One for each kind of question, with what is appended to the question when it is answered."""
-    request_tokens: Callable[[FrozenModel, SeedPrompt, str, Sequence[tuple[str, str]]], RequestTokens]
-    """Arguments: model, seed prompt, title of the document, (sentence, opening) pairs; one request for each pair."""
+    request_tokens: Callable[[FrozenModel, SeedPrompt, str, Sequence[tuple[str, str]]], RequestTokens] | None
+    """Arguments: model, seed prompt, title of the document, (sentence, opening) pairs; one request for each pair. None:
+    a call is one request for a list (:mod:`cas.selfstudy.list_writers`)."""
     every_sentence: bool
     """Ask about every sentence in every kind, unless a number of conversations is given; otherwise sample."""
     check_topic: bool
@@ -33,7 +39,32 @@ class PromptStyle:
     wording_temperature: float = 1.0
     """For further wordings of a question about the same sentence, beside the greedy one."""
     repeat_temperature: float = 0.7
-    """For pairs of sentence and opening that were tried before."""
+    """For pairs of sentence and opening that were tried before, and for lists."""
+    questions_per_call: int = 32
+    calls_per_unit: int = 2
+
+    endpoint: bool = False
+    """Another model writes the lists."""
+
+    @property
+    def lists(self) -> bool:
+        """Whether a call asks for a list."""
+        return self.request_tokens is None
+
+    def request_length(self, model: FrozenModel, kind: str, settings: SelfStudy, question_tokens: int) -> int:
+        """Tokens that a request behind the chunk takes of the model's window, without title and sentence; of a list, with
+        questions of half the longest."""
+        prompt = self.seed_prompt(kind)
+        if self.request_tokens is not None:
+            shared, each = self.request_tokens(model, prompt, "", [("", o) for o in prompt.openings])
+            return len(shared) + max(map(len, each))
+        number = self.sizes(settings)[0]
+        request = model.question_tokens(instruction(prompt, "", number))
+        return 0 if self.endpoint else len(request) + number * question_tokens // 2
+
+    def sizes(self, settings: SelfStudy) -> tuple[int, int]:
+        """Questions per call and calls per unit: those of the settings, else of this style."""
+        return settings.questions_per_call or self.questions_per_call, settings.calls_per_unit or self.calls_per_unit
 
     def seed_prompt(self, kind: str) -> SeedPrompt:
         """The seed prompt of a kind."""
@@ -72,10 +103,47 @@ READER = PromptStyle(
     capital_names=True,
 )
 
+LIST = PromptStyle(
+    seed_prompts=LIST_SEED_PROMPTS,
+    request_tokens=None,
+    every_sentence=False,
+    check_topic=True,
+    advice="use a larger model, or --writer sentence",
+    questions_per_call=20,
+    calls_per_unit=8,
+)
+ENDPOINT = replace(
+    LIST, endpoint=True, check_topic=False, advice="see what the endpoint's model writes, or use another one"
+)
 
-def prompt_style(model: FrozenModel) -> PromptStyle:
-    """The style that suits a model."""
-    return READER if model.reader else INSTRUCT
+
+def prompt_style(model: FrozenModel, settings: SelfStudy | None = None, before: str | None = None) -> PromptStyle:
+    """The style that the settings ask for, or else one that suits the model.
+
+    Args: before: "sentence" or "list", how earlier units were written; ``auto`` goes on with it.
+    Raises: ConfigError for settings that contradict the model.
+    """
+    settings = settings or SelfStudy()
+    if model.reader:
+        if settings.writer_url or settings.writer == "list":
+            option = "--writer-url" if settings.writer_url else "--writer list"
+            raise ConfigError(f"{option}: the embedded reader answers only questions that it wrote, one a sentence")
+        return READER
+    if settings.writer_url:
+        return ENDPOINT
+    if settings.writer != "auto":
+        return LIST if settings.writer == "list" else INSTRUCT
+    return LIST if before == "list" or (before is None and writes_lists(model)) else INSTRUCT
+
+
+def writes_lists(model: FrozenModel) -> bool:
+    """Whether a model can be expected to write twenty good questions in one reply: an instruct model that is no longer
+    small."""
+    return model.tokenizer.chat_template is not None and _parameters(model) >= LIST_PARAMETERS
+
+
+def _parameters(model: FrozenModel) -> int:
+    return sum(parameter.numel() for parameter in model.hf.parameters())
 
 
 # Tokens of the longest question and answer, by the parameters that a model has at least. The larger a model, the more
@@ -86,6 +154,6 @@ _READER_LIMITS = (40, 48)
 
 def token_limits(model: FrozenModel, settings: SelfStudy) -> tuple[int, int]:
     """The most tokens of a question and of an answer: those of the settings, else what suits the model."""
-    size = sum(parameter.numel() for parameter in model.hf.parameters())
+    size = _parameters(model)
     limits = _READER_LIMITS if model.reader else next(limits for least, limits in _LIMITS if size >= least)
     return settings.question_tokens or limits[0], settings.answer_tokens or limits[1]

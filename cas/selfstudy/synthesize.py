@@ -3,7 +3,7 @@ probabilities of its answers are stored (2506.06266, section 4).
 
 One *call* shows the model a chunk and one of five kinds of seed prompt, and asks for several questions at once: rows
 that share the chunk's KV, each pointed at one sentence and started with one of the kind's openings. Small models must
-be pointed at one sentence, large ones work as well with it, and it covers the whole document. Answers are decoded
+be pointed at one sentence; larger ones, and endpoints, write one list for a call (:mod:`cas.selfstudy.list_style`). Answers are decoded
 greedily with the chunk in context, so the teacher's probabilities come with them and need no second pass.
 
 A *unit* of work is a fixed number of calls and one Parquet file, which gets its name when it is complete. Everything in
@@ -35,6 +35,9 @@ from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation, Conversations, read_unit, write_unit
+from cas.selfstudy.endpoint import EndpointWriter, list_writer
+from cas.selfstudy.list_style import instruction, read_list
+from cas.selfstudy.list_writers import ListWriter
 from cas.selfstudy.planners import Call, History, fit_window, make_planner
 from cas.selfstudy.prompt_styles import PromptStyle, prompt_style, token_limits
 from cas.selfstudy.seed_prompts import (
@@ -52,6 +55,14 @@ from cas.store.store import Store
 
 ROWS = 128  # questions or answers about a chunk that are decoded side by side
 
+_NOT_STORED = {
+    "conversations",
+    "writer",
+    "writer_url",
+    "writer_model",
+    "writer_concurrency",
+    "keep_going",
+}  # as they are given
 AskedQuestion = tuple[Call, str]
 _Settings = TypeVar("_Settings", bound=SelfStudy)
 
@@ -76,12 +87,14 @@ def synthesize(
     reads too little; RunError when nothing is kept, or less than a quarter of the first questions.
     """
     store.check_model(model)
-    folder, style = store.conversations, prompt_style(model)
-    first = folder / "unit-000000.parquet"
+    folder = store.conversations
+    first, recorded = folder / "unit-000000.parquet", _recorded(folder)
     settings = with_limits(model, settings or SelfStudy(**options), folder)
+    style = prompt_style(model, settings, recorded.get("writer", "sentence") if recorded else None)
+    writer = list_writer(model, style, settings, recorded.get("writer_model"))
     fitting, sources = fit_window(model, style, settings, documents)
     planner = make_planner(sources, style, fitting)
-    made_with = _made_with(model, documents, store, settings, planner.every_sentence)
+    made_with = _made_with(model, documents, store, settings, style, planner.every_sentence, writer)
     if first.exists():
         _read(first, made_with)  # before anything is written
     elif store.run_state() is not None:
@@ -109,7 +122,7 @@ def synthesize(
                 )
             else:
                 share.check(wanted - done, planner.most_questions(history))
-                teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents))
+                teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents), writer)
                 started = time.monotonic()
                 conversations, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
@@ -132,14 +145,19 @@ def synthesize(
 def with_limits(model: FrozenModel, settings: _Settings, conversations: Path) -> _Settings:
     """The settings with limits of questions and answers: as given, else as recorded by the units in the folder
     ``conversations``, else as they suit the model."""
-    first = conversations / "unit-000000.parquet"
-    recorded = json.loads(read_unit(first)[2]) if first.exists() else {}
+    recorded = _recorded(conversations)
     question, answer = token_limits(model, settings)
     return replace(
         settings,
         question_tokens=settings.question_tokens or recorded.get("question_tokens", question),
         answer_tokens=settings.answer_tokens or recorded.get("answer_tokens", answer),
     )
+
+
+def _recorded(conversations: Path) -> dict[str, Any]:
+    """What the first unit in a folder was made with; nothing if there is none."""
+    first = conversations / "unit-000000.parquet"
+    return json.loads(read_unit(first)[2]) if first.exists() else {}
 
 
 def _record_without(store: Store, documents: Collection, history: History) -> None:
@@ -156,12 +174,23 @@ def _record_without(store: Store, documents: Collection, history: History) -> No
 
 
 def _made_with(
-    model: FrozenModel, documents: Collection, store: Store, settings: SelfStudy, every_sentence: bool
+    model: FrozenModel,
+    documents: Collection,
+    store: Store,
+    settings: SelfStudy,
+    style: PromptStyle,
+    every_sentence: bool,
+    writer: ListWriter | None,
 ) -> str:
     """JSON of everything that must be the same for finished units to be used again."""
     # The collection's own hash leaves ids out, but conversations are filed by id.
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
-    fields = {name: value for name, value in vars(settings).items() if name not in ("conversations", "keep_going")}
+    fields = {name: value for name, value in vars(settings).items() if name not in _NOT_STORED}
+    fields["questions_per_call"], fields["calls_per_unit"] = style.sizes(settings)
+    if writer is not None:
+        fields["writer"] = "list"
+    if isinstance(writer, EndpointWriter):  # not its address: the same model may move to another one
+        fields["writer_model"] = writer.endpoint.model
     return json.dumps(
         {
             "model": store.meta["model"]["fingerprint"],
@@ -188,10 +217,16 @@ class Teacher:
     """The frozen model, which asks and answers with a chunk in its cache. It has no state of its own."""
 
     def __init__(
-        self, model: FrozenModel, style: PromptStyle, settings: SelfStudy, subjects: Subjects | None = None
+        self,
+        model: FrozenModel,
+        style: PromptStyle,
+        settings: SelfStudy,
+        subjects: Subjects | None = None,
+        writer: ListWriter | None = None,
     ) -> None:
-        """``subjects``: of the collection; without them every question gets a title that has no word of it."""
-        self.model, self.style, self.settings = model, style, settings
+        """``subjects``: of the collection; without them every question gets a title that has no word of it. ``writer``:
+        needed for a style that asks for lists."""
+        self.model, self.style, self.settings, self.writer = model, style, settings, writer
         self.question_tokens, self.answer_tokens = token_limits(model, settings)
         self.subjects = subjects or Subjects(())
         tokens = model.tokenizer.batch_decode([[i] for i in range(model.geometry.vocabulary)])
@@ -207,8 +242,12 @@ class Teacher:
         """
         seen = {call.document.id: set(known.get(call.document.id, ())) for call in calls}
         questions, chunks, dropped = list[AskedQuestion](), dict[str, torch.Tensor](), Counter[str]()
-        for call in calls:
-            written, chunks[call.chunk] = self.ask(call)
+        lists = self.ask_for_lists(calls, chunks, dropped) if self.style.lists else None
+        for number, call in enumerate(calls):
+            if lists is not None:
+                written = lists[number]
+            else:
+                written, chunks[call.chunk] = self.ask(call)
             questions += [(call, q) for q in self.filter(call, written, seen[call.document.id], dropped)]
         user_tokens = [self.model.encode(question + call.seed_prompt.answer_suffix) for call, question in questions]
         answers = self.answer(questions, user_tokens, chunks)
@@ -225,6 +264,7 @@ class Teacher:
 
         Returns: every question with whether it was finished; the KV of the call's chunk [L, 2, H, T, D].
         """
+        assert self.style.request_tokens is not None
         pairs = call.text_pairs
         shared, requests = self.style.request_tokens(self.model, call.seed_prompt, call.document.title, pairs)
         prefix = self.chunk_kv(call.chunk, shared)
@@ -261,6 +301,25 @@ class Teacher:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.model.decode(self.model.text.without_special(ids))
+
+    def ask_for_lists(
+        self, calls: Sequence[Call], chunks: dict[str, torch.Tensor], dropped: Counter[str]
+    ) -> list[list[tuple[str, bool]]]:
+        """The questions of every call's list, all finished. Puts the KV of the calls' chunks into ``chunks``, and counts
+        lines that are no question in ``dropped``."""
+        assert self.writer is not None
+        lists = []
+        for call in calls:
+            if call.chunk not in chunks:
+                chunks[call.chunk] = self.chunk_kv(call.chunk)
+        for call, (reply, finished) in zip(calls, self.writer.write(calls, chunks), strict=True):
+            asked = instruction(call.seed_prompt, call.document.title, call.listed)
+            questions, counts = read_list(reply, finished, call.listed, asked)
+            short = [(q, True) for q in questions if len(self.model.encode(q)) <= self.question_tokens]
+            counts["question too long"] = len(questions) - len(short)
+            dropped += counts
+            lists.append(short)
+        return lists
 
     def filter(
         self, call: Call, written: Sequence[tuple[str, bool]], seen: set[str], dropped: Counter[str]

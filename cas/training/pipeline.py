@@ -19,6 +19,8 @@ from cas.model.loading import recorded_source
 from cas.model.positions import Layout, cartridge_size, unseen_layers
 from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
+from cas.selfstudy.endpoint import open_endpoint
+from cas.selfstudy.prompt_styles import prompt_style
 from cas.selfstudy.synthesize import synthesize, with_limits
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
@@ -109,13 +111,26 @@ class Setup:
         """For the user, before anything starts."""
         source, dtype = self.model.source, str(self.model.dtype).removeprefix("torch.")
         first = f"model       {source.name} ({source.kind}, {dtype}, {self.model.device})"
-        return [first, *self.round.lines(), *(self.memory.lines() if self.memory else ())]
+        return [first, *self._writer(), *self.round.lines(), *(self.memory.lines() if self.memory else ())]
+
+    def _writer(self) -> list[str]:
+        """Who writes the questions, if not the model."""
+        config = self.config
+        if config.writer_url is None:
+            return []
+        return [
+            f"questions   by {config.writer_model or 'the model'} at {config.writer_url}, which gets the text of documents"
+        ]
 
 
 def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> Setup:
     """Load documents and model, and compute what is to be trained and what memory that takes. Writes nothing."""
     documents = _load_documents(config, view)
     model = _load_model(config, store, view)
+    study = config.part(SelfStudy)
+    prompt_style(model, study)  # refuses a writer that this model cannot have
+    if study.writer_url and store is None and not config.dry_run:
+        open_endpoint(study).check()
     ratio = DEFAULT_RATIO if config.ratio is None and config.tokens is None else config.ratio
     if config.span is not None and ratio is not None:
         documents = split_long(documents, int(config.span * ratio), model.count_tokens)
