@@ -95,9 +95,10 @@ class TextStream:
     def __init__(self, codec: TextCodec, prefix: Sequence[int] = ()) -> None:
         """``prefix``: token ids that the answer continues."""
         self._codec, self._ids = codec, codec.without_special(prefix)
-        # ids[start:shown] are decoded again as context: a piece alone would lose its space.
-        self._shown = len(self._ids)
-        self._start = max(0, self._shown - _CONTEXT)
+        # ids[start:shown] are decoded again as context: a piece alone would lose its space. The context begins between
+        # two characters: bytes that begin inside of one would spoil all that follow.
+        self._start, self._shown = 0, len(self._ids)
+        self._between: list[int] = []  # places between two characters since the start of the context
 
     def push(self, token: int) -> str:
         """Text that is complete with this token; empty inside a character of several tokens and for special tokens."""
@@ -105,7 +106,10 @@ class TextStream:
         piece = self._piece()
         if piece.endswith(_INCOMPLETE):
             return ""
-        self._start, self._shown = max(self._start, self._shown - _CONTEXT), len(self._ids)
+        self._shown = len(self._ids)
+        self._between.append(self._shown)
+        while self._between[0] <= self._shown - _CONTEXT:
+            self._start = self._between.pop(0)
         return piece
 
     def finish(self) -> str:

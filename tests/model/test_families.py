@@ -225,6 +225,18 @@ def test_pieces_are_joined_as_text(model: FrozenModel) -> None:
     assert model.continuation(opening, rest) == " designed it?"
 
 
+def test_a_long_run_of_characters_in_bytes_is_shown_whole(model: FrozenModel) -> None:
+    """A run of bytes that begins inside a character decodes to nothing readable, however long it is."""
+    text = "红色阀门先打开，再启动水泵。" * 3
+    ids = model.encode(text)
+    for split in (0, 3, 6, 12):
+        head, stream = model.decode(ids[:split]), model.stream(ids[:split])
+        pieces = [*map(stream.push, ids[split:]), stream.finish()]
+        assert "\ufffd" not in "".join(pieces) and len([piece for piece in pieces if piece]) > 3
+        if not head.endswith("\ufffd"):
+            assert head + "".join(pieces) == text
+
+
 def test_bytes_that_become_no_character_end_the_stream() -> None:
     model = family_model("qwen")
     ids = [*model.encode("a"), model.encode("é")[0]]
