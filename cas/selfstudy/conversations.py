@@ -178,6 +178,12 @@ def read_unit(file: Path) -> tuple[list[Conversation], Counter[str], str]:
     return items, dropped, made_with
 
 
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """What the first unit of a folder was made with; nothing if there is none. Raises RunError for a damaged file."""
+    first = folder / "unit-000000.parquet"
+    return dict(json.loads(read_unit(first)[2])) if first.exists() else {}
+
+
 def _read_table(file: Path) -> tuple[Any, Counter[str], str]:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
 from cas.options import SelfStudy
+from cas.selfstudy.conversations import recorded_settings
 from cas.selfstudy.list_style import LIST_SEED_PROMPTS, instruction
 from cas.selfstudy.seed_prompts import READER_SEED_PROMPTS, SEED_PROMPTS, SeedPrompt
+
+_Settings = TypeVar("_Settings", bound=SelfStudy)
 
 LIST_PARAMETERS = 1_000_000_000
 """Smaller models lose the format and the subject in a list; pointed at one sentence at a time they do not."""
@@ -157,3 +162,15 @@ def token_limits(model: FrozenModel, settings: SelfStudy) -> tuple[int, int]:
     size = _parameters(model)
     limits = _READER_LIMITS if model.reader else next(limits for least, limits in _LIMITS if size >= least)
     return settings.question_tokens or limits[0], settings.answer_tokens or limits[1]
+
+
+def with_limits(model: FrozenModel, settings: _Settings, conversations: Path) -> _Settings:
+    """The settings with limits of questions and answers: as given, else as recorded by the units in the folder
+    ``conversations``, else as they suit the model."""
+    recorded = recorded_settings(conversations)
+    question, answer = token_limits(model, settings)
+    return replace(
+        settings,
+        question_tokens=settings.question_tokens or recorded.get("question_tokens", question),
+        answer_tokens=settings.answer_tokens or recorded.get("answer_tokens", answer),
+    )

@@ -18,11 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +33,12 @@ from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import SelfStudy
-from cas.selfstudy.conversations import Conversation, Conversations, read_unit, write_unit
+from cas.selfstudy.conversations import Conversation, Conversations, read_unit, recorded_settings, write_unit
 from cas.selfstudy.endpoint import EndpointWriter, list_writer
 from cas.selfstudy.list_style import instruction, read_list
 from cas.selfstudy.list_writers import ListWriter
 from cas.selfstudy.planners import Call, History, fit_window, make_planner
-from cas.selfstudy.prompt_styles import PromptStyle, prompt_style, token_limits
+from cas.selfstudy.prompt_styles import PromptStyle, prompt_style, token_limits, with_limits
 from cas.selfstudy.seed_prompts import (
     bad_answer,
     bad_question,
@@ -64,7 +63,6 @@ _NOT_STORED = {
     "keep_going",
 }  # as they are given
 AskedQuestion = tuple[Call, str]
-_Settings = TypeVar("_Settings", bound=SelfStudy)
 
 
 def synthesize(
@@ -88,7 +86,7 @@ def synthesize(
     """
     store.check_model(model)
     folder = store.conversations
-    first, recorded = folder / "unit-000000.parquet", _recorded(folder)
+    first, recorded = folder / "unit-000000.parquet", recorded_settings(folder)
     settings = with_limits(model, settings or SelfStudy(**options), folder)
     style = prompt_style(model, settings, recorded.get("writer", "sentence") if recorded else None)
     writer = list_writer(model, style, settings, recorded.get("writer_model"))
@@ -140,24 +138,6 @@ def synthesize(
                 f"dropped: {reasons(history.dropped)}; {style.advice}, or give documents with more text"
             )
         return Conversations.load(folder, unit)
-
-
-def with_limits(model: FrozenModel, settings: _Settings, conversations: Path) -> _Settings:
-    """The settings with limits of questions and answers: as given, else as recorded by the units in the folder
-    ``conversations``, else as they suit the model."""
-    recorded = _recorded(conversations)
-    question, answer = token_limits(model, settings)
-    return replace(
-        settings,
-        question_tokens=settings.question_tokens or recorded.get("question_tokens", question),
-        answer_tokens=settings.answer_tokens or recorded.get("answer_tokens", answer),
-    )
-
-
-def _recorded(conversations: Path) -> dict[str, Any]:
-    """What the first unit in a folder was made with; nothing if there is none."""
-    first = conversations / "unit-000000.parquet"
-    return json.loads(read_unit(first)[2]) if first.exists() else {}
 
 
 def _record_without(store: Store, documents: Collection, history: History) -> None:

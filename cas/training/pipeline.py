@@ -20,8 +20,8 @@ from cas.model.positions import Layout, cartridge_size, unseen_layers
 from cas.options import DEFAULT_MODEL, FICTIONAL, READER, SelfStudy, TrainConfig, Training, memory, store_folder
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.endpoint import open_endpoint
-from cas.selfstudy.prompt_styles import prompt_style
-from cas.selfstudy.synthesize import synthesize, with_limits
+from cas.selfstudy.prompt_styles import prompt_style, with_limits
+from cas.selfstudy.synthesize import synthesize
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges

@@ -29,9 +29,9 @@ from cas.selfstudy.planners import (
     fit_window,
     split_documents,
 )
-from cas.selfstudy.prompt_styles import INSTRUCT, token_limits
+from cas.selfstudy.prompt_styles import INSTRUCT, token_limits, with_limits
 from cas.selfstudy.seed_prompts import SEED_PROMPTS, normal
-from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize, with_limits
+from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize
 from cas.store.store import Store
 from retrieval.chunk import with_title
 
