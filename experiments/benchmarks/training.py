@@ -65,7 +65,7 @@ def rotation(work: Work, turns: int, every: int = 10) -> Iterator[Sample]:
         taken, ratios, rest = 0.0, list[float](), in_turn({"still": still}, every, turns)
 
         def stepped(report: Report) -> None:
-            nonlocal taken  # the other trainer's steps come between: one run, whose leavers are written
+            nonlocal taken  # the other trainer's steps come between: one run, whose evicted cartridges are written
             taken += report.tokens / report.tokens_per_s
             if (report.step + 1) % every == 0:
                 if report.step >= every:  # the first ten fill the pool

@@ -1,4 +1,4 @@
-"""The work that benchmarks time: a model, a store of random documents, random conversations; and the rivals of a training step."""
+"""The work that benchmarks time: a model, a store of random documents, random conversations; and the baselines of a training step."""
 
 from __future__ import annotations
 
