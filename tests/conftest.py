@@ -166,3 +166,29 @@ def manuals(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytes
     (tmp_path / "manuals" / "valve.txt").write_text(TEXTS["ferry"])
     (tmp_path / "manuals" / "empty.txt").write_text("")
     yield model
+
+
+@pytest.fixture
+def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Any]]:
+    """``new_store(name)``: an empty store of the test's ``model``, closed after the test."""
+    from cas.store.store import Store
+
+    stores: list[Store] = []
+
+    def make(name: str = "store") -> Store:
+        stores.append(Store.create(tmp_path / name, model, tokens=16))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def writer(model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A writer in place of the test's ``model``."""
+    from helpers_writer import Writer
+
+    writer = Writer(model)
+    monkeypatch.setattr("cas.selfstudy.synthesize.generate", writer)
+    return writer

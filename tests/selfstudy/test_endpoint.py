@@ -53,19 +53,6 @@ def model(tiny: Callable[..., FrozenModel]) -> FrozenModel:
 
 
 @pytest.fixture
-def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Store]]:
-    stores: list[Store] = []
-
-    def make(name: str = "store") -> Store:
-        stores.append(Store.create(tmp_path / name, model, tokens=16))
-        return stores[-1]
-
-    yield make
-    for store in stores:
-        store.close()
-
-
-@pytest.fixture
 def teacher(model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> ListWriterDouble:
     """Our model answers; it must not be asked for questions."""
     double = ListWriterDouble(model)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,19 +33,6 @@ from cas.store.store import Store
 def model() -> FrozenModel:
     """Its window has room for a long list in tokens of a letter or two."""
     return FrozenModel(tiny_hf("llama", max_position_embeddings=4096), tiny_tokenizer(), Source("folder", "tiny"))
-
-
-@pytest.fixture
-def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Store]]:
-    stores: list[Store] = []
-
-    def make(name: str = "store") -> Store:
-        stores.append(Store.create(tmp_path / name, model, tokens=16))
-        return stores[-1]
-
-    yield make
-    for store in stores:
-        store.close()
 
 
 @pytest.fixture

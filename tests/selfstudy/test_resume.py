@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,6 @@ from cas.store.store import Store
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., FrozenModel]) -> FrozenModel:
     return tiny("llama")
-
-
-@pytest.fixture
-def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Store]]:
-    stores: list[Store] = []
-
-    def make(name: str = "store") -> Store:
-        stores.append(Store.create(tmp_path / name, model, tokens=16))
-        return stores[-1]
-
-    yield make
-    for store in stores:
-        store.close()
-
-
-@pytest.fixture
-def writer(model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    writer = Writer(model)
-    monkeypatch.setattr(selfstudy, "generate", writer)
-    return writer
 
 
 @pytest.mark.parametrize("where", ["progress", "questions", "answers"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,26 +38,6 @@ from retrieval.chunk import with_title
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., FrozenModel]) -> FrozenModel:
     return tiny("llama")
-
-
-@pytest.fixture
-def new_store(tmp_path: Path, model: FrozenModel) -> Iterator[Callable[..., Store]]:
-    stores: list[Store] = []
-
-    def make(name: str = "store") -> Store:
-        stores.append(Store.create(tmp_path / name, model, tokens=16))
-        return stores[-1]
-
-    yield make
-    for store in stores:
-        store.close()
-
-
-@pytest.fixture
-def writer(model: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    writer = Writer(model)
-    monkeypatch.setattr(selfstudy, "generate", writer)
-    return writer
 
 
 def test_conversations(new_store: Callable[..., Store], model: FrozenModel, writer: Writer) -> None:
