@@ -25,15 +25,13 @@ from cas.options import parse
 from cas.report.config import Config
 
 if TYPE_CHECKING:
-    from cas.data.collection import Collection, Question
+    from cas.data.collection import Question
     from cas.evaluation.arms import Arm
     from cas.evaluation.recording import Prediction
-    from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
-    from cas.store.store import Store
 
 PACKAGES = ("jinja2", "matplotlib", "rouge_score", "sacrebleu")  # of the extra ``report``
-LEAST_QUESTIONS = 8
+_MAY_CHANGE = ("output", "no_text", "name", "model", "revision", "device")  # of the options, when a report goes on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,23 +51,26 @@ def compare(config: Config) -> int:
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
     from cas.report.costs import time_arms
+    from cas.report.questions import load_questions, parts_folder, split
     from cas.report.rag_baseline import Rag
     from cas.store.store import Store
     from retrieval import SentenceEmbedder
 
     store = Store.open(config.store)
     output = Path(config.output)
-    check_settings(output, {k: v for k, v in asdict(config).items() if k not in ("output", "no_text", "name")})
-    model = FrozenModel.from_store(store, device=config.device)
+    check_settings(output, {k: v for k, v in asdict(config).items() if k not in _MAY_CHANGE})
+    model = FrozenModel.from_store(store, config.model, config.revision, device=config.device)
     store.check_model(model)
-    collection = load_collection(config, model, store)
+    collection, remarks = load_questions(config, model, store)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr, flush=True)
     validation, test = split(collection, config)
-    parts = output / "parts"
-    match_parts_to_text_option(parts, config.no_text)
+    match_parts_to_text_option(output / "parts", config.no_text)
     metric = config.metric or ("exact_match" if model.reader else "contains")
     print(f"questions   {len(test)} to test, {len(validation)} to tune on; {metric} decides", flush=True)
     rag = Rag(model, store.texts(), CachingEmbedder(SentenceEmbedder(config.embedder)))
     comparison = Comparison(config, model, store, collection, rag)
+    parts = parts_folder(output, model, (store, *comparison.other_stores.values()), collection)
     settings = comparison.tune_rag(parts, validation, metric)
     main_arm = f"cas{comparison.ks()[-1]}"
     if validation:
@@ -88,49 +89,6 @@ def compare(config: Config) -> int:
     return write(comparison, test, predictions, measurements, settings, metric, main_arm)
 
 
-def load_collection(config: Config, model: FrozenModel, store: Store) -> Collection:
-    """The store's documents with their questions, as ``cas.train`` read them.
-
-    Raises ConfigError when the collection is unknown, lacks a document of the store or has too few questions.
-    """
-    import yaml
-
-    from cas.data.collection import Collection, split_long
-
-    file = store.folder / "config.yaml"
-    trained = yaml.safe_load(file.read_text()) if file.exists() else {}
-    name = config.collection or trained.get("collection")
-    if not name:
-        raise ConfigError(f"{store.folder} does not say what it was trained on; give --collection")
-    seed = trained.get("collection_seed", 0) if config.collection_seed is None else config.collection_seed
-    collection = Collection.load(name, seed=seed)
-    if trained.get("span") and trained.get("tokens") is None:
-        longest = int(trained["span"] * (trained.get("ratio") or 16.0))
-        collection = split_long(collection, longest, lambda text: len(model.encode(text)))
-    known = {d.id for d in collection.documents}
-    if missing := [i for i in store.rows() if i not in known]:
-        raise ConfigError(
-            f"--collection {name} lacks {len(missing)} documents of the store, such as {missing[0]}; give the one it "
-            "was trained on"
-        )
-    collection = collection.select(list(store.rows()))
-    if len(collection.questions) < LEAST_QUESTIONS:
-        raise ConfigError(
-            f"{name} has {len(collection.questions)} questions about these documents; write at least {LEAST_QUESTIONS} "
-            "into questions.jsonl beside them, a line each: "
-            '{"id": "q1", "document_ids": ["…"], "question": "…", "answers": ["…"]}'
-        )
-    return collection
-
-
-def split(collection: Collection, config: Config) -> tuple[list[Question], list[Question]]:
-    """Validation and test questions; no question is in both."""
-    size = min(config.validation, len(collection.questions) // 4)
-    shuffled = Random(f"validation/{config.seed}").sample(collection.questions, len(collection.questions))
-    test = shuffled[size:] if config.questions is None else shuffled[size : size + config.questions]
-    return shuffled[:size], sorted(test, key=lambda q: q.id)
-
-
 def measure(comparison: Comparison, arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
     """What :meth:`Comparison.run` returns, without the answers if the configuration keeps texts out."""
     part = comparison.run(arm, questions)
@@ -147,9 +105,9 @@ def match_parts_to_text_option(parts: Path, no_text: bool) -> None:
     compute again."""
     from cas.evaluation.resume import write as write_json
 
-    for file in parts.glob("*.partial"):  # left by a killed run
+    for file in parts.rglob("*.partial"):  # left by a killed run
         file.unlink()
-    for file in parts.glob("*.json"):
+    for file in parts.rglob("*.json"):
         part = json.loads(file.read_text())
         if not isinstance(part, dict) or "predictions" not in part:
             continue
@@ -185,6 +143,8 @@ def write(
     published = asdict(config) | {"store": "DIR", "output": "DIR"}
     for name in ("isolated", "monolithic"):
         published[name] = published[name] and "DIR"
+    if config.model is not None and Path(config.model).exists():
+        published["model"] = "MODEL"
     if config.collection is not None and Path(config.collection).exists():
         published["collection"] = relative(config.collection)
     rows = store.rows().values()

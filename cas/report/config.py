@@ -18,6 +18,10 @@ class Config:
     """The documents with questions; default what the store was trained on."""
     collection_seed: int | None = None
     """Seed of a generated collection; default as the store was trained."""
+    model: str | None = None
+    """Where the store's model is now, if it has moved: a folder, a .gguf file or a Hub name."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model; default the recorded one."""
     name: str | None = None
     """Name of the report; default that of the collection."""
     ks: tuple[int, ...] = (1, 2, 4, 8)

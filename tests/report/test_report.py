@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,9 +30,10 @@ from cas.evaluation.metrics import holm, sign_flip
 from cas.evaluation.recording import read_run
 from cas.model.frozen import FrozenModel
 from cas.report import kv_pruning
-from cas.report.compare import compare, split
+from cas.report.compare import compare
 from cas.report.config import Config
 from cas.report.pages import write_pages
+from cas.report.questions import split
 from cas.report.rag_baseline import CHOICES, Rag, Setting, tune
 from cas.report.view import View
 from cas.store.store import Store
@@ -309,13 +309,49 @@ def test_a_report_with_compressed_caches(asked: Callable[..., Path]) -> None:
 def test_a_report_goes_on_and_refuses_other_settings(asked: Callable[..., Path]) -> None:
     folder = asked()
     before = (folder / "results.json").read_text()
-    (folder / "parts" / "cas1.json").unlink()
-    shutil.rmtree(folder / "parts" / "no such", ignore_errors=True)
+    [part] = (folder / "parts").glob("*/cas1.json")
+    part.unlink()
     asked()
     after = json.loads((folder / "results.json").read_text())
     assert after["metrics"] == json.loads(before)["metrics"]
     with pytest.raises(ConfigError, match="begun with another seed"):
         asked(seed=1)
+
+
+def test_a_report_is_about_what_is_there_now(
+    tmp_path: Path, asked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Changed answers are scored anew; pages edited or deleted since the training are named and read as trained."""
+    from cas.report.arms import Comparison
+
+    read: list[str] = []
+    init = Comparison.__init__
+
+    def spy(self: Comparison, *args: Any) -> None:
+        init(self, *args)
+        read[:] = [self.collection[i].text for i in ("pump", "ferry")]
+
+    monkeypatch.setattr(Comparison, "__init__", spy)
+    manuals = tmp_path / "manuals"
+    before = json.loads((asked() / "results.json").read_text())["metrics"]
+    assert before["cas4.contains"]["mean"] == 0
+    asked()
+    assert "warning" not in capsys.readouterr().err
+    trained = list(read)
+    (manuals / "pump.md").write_text("Another text about nothing.")
+    (manuals / "added.md").write_text("A page that came later.")
+    questions = [json.loads(line) for line in (manuals / "questions.jsonl").read_text().splitlines()]
+    for question in questions:
+        question["answers"] = ["a", "e", "i", "o", "u", "x", "0"]  # the model's noise has some of these
+    questions.append({"document_ids": ["added"], "question": "Which page?", "answers": ["this"]})
+    (manuals / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    folder = asked()
+    after = json.loads((folder / "results.json").read_text())["metrics"]
+    said = capsys.readouterr().err
+    assert "changed since the training: 1 document (pump)" in said
+    assert "not in the store: 1 document (added)" in said and "that the store does not hold: 1\n" in said
+    assert read == trained and after["cas4.f1"] != before["cas4.f1"]
+    assert len(list((folder / "parts").glob("*/cas4.json"))) == 2  # the earlier state is still there to return to
 
 
 def test_missing_packages_are_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
