@@ -10,7 +10,7 @@ from retrieval.embed import Embedder, HashEmbedder, SentenceEmbedder
 from retrieval.embedder_files import EmbedderUnavailable
 from retrieval.index import ChunkIndex
 from retrieval.index_files import IndexBroken, OtherEmbedder
-from retrieval.metrics import hit_at_k, recall_at_k, reciprocal_rank, summarize
+from retrieval.metrics import hit_at_k, ndcg_at_k, recall_at_k, reciprocal_rank, summarize
 from retrieval.rank import Ranked, rank_chunks, rank_documents
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "WordIndex",
     "chunk_document",
     "hit_at_k",
+    "ndcg_at_k",
     "rank_chunks",
     "rank_documents",
     "recall_at_k",

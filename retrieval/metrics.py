@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 
@@ -20,6 +21,14 @@ def reciprocal_rank(ranked_ids: Sequence[str], relevant_ids: Collection[str]) ->
     """1 / the rank (from 1) of the first relevant document; 0.0 if none is ranked."""
     relevant = _relevant(relevant_ids)
     return next((1.0 / rank for rank, name in enumerate(ranked_ids, 1) if name in relevant), 0.0)
+
+
+def ndcg_at_k(ranked_ids: Sequence[str], relevant_ids: Collection[str], k: int) -> float:
+    """Normalized discounted cumulative gain of the first ``k`` ranked (Järvelin and Kekäläinen, 2002), a gain of 1 for
+    each relevant document, discounted by log2(rank + 1)."""
+    relevant = _relevant(relevant_ids)
+    gain = sum(1 / math.log2(rank + 1) for rank, name in enumerate(_first(ranked_ids, k), 1) if name in relevant)
+    return gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(relevant)) + 1))
 
 
 def summarize(

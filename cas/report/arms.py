@@ -23,10 +23,11 @@ from cas.report import kv_pruning
 from cas.report.config import Config
 from cas.report.rag_baseline import RANKINGS, Rag, Setting, tune
 from cas.store.store import Store
-from retrieval import WordIndex, rank_documents, recall_at_k, reciprocal_rank, with_title
+from retrieval import WordIndex, ndcg_at_k, rank_documents, recall_at_k, reciprocal_rank, with_title
 
 BATCH = 64  # questions whose cartridges are in memory together
 QUESTION_ROOM = 64  # tokens of the window that a question may take
+RANKED = 100  # documents of a question whose ranking is kept
 SHARED_TEXT = ("full_document", "truncated", "compressed")  # kinds whose text is read once for many questions
 
 
@@ -241,16 +242,39 @@ class Comparison:
             "measured": {f"{arm}.{name}": asdict(interval(v, documents)) for name, v in figures.items()},
         }
 
-    def retrieval(self, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-        """recall@k and MRR of documents under each ranking, with chunks as in cas.query."""
+    def retrieval(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """With chunks as in cas.query, under each ranking: recall@k, nDCG@10 and MRR of documents (``measured``), and
+        the best documents of each question with their scores (``rankings``)."""
         plain = [q.question for q in questions]
         documents = [q.document_ids[0] for q in questions]
         setting = Setting(words=self.index.words, overlap=self.index.overlap)
         measurements: dict[str, dict[str, float]] = {}
+        best: dict[str, dict[str, list[tuple[str, float]]]] = {}
         for ranking in RANKINGS:
             rankings = self.rag.documents_by(ranking, plain, len(self.sizes), setting)
             pairs = [([r.document_id for r in row], q.document_ids) for row, q in zip(rankings, questions, strict=True)]
             figures = {f"recall@{k}": [recall_at_k(*pair, k) for pair in pairs] for k in self.ks()}
+            figures["ndcg@10"] = [ndcg_at_k(*pair, 10) for pair in pairs]
             figures["mrr"] = [reciprocal_rank(*pair) for pair in pairs]
             measurements |= {f"retrieval_{ranking}.{n}": asdict(interval(v, documents)) for n, v in figures.items()}
-        return measurements
+            best[ranking] = {
+                q.id: [(r.document_id, round(r.score, 6)) for r in row[:RANKED]]
+                for row, q in zip(rankings, questions, strict=True)
+            }
+        return {"measured": measurements, "rankings": best}
+
+    def contexts(self, arm: Arm, questions: Sequence[Question]) -> list[list[str]]:
+        """For each question the texts that an arm reads, or whose cartridges it loads."""
+        plain = [q.question for q in questions]
+        if arm.kind == "no_context":
+            return [[]] * len(questions)
+        if arm.kind == "rag":
+            assert arm.size is not None
+            return self.rag.chunks(plain, self.settings[arm.size], arm.size)
+        if arm.kind in ("truncated", "monolithic"):
+            ids = [[d.id for d in self.collection.documents]] * len(questions)
+        elif arm.kind in SHARED_TEXT:
+            ids = [list(q.document_ids) for q in questions]
+        else:
+            ids = self.cartridge_ids(arm, questions)
+        return [[self.collection[i].text for i in row] for row in ids]

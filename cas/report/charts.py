@@ -53,6 +53,16 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
 
         line([a for a in view.arms if is_retrieved(a)], c["cas"], "o", "CAS, cartridges retrieved")
         line([a for a in view.arms if a.kind == "rag"], c["rag"], "s", "RAG, text retrieved")
+        if measure == "context_tokens":
+            front = view.pareto_front()
+            axes.step(
+                [at(a)[0] for a in front],
+                [at(a)[1]["mean"] for a in front],
+                where="post",
+                color=c["muted"],
+                lw=1,
+                zorder=0,
+            )
         markers = {
             ORACLE: "*",
             Arm("all_resident"): "P",

@@ -10,6 +10,7 @@ the document goes. A budget counts the tokens there: text with its titles, or po
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,7 +32,16 @@ if TYPE_CHECKING:
     from cas.report.arms import Comparison
 
 PACKAGES = ("jinja2", "matplotlib", "rouge_score", "sacrebleu")  # of the extra ``report``
-_MAY_CHANGE = ("output", "no_text", "name", "model", "revision", "device")  # of the options, when a report goes on
+_MAY_CHANGE = (
+    "output",
+    "no_text",
+    "name",
+    "model",
+    "revision",
+    "device",
+    "price_hour",
+    "price_tokens",
+)  # of the options, when a report goes on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +61,7 @@ def compare(config: Config) -> int:
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
     from cas.report.costs import time_arms
+    from cas.report.exports import write_ragas, write_trec
     from cas.report.questions import load_questions, parts_folder, split
     from cas.report.rag_baseline import Rag
     from cas.store.store import Store
@@ -85,7 +96,13 @@ def compare(config: Config) -> int:
     sample = Random(config.seed).sample(test, min(config.timed, len(test)))
     uncached = SentenceEmbedder(config.embedder)
     measurements |= cached_json(parts / "timed.json", partial(time_arms, comparison, uncached, sample))
-    measurements |= cached_json(parts / "retrieval.json", partial(comparison.retrieval, test))
+    retrieval = cached_json(parts / "retrieval.json", partial(comparison.retrieval, test))
+    measurements |= retrieval["measured"]
+    write_trec(output, test, retrieval["rankings"])
+    if config.no_text:
+        shutil.rmtree(output / "ragas", ignore_errors=True)
+    else:
+        write_ragas(output, comparison, test, predictions)
     return write(comparison, test, predictions, measurements, settings, metric, main_arm)
 
 
@@ -118,6 +135,16 @@ def match_parts_to_text_option(parts: Path, no_text: bool) -> None:
             file.unlink()
 
 
+def _public(path: str) -> str:
+    """A path as it may be published."""
+    from cas.evaluation.privacy import relative
+
+    try:
+        return relative(path)
+    except ConfigError:  # outside of the working folder: after hours is no time to refuse
+        return "COLLECTION"
+
+
 def write(
     comparison: Comparison,
     questions: Sequence[Question],
@@ -130,7 +157,6 @@ def write(
     """Write the results, the tests and the report. Returns the exit status."""
     from cas.evaluation.arms import Arm
     from cas.evaluation.metrics import METRICS
-    from cas.evaluation.privacy import relative
     from cas.evaluation.recording import flags, write_run
     from cas.report.costs import training_cost
     from cas.report.pages import write_pages
@@ -146,7 +172,7 @@ def write(
     if config.model is not None and Path(config.model).exists():
         published["model"] = "MODEL"
     if config.collection is not None and Path(config.collection).exists():
-        published["collection"] = relative(config.collection)
+        published["collection"] = _public(config.collection)
     rows = store.rows().values()
     run = write_run(
         Path(config.output),

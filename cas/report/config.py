@@ -50,6 +50,10 @@ class Config:
     """Hub name or folder of the embedding model, for both sides."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..."""
+    price_hour: float | None = None
+    """What an hour of this machine costs, in any currency: adds the price of 1,000 questions and of the training."""
+    price_tokens: float | None = None
+    """What a million tokens of prompt cost at a provider: adds the price of 1,000 questions of the arms that read text."""
     no_text: bool = False
     """Write figures and ids only: no text of questions, answers or documents in any file."""
     seed: int = 0

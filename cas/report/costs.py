@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cas.data.collection import Question
 from cas.evaluation.arms import Arm
-from cas.evaluation.metrics import interval
+from cas.evaluation.metrics import interval, percentile
 from cas.model.decoding import Prompt, generate
 from cas.report.arms import Comparison
 from cas.store.store import Store
@@ -30,7 +30,7 @@ def time_arms(comparison: Comparison, embedder: Embedder, questions: Sequence[Qu
 
     Args:
         embedder: one without a cache.
-    Returns: ``<arm>.<timing>`` of :data:`TIMINGS`, with intervals.
+    Returns: ``<arm>.<timing>`` of :data:`TIMINGS`, with intervals; and the same with ``_p50`` and ``_p95``.
     """
     laps: dict[Arm, list[tuple[float, float, float]]] = {arm: [] for arm in comparison.arms()}
     for arm in laps:
@@ -40,11 +40,12 @@ def time_arms(comparison: Comparison, embedder: Embedder, questions: Sequence[Qu
             if sum(lap[2] for lap in timed) < ENOUGH:
                 timed.append(_time_answer(comparison, embedder, arm, question))
     documents = [q.document_ids[0] for q in questions]
-    return {
-        f"{arm}.{name}": asdict(interval(values, documents[: len(values)]))
-        for arm, timed in laps.items()
-        for name, values in zip(TIMINGS, zip(*timed, strict=True), strict=True)
-    }
+    figures: dict[str, dict[str, float]] = {}
+    for arm, timed in laps.items():
+        for name, values in zip(TIMINGS, zip(*timed, strict=True), strict=True):
+            figures[f"{arm}.{name}"] = asdict(interval(values, documents[: len(values)]))
+            figures |= {f"{arm}.{name}_p{p}": asdict(percentile(values, p / 100)) for p in (50, 95)}
+    return figures
 
 
 def _time_answer(

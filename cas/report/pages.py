@@ -43,9 +43,11 @@ def markdown(view: View) -> str:
         "first token ms": "first",
         "answer ms": "answer",
     }
+    if view.price_title:
+        columns[view.price_title] = "price"
     caption = (
         f"Percent: {view.unit}; 95 % intervals over documents. Tokens: what stands where the document goes, text or "
-        "cartridge positions. Milliseconds: one question at a time, finding and loading included."
+        "cartridge positions. Milliseconds: median / 95th percentile, one question at a time, finding and loading included."
     )
     arms = _table(list(columns), [[row[key] for key in columns.values()] for row in view.rows()])
     sections = [("All arms", [caption, "", *arms])]

@@ -134,6 +134,16 @@ class View:
         f = self.figure(arm, name)
         return f"{f['mean']:.1f} [{f['low']:.1f}, {f['high']:.1f}]"
 
+    def pareto_front(self) -> list[Arm]:
+        """The arms that retrieve and that no other such arm beats with as few tokens, by their tokens."""
+        found = [a for a in self.arms if a.kind in ("cas", "rag") and not a.training]
+        found.sort(key=lambda a: (self.figure(a, "context_tokens")["mean"], -self.figure(a)["mean"]))
+        front: list[Arm] = []
+        for arm in found:
+            if not front or self.figure(arm)["mean"] > self.figure(front[-1])["mean"]:
+                front.append(arm)
+        return front
+
     def test(self, a: Arm, b: Arm) -> Mapping[str, Any]:
         """The test of a against b."""
         return next(t for t in self.tests if (t["a"], t["b"]) == (a, b))
@@ -201,6 +211,8 @@ class View:
             f"Training took {_duration(spent)} ({parts}) on the machine that did it: {cost['trained_tokens']:,} tokens "
             f"of conversation for {self.settings['tokens']:,} tokens of documents."
         )
+        if hour := self.settings.get("price_hour"):
+            sentences[-1] += f" At {hour:,g} an hour that is {spent / 3600 * hour:,.2f}."
         for other in (arm for arm in (self.baseline, FULL_DOCUMENT) if arm in self.arms):
             saved = self.figure(other, "answer_s")["mean"] - self.figure(self.main, "answer_s")["mean"]
             outcome = "slower: in time, training never pays for itself."
@@ -220,12 +232,35 @@ class View:
                 "tokens": f"{self.figure(arm, 'context_tokens')['mean']:,.0f}",
                 "prompt": f"{self.figure(arm, 'prompt_tokens')['mean']:,.0f}",
                 "kv": f"{self.figure(arm, 'kv_bytes')['mean'] / 2**20:.2f}",
-                "first": f"{self.figure(arm, 'first_token_s')['mean'] * 1000:,.0f}",
-                "answer": f"{self.figure(arm, 'answer_s')['mean'] * 1000:,.0f}",
+                "first": self._milliseconds(arm, "first_token_s"),
+                "answer": self._milliseconds(arm, "answer_s"),
+                "price": " / ".join(self._prices(arm)),
                 "cas": arm.kind in ("cas", "oracle", "all_resident", "monolithic"),
             }
             for arm in self.arms
         ]
+
+    def _milliseconds(self, arm: Arm, timing: str) -> str:
+        """Median and 95th percentile."""
+        return " / ".join(f"{self.figure(arm, f'{timing}_p{p}')['mean'] * 1000:,.0f}" for p in (50, 95))
+
+    @property
+    def price_title(self) -> str:
+        """The heading of :meth:`_prices`, or nothing if no price was given."""
+        given = [("price_hour", "on this machine"), ("price_tokens", "by the token")]
+        ways = [way for name, way in given if self.settings.get(name)]
+        return f"1,000 questions {' / '.join(ways)}" if ways else ""
+
+    def _prices(self, arm: Arm) -> list[str]:
+        """What 1,000 questions cost, at the prices given: by the seconds of an answer, and by the tokens of the prompt
+        where these are text."""
+        hour, tokens = self.settings.get("price_hour"), self.settings.get("price_tokens")
+        prices = [f"{self.figure(arm, 'answer_s')['mean'] * 1000 / 3600 * hour:,.2f}"] if hour else []
+        if tokens:
+            text = arm.kind in ("no_context", "rag", "full_document", "truncated")
+            price = self.figure(arm, "prompt_tokens")["mean"] * 1000 / 1e6 * tokens
+            prices.append(f"{price:,.2f}" if text else "-")
+        return prices
 
     def kind_rows(self) -> list[tuple[str, list[str]]]:
         """Accuracy by kind of question, a row per arm."""
@@ -245,7 +280,7 @@ class View:
         ]
 
     def retrieval_rows(self) -> list[tuple[str, list[str]]]:
-        """recall@k and MRR of documents, a row per ranking."""
+        """recall@k, nDCG@10 and MRR of documents, a row per ranking."""
         titles = {"vectors": "vectors", "words": "BM25", "both": "both (used for cartridges)"}
         columns = self.retrieval_columns()
         return [

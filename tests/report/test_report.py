@@ -183,6 +183,25 @@ def test_a_report_from_a_folder_of_ones_own(asked: Callable[..., Path]) -> None:
     assert results["measurements"]["rag64.context_tokens"]["high"] <= 64
     assert results["settings"]["collection"] == "manuals" and "--store DIR" in results["command"]
     assert "4 cartridges retrieved" in (folder / "report.md").read_text()
+    figures = results["measurements"]
+    assert figures["cas4.first_token_s_p50"]["mean"] <= figures["cas4.first_token_s_p95"]["mean"]
+    assert "retrieval_both.ndcg@10" in figures
+    view = View(*read_run(folder), {})
+    front = [(view.figure(a, "context_tokens")["mean"], view.figure(a)["mean"]) for a in view.pareto_front()]
+    assert front and front == sorted(set(front)) and len({accuracy for _, accuracy in front}) == len(front)
+    qrels = [line.split(" ") for line in (folder / "trec" / "qrels.txt").read_text().splitlines()]
+    runs = {f.name: [line.split(" ") for line in f.read_text().splitlines()] for f in (folder / "trec").glob("run.*")}
+    assert len(qrels) == 9 and {len(line) for line in qrels} == {4} and len(runs) == 3
+    for lines in runs.values():
+        assert len(lines) == 9 * 5 and {len(line) for line in lines} == {6}
+        for question in {line[0] for line in lines}:
+            ranked = [line for line in lines if line[0] == question]
+            assert [int(line[3]) for line in ranked] == [1, 2, 3, 4, 5]
+            scores = [float(line[4]) for line in ranked]
+            assert scores == sorted(scores, reverse=True)
+    record = json.loads((folder / "ragas" / "cas4.jsonl").read_text().splitlines()[0])
+    assert set(record) == {"user_input", "retrieved_contexts", "response", "reference"}
+    assert record["reference"] == "red & green" and len(record["retrieved_contexts"]) == 4
     page = _Page()
     page.feed((folder / "report.html").read_text())
     assert not page.open and all(link.startswith("#") for link in page.links)  # whole, and nothing is loaded
@@ -352,6 +371,17 @@ def test_a_report_is_about_what_is_there_now(
     assert "not in the store: 1 document (added)" in said and "that the store does not hold: 1\n" in said
     assert read == trained and after["cas4.f1"] != before["cas4.f1"]
     assert len(list((folder / "parts").glob("*/cas4.json"))) == 2  # the earlier state is still there to return to
+
+
+def test_prices_are_those_given(asked: Callable[..., Path]) -> None:
+    folder = asked(price_hour=3.6, price_tokens=2.0)
+    run, predictions = read_run(folder)
+    row = next(row for row in View(run, predictions, {}).rows() if str(row["arm"]) == "rag64")
+    seconds, tokens = (run["measurements"][f"rag64.{name}"]["mean"] for name in ("answer_s", "prompt_tokens"))
+    assert row["price"] == f"{seconds:,.2f} / {tokens * 2e-3:,.2f}"  # 1,000 answers of a second take a thousand seconds
+    assert "1,000 questions on this machine / by the token" in (folder / "report.md").read_text()
+    asked(price_hour=7.2)  # a price is no reason to compute anything again
+    assert "by the token" not in (folder / "report.md").read_text()
 
 
 def test_missing_packages_are_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
