@@ -69,7 +69,7 @@ def _loaded_ids(store: Store, questions: Sequence[Question], arm: Arm, embedder:
     plain = [question.question for question in questions]
     if arm.kind == "retrieved":
         index = open_index(store, embedder)
-        words = WordIndex(index, store.texts()) if arm.retriever == "hybrid" else None
+        words = WordIndex.open(index, store.texts, store.folder / "index") if arm.retriever == "hybrid" else None
         return [[r.document_id for r in ranked] for ranked in rank_documents(index, plain, arm.k, words)]
     if arm.others == "nearest":
         rankings = rank_documents(open_index(store, embedder), plain, arm.k + 2)  # two: a question's gold documents

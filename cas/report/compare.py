@@ -10,7 +10,6 @@ the document goes. A budget counts the tokens there: text with its titles, or po
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -61,7 +60,7 @@ def compare(config: Config) -> int:
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
     from cas.report.costs import time_arms
-    from cas.report.exports import write_ragas, write_trec
+    from cas.report.exports import remove_ragas, write_ragas, write_trec
     from cas.report.questions import load_questions, parts_folder, split
     from cas.report.rag_baseline import Rag
     from cas.store.store import Store
@@ -100,7 +99,7 @@ def compare(config: Config) -> int:
     measurements |= retrieval["measured"]
     write_trec(output, test, retrieval["rankings"])
     if config.no_text:
-        shutil.rmtree(output / "ragas", ignore_errors=True)
+        remove_ragas(output)
     else:
         write_ragas(output, comparison, test, predictions)
     return write(comparison, test, predictions, measurements, settings, metric, main_arm)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -40,7 +39,7 @@ def write_ragas(
     """Write ``ragas/<arm>.jsonl``, a line per question as ragas' EvaluationDataset reads it. The retrieved contexts of
     cartridges are the documents that they were trained on."""
     answers = {(p["arm"], p["question_id"]): p.get("answer", "") for p in predictions}
-    shutil.rmtree(folder / "ragas", ignore_errors=True)  # of arms that the report no longer has
+    remove_ragas(folder)  # of arms that the report no longer has
     for name in dict.fromkeys(p["arm"] for p in predictions):
         lines = [
             json.dumps(
@@ -55,6 +54,12 @@ def write_ragas(
             for q, contexts in zip(questions, comparison.contexts(Arm.parse(name), questions), strict=True)
         ]
         _write(folder / "ragas" / f"{name}.jsonl", lines)
+
+
+def remove_ragas(folder: Path) -> None:
+    """Remove what :func:`write_ragas` wrote: it has texts."""
+    for file in (folder / "ragas").glob("*.jsonl"):
+        file.unlink()
 
 
 def _word(name: str) -> str:
