@@ -196,11 +196,10 @@ def answer_prompts(
     token) of the first gold answer and the end of the turn.
     """
     gold = [[*model.encode(q.answers[0]), *model.template.end_ids] for q in questions]
-    answers = generate(model, prompts, cartridges, layout, max_new_tokens=max_new_tokens)
+    answers = answer_texts(model, prompts, cartridges, layout, max_new_tokens)
     likelihoods = log_likelihood(model, prompts, gold, cartridges, layout)
     predictions: list[Prediction] = []
-    for question, answer, likelihood in zip(questions, answers, likelihoods, strict=True):
-        text = model.answer_text(answer.ids)
+    for question, text, likelihood in zip(questions, answers, likelihoods, strict=True):
         quality = (contains(text, question.answers), f1(text, question.answers), exact_match(text, question.answers))
         scores = dict(zip(METRICS, (*quality, -likelihood), strict=True))
         predictions.append(
@@ -214,6 +213,18 @@ def answer_prompts(
             }
         )
     return predictions
+
+
+def answer_texts(
+    model: FrozenModel,
+    prompts: Sequence[Prompt],
+    cartridges: Mapping[str, Tensor],
+    layout: Layout,
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """Greedy answers to prompts, in their order."""
+    answers = generate(model, prompts, cartridges, layout, max_new_tokens=max_new_tokens)
+    return [model.answer_text(answer.ids) for answer in answers]
 
 
 class CachingEmbedder:

@@ -122,6 +122,12 @@ def overlap_scores(text: str, answers: Sequence[str]) -> dict[str, float]:
     return {"rouge_l": float(rouge), "chrf": min(1.0, chrf / 100)}
 
 
+def score_answer(metric: str, text: str, answers: Sequence[str]) -> float:
+    """An answer's score from 0 to 1 under a metric of its text: exact_match, contains, f1, rouge_l or chrf."""
+    own = {"exact_match": exact_match, "contains": contains, "f1": f1}
+    return own[metric](text, answers) if metric in own else overlap_scores(text, answers)[metric]
+
+
 def _word_f1(predicted: str, gold: str) -> float:
     predicted_words, gold_words = predicted.split(), gold.split()
     if not predicted_words or not gold_words:

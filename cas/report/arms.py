@@ -11,9 +11,9 @@ from typing import Any
 from cas.answering import prompts as prompting
 from cas.answering.answerer import open_index
 from cas.data.collection import Collection, Question
-from cas.evaluation.answers import PromptGroup, answer_prompts
+from cas.evaluation.answers import PromptGroup, answer_prompts, answer_texts
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
-from cas.evaluation.metrics import interval, overlap_scores
+from cas.evaluation.metrics import interval, overlap_scores, score_answer
 from cas.evaluation.recording import Prediction
 from cas.evaluation.resume import cached_json
 from cas.model.decoding import Prompt
@@ -25,6 +25,7 @@ from cas.report.rag_baseline import RANKINGS, Rag, Setting, tune
 from cas.store.store import Store
 from retrieval import WordIndex, ndcg_at_k, rank_documents, recall_at_k, reciprocal_rank, with_title
 
+POWERS = tuple(2**n for n in range(7, 14))
 BATCH = 64  # questions whose cartridges are in memory together
 QUESTION_ROOM = 64  # tokens of the window that a question may take
 RANKED = 100  # documents of a question whose ranking is kept
@@ -50,9 +51,10 @@ class Comparison:
         for other in self.other_stores.values():
             other.check_model(model)
         mean = sum(self.sizes.values()) / len(self.sizes)
-        equal = {round(k * mean) for k in self.ks()}
-        self.budgets = sorted(b for b in {*config.budgets, *equal} if b < self.room)
-        if too_large := [b for b in config.budgets if b >= self.room]:
+        beside = {round(times * k * mean) for k in self.ks() for times in (1, 3)}
+        wanted = config.budgets or [b for b in POWERS if b > max(beside)]
+        self.budgets = sorted(b for b in {*wanted, *beside} if b < self.room)
+        if too_large := [b for b in config.budgets or () if b >= self.room]:
             self.note(f"RAG at {', '.join(map(str, too_large))} tokens: beyond the model's window")
 
     def note(self, text: str) -> None:
@@ -109,13 +111,8 @@ class Comparison:
         def search(budget: int, start: Setting) -> dict[str, Any]:
             def score(setting: Setting) -> float:
                 prompts = self.rag_prompts(questions, setting, budget)
-                group = PromptGroup(list(questions), prompts, {}, self.store.layout)
-                predictions = answer_prompts(self.model, "rag", *group, 0, self.config.max_new_tokens)
-                scores = [
-                    {**p["scores"], **overlap_scores(p["answer"], q.answers)}
-                    for p, q in zip(predictions, questions, strict=True)
-                ]
-                return sum(s[metric] for s in scores) / len(scores)
+                answers = answer_texts(self.model, prompts, {}, self.store.layout, self.config.max_new_tokens)
+                return sum(score_answer(metric, a, q.answers) for a, q in zip(answers, questions)) / len(answers)
 
             chosen, tried = tune(score, start)
             print(f"tuned       RAG at {budget} tokens: {chosen}", flush=True)

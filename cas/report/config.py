@@ -26,8 +26,9 @@ class Config:
     """Name of the report; default that of the collection."""
     ks: tuple[int, ...] = (1, 2, 4, 8)
     """Cartridges to retrieve."""
-    budgets: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
-    """Tokens of retrieved text, as far as the model's window goes; as many as each of --ks has are added."""
+    budgets: tuple[int, ...] | None = None
+    """Tokens of retrieved text, as far as the model's window goes; as many as the cartridges of each of --ks have, and
+    three times as many, are added. Default: powers of two beyond those, up to 8192."""
     tune_up_to: int = 1024
     """RAG is tuned at each budget up to this one; larger ones take its setting."""
     questions: int | None = None
