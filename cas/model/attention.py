@@ -108,10 +108,19 @@ class Batch:
     Attributes:
         lengths: tokens of each conversation.
         visible: ids of the cartridges each conversation sees, in the order of loading.
+        learner: the one cartridge that each conversation gives a gradient to; by default, all that it sees get one.
     """
 
     lengths: tuple[int, ...]
     visible: tuple[tuple[str, ...], ...]
+    learner: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.lengths) == len(self.visible) == len(self.learner or self.visible)
+
+    def learns(self, conversation: int, name: str) -> bool:
+        """Whether a cartridge gets a gradient from a conversation that sees it."""
+        return self.learner is None or self.learner[conversation] == name
 
     def starts(self) -> list[int]:
         starts, total = [], 0
@@ -140,12 +149,14 @@ class Reference:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         outputs = []
-        for start, length, seen in zip(self.batch.starts(), self.batch.lengths, self.batch.visible, strict=True):
+        for number, (start, length) in enumerate(zip(self.batch.starts(), self.batch.lengths, strict=True)):
+            seen = self.batch.visible[number]
             sizes = [self.cartridges[name].shape[3] for name in seen]
             keys, values = [self.header[layer, 0]], [self.header[layer, 1]]
             positions = [torch.arange(self.layout.header)]
             for name, shift in zip(seen, self.layout.shifts(sizes), strict=True):
                 kv = self.cartridges[name][layer]
+                kv = kv if self.batch.learns(number, name) else kv.detach()
                 p = kv.shape[2]
                 keys.append(self.rope.shift(kv[0], torch.full((p,), shift), layer))
                 values.append(kv[1])

@@ -4,7 +4,7 @@ What a token sees are *parts*: its own conversation up to it, the header, and so
 all of them is the sum of what each part's exponentials give, over their sum. So each part is one batched product over
 the rows that see it. No cartridge is gathered for every conversation, or multiplied with rows that may not see it:
 the cost follows what is visible. The backward pass uses the weights kept by the forward one, and computes gradients
-only of cartridges that learn.
+only of cartridges that learn, from the rows that they learn from.
 
 Work on whole matrices of scores costs as much as the products, so little of it is left. Keys carry a column of ones,
 which meets minus a row's *reference* in the queries: exponentials come out relative to it. Values carry one too,
@@ -38,11 +38,18 @@ class _Prefix:
     rows: Tensor | slice  # [R] of the packed tokens; a slice where they follow each other, which copies less
     turn: int  # by how many positions its keys are turned
     positions: Tensor  # [P] where its keys stand
+    learns_from: slice | Tensor | None = None  # which of its R rows give it a gradient; None: all
 
     def take(self, x: Tensor, kv_heads: int) -> Tensor:
         """The part's rows of x [Q, N, C] as [H, rep * R, C]: query heads that share a key head side by side."""
         x = x[:, self.rows] if isinstance(self.rows, slice) else x.index_select(1, self.rows)
         return x.reshape(kv_heads, -1, x.shape[2])
+
+    def learned(self, x: Tensor, heads: int) -> Tensor:
+        """Of x [H, rep * R, C], those of the rows that give the cartridge a gradient. ``heads``: H * rep."""
+        if self.learns_from is None:
+            return x
+        return x.view(heads, -1, x.shape[2])[:, self.learns_from].reshape(len(x), -1, x.shape[2])
 
     def add(self, total: Tensor, x: Tensor) -> None:
         """Add x [H, rep * R, C] to the part's rows of total [Q, N, C]."""
@@ -112,18 +119,18 @@ class CpuAttention:
         self.learning = [name for name in used if cartridges[name].requires_grad]
         self.rope = rope
         self.positions = packed_positions(batch, sizes, layout)[0].to(device)
-        seen_at: dict[tuple[str, int], list[range]] = {}
+        seen_at: dict[tuple[str, int], list[int]] = {}
         starts = batch.starts()
-        for start, length, seen in zip(starts, batch.lengths, batch.visible, strict=True):
+        for number, seen in enumerate(batch.visible):
             for name, shift in zip(seen, layout.shifts([sizes[n] for n in seen]), strict=True):
-                seen_at.setdefault((name, shift), []).append(range(start, start + length))
+                seen_at.setdefault((name, shift), []).append(number)
         self.prefixes = [_Prefix(HEADER, slice(None), 0, torch.arange(header.shape[3], device=device))]
-        for (name, shift), spans in sorted(seen_at.items()):
-            rows: Tensor | slice = torch.tensor([row for span in spans for row in span], device=device)
-            if sum(map(len, spans)) == spans[-1].stop - spans[0].start:
-                rows = slice(spans[0].start, spans[-1].stop)
+        for (name, shift), numbers in sorted(seen_at.items()):
+            rows = [range(starts[n], starts[n] + batch.lengths[n]) for n in numbers]
+            learns = [batch.learns(n, name) for n in numbers for _ in range(batch.lengths[n])]
+            learns_from = None if all(learns) else _rows([i for i, one in enumerate(learns) if one], device)
             placed = torch.arange(sizes[name], device=device) + layout.header + shift
-            self.prefixes.append(_Prefix(name, rows, shift, placed))
+            self.prefixes.append(_Prefix(name, _rows([i for r in rows for i in r], device), shift, placed, learns_from))
         self.own = [self._own(members, batch.lengths, starts) for members in _similar(batch.lengths)]
         self.parts: list[_Part] = [*self.prefixes, *self.own]
         self._biases: dict[tuple[int, int], Tensor | None] = {}
@@ -183,6 +190,13 @@ class CpuAttention:
 
     def _hiding(self, seen: Tensor) -> Tensor:
         return self.layers[HEADER][0].new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+
+def _rows(numbers: list[int], device: torch.device) -> Tensor | slice:
+    """Rising row numbers; a slice where they follow each other."""
+    if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -277,7 +291,12 @@ class _Attention(torch.autograd.Function):
             part.add(by_query, torch.bmm(by_scores, keys))
             if isinstance(part, _Prefix) and part.name not in context.learning:
                 continue
-            by_keys = torch.bmm(by_scores.transpose(1, 2), part.take(asked, kv_heads))
+            by_asked = part.take(asked, kv_heads)
+            if isinstance(part, _Prefix):
+                by_scores, by_asked, kept, by_given = (
+                    part.learned(x, len(asked)) for x in (by_scores, by_asked, kept, by_given)
+                )
+            by_keys = torch.bmm(by_scores.transpose(1, 2), by_asked)
             by_values = torch.bmm(kept.transpose(1, 2), by_given)
             if isinstance(part, _Own):
                 part.add(by_own[0], by_keys)

@@ -42,24 +42,33 @@ class GpuAttention:
     ) -> None:
         assert layout.policy != "sequential", "shifted keys cannot be shared between conversations"
         self.block, self.device = block, header.device
-        # One cast and one unbind each: autograd would fill a zero tensor for every slice of a leaf.
-        parts = [header, *cartridges.values()]
-        self.prefix = [part.to(dtype).unbind(0) for part in parts]
         sizes = {name: kv.shape[3] for name, kv in cartridges.items()}
-        end = header.shape[3] + sum(sizes.values())
+        # One cast and one unbind each: autograd would fill a zero tensor for every slice of a leaf.
+        parts = [part.to(dtype) for part in (header, *cartridges.values())]
+        numbers = {(name, True): i for i, name in enumerate(cartridges, start=1)}
+        # Conversations that do not teach a cartridge see it in columns of its own, which get no gradient.
+        for row, seen in enumerate(batch.visible):
+            for name in seen:
+                part = parts[numbers[name, True]]
+                if (name, False) not in numbers and part.requires_grad and not batch.learns(row, name):
+                    numbers[name, False] = len(parts)
+                    parts.append(part.detach())
+        lengths = [part.shape[3] for part in parts]
+        self.prefix = [part.unbind(0) for part in parts]
+        end = sum(lengths)
         self.start = padded(end, block)  # the column of the first token
         self.tokens = padded(sum(batch.lengths), block)
         # Who sees what: rows are conversations and, last, padding; columns are the header, cartridges, padding.
-        numbers = {name: i for i, name in enumerate(cartridges, start=1)}
         sees = torch.zeros(len(batch.lengths) + 1, len(parts) + 1, dtype=torch.bool)
         sees[:, 0] = True  # padding sees the header: a row that sees nothing has no softmax
         for row, seen in enumerate(batch.visible):
-            sees[row, [numbers[name] for name in seen]] = True
-        column_sizes = torch.tensor([header.shape[3], *sizes.values(), self.start - end])
+            for name in seen:
+                sees[row, numbers.get((name, batch.learns(row, name)), numbers[name, True])] = True
+        column_sizes = torch.tensor([*lengths, self.start - end])
         column = torch.arange(len(parts) + 1).repeat_interleave(column_sizes)
         rows = torch.tensor([*batch.lengths, self.tokens - sum(batch.lengths)])
         owner = torch.arange(len(rows)).repeat_interleave(rows)
-        place = torch.cat([torch.arange(n) for n in (header.shape[3], *sizes.values(), self.start - end)])
+        place = torch.cat([torch.arange(n) for n in (*lengths, self.start - end)])
         place[header.shape[3] :] += layout.header
         own = pad(packed_positions(batch, sizes, layout)[0], (0, self.tokens - sum(batch.lengths)))
         self.blocks = _blocks(sees, column, owner, block)

@@ -179,10 +179,12 @@ class Trainer:
     ) -> tuple[Tensor, int]:
         """Mean loss per supervised token of conversations under what each of them sees, and the number of own tokens.
 
-        Only tokens of answers count (2506.06266); the conversations are packed without padding.
+        Only tokens of answers count (2506.06266); the conversations are packed without padding. A cartridge gets a
+        gradient from its own conversations; from all that see it with ``distractor_gradients``.
         """
         tokens = [c.tokens(self.model) for c in conversations]
-        batch = Batch(tuple(map(len, tokens)), tuple(visible))
+        learner = None if self.training.distractor_gradients else tuple(c.document for c in conversations)
+        batch = Batch(tuple(map(len, tokens)), tuple(visible), learner)
         context = self._attention(batch, cartridges)
         positions = packed_positions(batch, {n: kv.shape[3] for n, kv in cartridges.items()}, self.layout)
         rows = [

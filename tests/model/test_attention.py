@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,12 +140,17 @@ def test_the_order_of_loading_does_not_matter(kind: str, policy: Any, tiny: Call
     assert all(close(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.parametrize("learner", [None, ("a", "c", "b", "a", "d", "c")], ids=["all-learn", "own-learns"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_fast_paths_equal_the_reference(kind: str, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
-    """Outputs, and gradients of every cartridge, over mixed lengths, visible sets and sizes."""
+def test_fast_paths_equal_the_reference(
+    kind: str, policy: Any, learner: tuple[str, ...] | None, tiny: Callable[..., FrozenModel]
+) -> None:
+    """Outputs, and gradients of every cartridge, over mixed lengths, visible sets and sizes; from all conversations
+    that see it, or from its own: next to each other in the pack, with others in between, or with another shift."""
     model = tiny(kind)
     batch, ids = conversations()
+    batch = replace(batch, learner=learner)
     layout = Layout(policy, model.layout_header, SPAN)
     values = tiny_cartridges(model, SIZES)
     weights = torch.randn(ids.shape[1], 384, generator=torch.Generator().manual_seed(1))
@@ -164,6 +170,23 @@ def test_fast_paths_equal_the_reference(kind: str, policy: Any, tiny: Callable[.
             assert truth.abs().max() > 0 or (kind == "mistral" and SIZES[name] < 48)
         unseen = gradients[path]["unseen"]
         assert unseen is None or not unseen.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_own_conversations_give_a_gradient(kind: str, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
+    """Exactly: what a cartridge's distractor role adds to the loss moves it no bit, on every path."""
+    model = tiny(kind)
+    layout = Layout(policy, model.layout_header, SPAN)
+    batch, ids = conversations()
+    for path in ("reference", *paths(policy)):
+        leaves = {name: kv.requires_grad_() for name, kv in tiny_cartridges(model, SIZES).items()}
+        logits = packed(path, model, replace(batch, learner=("a", "c", "b", "a", "b", "c")), ids, leaves, layout)
+        start = batch.starts()[3]  # sees a, b, c and d; teaches a
+        logits[start : start + batch.lengths[3]].square().mean().backward()
+        for name, leaf in leaves.items():
+            learned = leaf.grad is not None and bool(leaf.grad.any())
+            assert learned == (name == "a") or kind == "mistral"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,21 +244,28 @@ def test_what_is_not_visible_changes_no_bit(kind: str, policy: Any, tiny: Callab
 
 @pytest.mark.parametrize("policy", ["fixed", "offset"])
 @pytest.mark.parametrize("block", [16, 32])
-def test_flex_blocks_are_those_that_the_mask_fills(block: int, policy: Any, tiny: Callable[..., FrozenModel]) -> None:
+@pytest.mark.parametrize("learner", [None, ("a", "c", "b", "a", "d", "c", "b")], ids=["all-learn", "own-learns"])
+def test_flex_blocks_are_those_that_the_mask_fills(
+    block: int, policy: Any, learner: tuple[str, ...] | None, tiny: Callable[..., FrozenModel]
+) -> None:
     """On a GPU blocks are skipped or not masked at all by these alone; the plain formula on a CPU never looks at them."""
     from torch.nn.attention.flex_attention import create_mask
 
     model = tiny("llama")
     batch, _ = conversations()
-    long = Batch((*batch.lengths, 100), (*batch.visible, ("b", "d")))
+    long = Batch((*batch.lengths, 100), (*batch.visible, ("b", "d")), learner)
     context = GpuAttention(
         long,
         model.header_kv,
-        tiny_cartridges(model, SIZES),
+        {name: kv.requires_grad_(name != "c") for name, kv in tiny_cartridges(model, SIZES).items()},
         Layout(policy, model.layout_header, SPAN),
         model.dtype,
         block,
     )
+    # Of the cartridges that learn, a, b and d are distractors too: once more, without a copy of their values.
+    twice = 0 if learner is None else 3
+    assert [len(part) for part in context.prefix] == [model.geometry.layers] * (1 + len(SIZES) + twice)
+    assert len({part[0].untyped_storage().data_ptr() for part in context.prefix}) == 1 + len(SIZES)
     for window in (None, 40):
         mask = context.mask(window)
         size = (context.tokens, context.start + context.tokens)
@@ -270,7 +300,8 @@ def test_compiled_flex_equals_the_reference_and_is_compiled_once(dtype: torch.dt
     graphs = []
     for seed in range(6):
         batch, ids = conversations(seed)
-        batch = Batch((*batch.lengths[:-1], 26 + 150 * seed), batch.visible)
+        learner = (None, ("a", "c", "b", "b", "d", "c"))[seed % 2]
+        batch = Batch((*batch.lengths[:-1], 26 + 150 * seed), batch.visible, learner)
         ids = torch.randint(3, 384, (1, sum(batch.lengths)), generator=torch.Generator().manual_seed(seed))
         if seed % 2:
             values["unseen"] = values["unseen"].repeat_interleave(10, dim=3)[:, :, :, : 16 * (seed + 1)]

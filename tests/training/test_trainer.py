@@ -98,14 +98,18 @@ def test_fifty_steps_learn(tmp_path: Path, model: FrozenModel, initialisation: s
 
 def test_only_joint_training_survives_loading_all(tmp_path: Path, model: FrozenModel) -> None:
     """What the method is for: alone both are learned, but with all loaded isolated training has learned next to
-    nothing."""
+    nothing. Distractors that learn too, all of them targets, help more."""
     documents = many_documents(4)
     talks = converse(model, documents, per_document=2)
     items = [c for cs in talks.by_document.values() for c in cs]
     losses = {}
-    for isolation in (1.0, 0.25):
-        store = make_store(tmp_path / str(isolation), model, documents, tokens=32)
-        trainer = Trainer(model, store, talks, isolation=isolation, **FIFTY)
+    for case, options in {
+        "isolated": {"isolation": 1},
+        "joint": {"isolation": 0.25},
+        "all learn": {"isolation": 0.25, "distractor_gradients": True},
+    }.items():
+        store = make_store(tmp_path / case, model, documents, tokens=32)
+        trainer = Trainer(model, store, talks, **FIFTY, **options)
         names = tuple(store.rows())
 
         def measure(
@@ -117,10 +121,11 @@ def test_only_joint_training_survives_loading_all(tmp_path: Path, model: FrozenM
 
         start = measure(alone=False)
         trainer.run()
-        losses[isolation] = measure(alone=True) / start, measure(alone=False) / start
+        losses[case] = measure(alone=True) / start, measure(alone=False) / start
         store.close()
-    assert losses[1.0][0] < 0.05 and losses[1.0][1] > 0.5
-    assert losses[0.25][0] < 0.2 and losses[0.25][1] < 0.2
+    assert losses["isolated"][0] < 0.05 and losses["isolated"][1] > 0.5
+    assert losses["joint"][0] < 0.2 and losses["joint"][1] < 0.3
+    assert losses["all learn"][0] < 0.2 and losses["all learn"][1] < min(0.2, losses["joint"][1])
 
 
 def test_next_token_objective_learns(
@@ -142,12 +147,15 @@ def plain_loss(
     visible: list[tuple[str, ...]],
     cartridges: dict[str, Tensor],
     layout: Layout,
+    distractor_gradients: bool,
 ) -> Tensor:
-    """Conversation by conversation: the reference attention and an explicit KL over k + 1 classes."""
+    """Conversation by conversation: the reference attention and an explicit KL over k + 1 classes; other documents'
+    cartridges are detached unless distractors get gradients."""
     losses = []
     for item, seen in zip(items, visible, strict=True):
         own = item.tokens(model)
-        context = Reference(Batch((len(own),), (seen,)), model.header_kv, cartridges, layout, model.rope)
+        learns = {n: kv if distractor_gradients or n == item.document else kv.detach() for n, kv in cartridges.items()}
+        context = Reference(Batch((len(own),), (seen,)), model.header_kv, learns, layout, model.rope)
         positions = torch.arange(len(own)) + layout.token_start([cartridges[name].shape[3] for name in seen])
         logits = model.forward(torch.tensor([own]), positions[None], context)[0, -len(item.answer) :]
         q = logits.double().softmax(-1)
@@ -162,6 +170,7 @@ def plain_loss(
 @pytest.mark.parametrize("positions", ["fixed", "offset", "sequential"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("distractor_gradients", [False, True])
 def test_loss_equals_a_plain_computation(
     tmp_path: Path,
     tiny: Callable[..., FrozenModel],
@@ -169,7 +178,10 @@ def test_loss_equals_a_plain_computation(
     kind: str,
     positions: str,
     chunked: bool,
+    distractor_gradients: bool,
 ) -> None:
+    """Loss and gradients, with every cartridge a target that others see as a distractor: off, a cartridge's gradient
+    is that of its own conversations alone."""
     model, documents = tiny(kind), many_documents(3, words=30)
     if chunked:
         monkeypatch.setattr("cas.training.loss.AT_ONCE", 5 * model.geometry.vocabulary)
@@ -178,13 +190,13 @@ def test_loss_equals_a_plain_computation(
     store = make_store(tmp_path / "s", model, documents, tokens=None, ratio=2, positions=positions)
     assert len({row.p for row in store.rows().values()}) > 1
     talks = converse(model, documents, per_document=2)
-    trainer = Trainer(model, store, talks)
+    trainer = Trainer(model, store, talks, distractor_gradients=distractor_gradients)
     items = [talks.by_document[name][n] for n, name in ((0, "doc-00"), (1, "doc-00"), (0, "doc-02"), (1, "doc-01"))]
     visible = [("doc-00",), ("doc-00", "doc-02"), ("doc-00", "doc-01", "doc-02"), ("doc-01",)]
     ours = {name: store.cartridge(name).requires_grad_() for name in store.rows()}
     theirs = {name: kv.detach().clone().requires_grad_() for name, kv in ours.items()}
     loss, tokens = trainer.loss(items, visible, ours)
-    expected = plain_loss(model, items, visible, theirs, store.layout)
+    expected = plain_loss(model, items, visible, theirs, store.layout, distractor_gradients)
     assert tokens == sum(len(item.tokens(model)) for item in items)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     loss.backward()
@@ -262,6 +274,36 @@ def test_steps_equal_torch_adam(
     trained = sum(len(conversations.by_document["doc-00"][n].tokens(model)) for n in range(3))
     assert (trainer.state.rows["doc-00"].drawn, trainer.state.rows["doc-00"].trained_tokens) == (3, trained)
     assert (set(waiting) == {"doc-00"}) == distractor_gradients  # seen by doc-01's conversation and not target since
+
+
+def test_distractor_gradients_matter_when_every_cartridge_is_a_target(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations
+) -> None:
+    """Off, a step with as many targets as the pool holds moves a cartridge as if the others were frozen distractors."""
+    pool, moved = ("doc-00", "doc-01", "doc-02"), {}
+    examples = tuple(Example(name, n, pool) for name in pool for n in range(2))
+    for on in (False, True):
+        store = new_store(f"gradients-{on}")
+        trainer = started(model, store, conversations, pool, steps=2, lr=0.05, warmup=1, distractor_gradients=on)
+        for slot in trainer.manager.trainees.values():
+            assert not slot.exp_avg.any()
+        trainer.train_step(0, Step(pool, examples))
+        moved[on] = {name: slot.exp_avg.clone() for name, slot in trainer.manager.trainees.items()}
+    alone = {}
+    store = new_store("alone")
+    values = {name: store.cartridge(name) for name in pool}
+    trainer = Trainer(model, store, conversations, distractor_gradients=True)  # whatever is given learns
+    for name in pool:
+        leaf = values[name].clone().requires_grad_()
+        items = [conversations.by_document[e.document][e.index] for e in examples if e.document == name]
+        loss, _ = trainer.loss(items, [pool] * len(items), values | {name: leaf})
+        answers = sum(len(conversations.by_document[e.document][e.index].answer) for e in examples)
+        (loss * sum(len(item.answer) for item in items) / answers).backward()
+        assert leaf.grad is not None
+        alone[name] = 0.1 * leaf.grad  # Adam's first moment after one step
+    for name in pool:
+        torch.testing.assert_close(moved[False][name], alone[name], rtol=1e-4, atol=1e-8)
+        assert (moved[True][name] - alone[name]).abs().max() > 0.01 * alone[name].abs().max()
 
 
 def test_guests_are_seen_and_never_change(
