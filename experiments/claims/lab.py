@@ -39,6 +39,7 @@ from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from cas.training.trainer import Trainer, Training
 from experiments import common
+from experiments.claims.equal_arms import EQUAL, Checksums, checksums, equal_arms
 from retrieval import SentenceEmbedder
 
 NAMES = (
@@ -87,8 +88,11 @@ class Criterion:
     side: str
     limit: float
 
-    def verdict(self, figures: Mapping[str, Mapping[str, float]]) -> str:
-        """``confirmed`` or ``contradicted`` if the whole interval is on one side of the limit, else ``undecided``."""
+    def verdict(self, figures: Mapping[str, Mapping[str, float]], equal: Sequence[Sequence[str]] = ()) -> str:
+        """``confirmed`` or ``contradicted`` if the whole interval is on one side of the limit, else ``undecided``; neither
+        for a difference between two arms that are ``equal`` (:mod:`experiments.claims.equal_arms`)."""
+        if self.figure in ("_minus_".join(pair) for pair in equal):
+            return EQUAL
         figure = figures[key(self.figure)]
         above, below = (
             figure["low"] > self.limit,
@@ -124,6 +128,7 @@ class ClaimContext:
     part: str = "worlds"
     own_collection: Collection | None = None
     measurements: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+    loaded: Checksums = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -132,7 +137,7 @@ class ClaimContext:
 
     def with_collection(self, part: str, collection: Collection) -> ClaimContext:
         """The same for another collection, in a folder ``part`` of its own."""
-        return ClaimContext(self.config, self.model, self.seed, part, collection)
+        return ClaimContext(self.config, self.model, self.seed, part, collection, loaded=self.loaded)
 
     @cached_property
     def collection(self) -> Collection:
@@ -242,6 +247,8 @@ class ClaimContext:
             prefix=prefix,
             **options,
         )
+        sums = checksums(options.get("cartridges") or store)
+        self.loaded |= {f"{prefix}{Arm.parse(name)}": sums for name in arms}
         return [common.with_seed(p, self.seed) for p in predictions]
 
     def answer(
@@ -254,6 +261,8 @@ class ClaimContext:
         model: FrozenModel | None = None,
     ) -> list[Prediction]:
         """Answers to prompts of an arm of one's own, as results record them."""
+        if arm not in self.loaded:
+            self.loaded[arm] = checksums({i: cartridges[i] for p in prompts for i in p.cartridges})
         predictions = answer_prompts(model or self.model, arm, questions, prompts, cartridges, layout, self.seed)
         return [common.with_seed(p, self.seed) for p in predictions]
 
@@ -276,19 +285,23 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
     model = model or FrozenModel.from_pretrained(config.model)
     predictions: list[Prediction] = []
     measurements: dict[str, list[tuple[float, str]]] = {}
-    hashes = []
+    hashes, loaded = list[str](), list[Checksums]()
 
     def one_seed(lab: ClaimContext) -> dict[str, Any]:
         predictions = claim.run(lab)
-        return {"predictions": predictions, "measured": lab.measurements}
+        return {"predictions": predictions, "measured": lab.measurements, "loaded": lab.loaded}
 
     for seed in config.seeds:
         lab = ClaimContext(config, model, seed)
         hashes.append(lab.collection.hash)
         part = cached_json(folder / f"seed-{seed}.json", lambda lab=lab: one_seed(lab))  # type: ignore[misc]
         predictions += part["predictions"]
+        loaded.append(part.get("loaded", {}))
         for name, values in part["measured"].items():
             measurements.setdefault(name, []).extend((v, d) for v, d in values)
+    compare = list(dict.fromkeys(claim.compare))
+    if equal := equal_arms(predictions, loaded, compare):
+        settings["equal_arms"] = equal
     results = write_run(
         folder / "results",
         name=claim.name,
@@ -299,7 +312,7 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
         settings=settings,
         predictions=predictions,
         metric_names=["exact_match"],
-        compare=list(dict.fromkeys(claim.compare)),
+        compare=compare,
         extra_metrics={
             name: asdict(interval([v for v, _ in values], [d for _, d in values]))
             for name, values in measurements.items()
@@ -313,6 +326,7 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
 def report(claim: Claim, results: Mapping[str, Any]) -> str:
     """A claim's figures and verdicts as Markdown."""
     figures = {**results["metrics"], **results["measurements"]}
+    equal = results["settings"].get("equal_arms", [])
     lines = [
         f"## {NAMES.index(claim.name) + 1}. {claim.title}",
         "",
@@ -325,9 +339,10 @@ def report(claim: Claim, results: Mapping[str, Any]) -> str:
     lines += [
         "",
         *(
-            f"- {s.verdict(figures).upper()}: {s.text} ({cell(figures[key(s.figure)])}, at {s.side} {s.limit:g})"
+            f"- {s.verdict(figures, equal).upper()}: {s.text} ({cell(figures[key(s.figure)])}, at {s.side} {s.limit:g})"
             for s in claim.criteria
         ),
+        *(f"- {EQUAL.upper()} {a} and {b}: every answer is the same, from the same cartridges" for a, b in equal),
     ]
     return "\n".join(lines) + "\n"
 

@@ -11,12 +11,15 @@ POLICIES = ("fixed", "offset", "sequential")
 
 
 def run(lab: ClaimContext) -> list[Prediction]:
-    """Ten loaded, in order of id, reversed, and without the own one; a training under every policy of positions."""
+    """Ten loaded, and without the own one; a training under every policy of positions, and another order where it can
+    matter."""
     predictions: list[Prediction] = []
     for policy in POLICIES:
         options = {"positions": policy} if policy != "fixed" else {}
         with lab.trained("joint" if policy == "fixed" else policy, options=options) as store:
-            predictions += lab.ask(store, f"{policy}_", ["oracle", "loaded10", "loaded10_reversed"])
+            predictions += lab.ask(store, f"{policy}_", ["oracle", "loaded10"])
+            if policy == "sequential":
+                predictions += lab.ask(store, f"{policy}_", ["loaded10_reversed"])
             if policy == "fixed":
                 predictions += lab.ask(store, "", ["absent10", "no_context"])
     return predictions
@@ -30,8 +33,8 @@ CLAIM = Claim(
         "(2606.04557)."
     ),
     ours=(
-        "Under `fixed` and `offset` a set of cartridges is a set, by construction; under `sequential` keys are shifted "
-        "to where they stand. Ten others without the own one, against nothing loaded."
+        "Under `fixed` and `offset` a set of cartridges is a set, by construction: no other order is asked. Under "
+        "`sequential` keys are shifted to where they stand. Ten others without the own one, against nothing loaded."
     ),
     run=run,
     table=[
@@ -41,20 +44,19 @@ CLAIM = Claim(
             for arm, label in (
                 ("oracle", "own cartridge"),
                 ("loaded10", "ten loaded"),
-                ("loaded10_reversed", "reversed"),
             )
         ),
+        ("sequential, reversed", "sequential_loaded10_reversed"),
         ("ten loaded, own absent", "absent10"),
         ("no context", "no_context"),
     ],
     compare=[
-        *((f"{policy}_loaded10", f"{policy}_loaded10_reversed") for policy in POLICIES),
+        ("sequential_loaded10", "sequential_loaded10_reversed"),
         ("absent10", "no_context"),
         ("fixed_loaded10", "offset_loaded10"),
         ("fixed_loaded10", "sequential_loaded10"),
     ],
     criteria=[
-        Criterion("`fixed`: no order is better", "fixed_loaded10_minus_fixed_loaded10_reversed", "most", 0.5),
         Criterion(
             "`sequential`: no order is better",
             "sequential_loaded10_minus_sequential_loaded10_reversed",

@@ -21,6 +21,7 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.synthesize import synthesize
 from experiments.claims import lab as claims
+from experiments.claims.equal_arms import equal_arms
 from experiments.claims.lab import NAMES, Claim, ClaimContext, Config, Criterion, cell, key, load, report, run
 from retrieval import HashEmbedder
 
@@ -137,6 +138,51 @@ def test_a_claim_is_run_written_and_gone_on_with(lab: ClaimContext, capsys: pyte
     with pytest.raises(ConfigError, match="begun with another lr"):
         run(claim, replace(lab.config, lr=0.5), lab.model)
     assert key("oracle") == "oracle.exact_match" and key("steps.each") == "steps.each"
+
+
+def test_arms_that_are_equal_by_construction_raise_an_alarm(
+    lab: ClaimContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Isolated training never looks at ``max_distractors``: the difference is exactly zero, and says nothing."""
+
+    def body(lab: ClaimContext) -> list[Prediction]:
+        predictions: list[Prediction] = []
+        for name, options in (("one", {"max_distractors": 1}), ("two", {"max_distractors": 2}), ("other", {"lr": 0.5})):
+            settings: dict[str, Any] = {"pool": 3, "targets": 2, "per_target": 4, "isolation": 1.0, **options}
+            with lab.trained(name, **settings) as store:
+                predictions += lab.ask(store, f"{name}_", ["oracle"], max_new_tokens=4)
+        return predictions
+
+    compare = [("one_oracle", "two_oracle")]
+    criteria = [
+        Criterion("distractors", "one_oracle_minus_two_oracle", "most", 0),
+        Criterion("", "one_oracle", "most", 50),
+    ]
+    claim = Claim("order", "Order", "", "", body, [("own", "one_oracle")], criteria, compare)
+    found = run(claim, lab.config, lab.model)
+    figure = found["metrics"]["one_oracle_minus_two_oracle.exact_match"]
+    assert figure["mean"] == figure["low"] == figure["high"] == 0
+    said = capsys.readouterr().out
+    assert said.count("- ARMS ARE EQUAL BY CONSTRUCTION?") >= 2 and "CONFIRMED: distractors" not in said
+    assert "- ARMS ARE EQUAL BY CONSTRUCTION? one_oracle and two_oracle: every answer is the same" in said
+    loaded = json.loads((Path(lab.config.output) / "order" / "seed-1.json").read_text())["loaded"]
+    assert loaded["one_oracle"] == loaded["two_oracle"] != loaded["other_oracle"]
+    assert ["one_oracle", "two_oracle"] in [list(pair) for pair in found["settings"]["equal_arms"]]
+    on_disk = json.loads((Path(lab.config.output) / "order" / "results" / "results.json").read_text())
+    assert report(claim, on_disk) == report(claim, found)
+
+
+def test_equal_answers_from_other_cartridges_are_a_result() -> None:
+    """A difference of zero is an alarm only where nothing that was loaded differs, in any seed."""
+    answers: list[Prediction] = [
+        {"arm": arm, "seed": 0, "question_id": q, "document_id": "d", "scores": {"exact_match": 1.0}, "answer": "x"}
+        for arm in "abcde"
+        for q in ("0/q", "1/q")
+    ]
+    answers[-1] = {**answers[-1], "answer": "y"}  # one answer of e, as wrong or right as the others
+    loaded = [{arm: {"d": 1} for arm in "abce"}, {"a": {"d": 1}, "b": {"d": 1}, "c": {"d": 2}, "e": {"d": 1}}]
+    pairs = [("a", "b"), ("a", "c"), ("a", "d"), ("a", "e")]
+    assert equal_arms(answers, loaded, pairs) == [("a", "b"), ("a", "d")]  # of d nothing is known
 
 
 @pytest.mark.slow
