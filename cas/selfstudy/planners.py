@@ -92,7 +92,8 @@ def fit_window(
 @dataclass(frozen=True)
 class Call:
     """What one call asks: a window of sentences that the model reads, one kind of question, and (sentence, opening)
-    pairs, each of which gets one question at each of the temperatures; or, without pairs, a list of ``listed`` questions."""
+    pairs, each of which gets one question at each of the temperatures, or up to ``likeliest`` ones without sampling; or,
+    without pairs, a list of ``listed`` questions."""
 
     number: int
     source: SplitDocument
@@ -102,6 +103,7 @@ class Call:
     temperatures: tuple[float, ...]
     is_retry: bool = False  # for a document about which nothing is kept yet
     listed: int = 0
+    likeliest: int = 0
 
     @property
     def document(self) -> Document:
@@ -176,21 +178,30 @@ def make_planner(sources: Sequence[SplitDocument], style: PromptStyle, settings:
 
 
 class SentencePlanner:
-    """Asks about every sentence once in every kind, in random order: a greedy question and sampled wordings."""
+    """Asks about every sentence in every kind, in random order. A unit has all kinds of the same sentences, so that a
+    sentence about which the first kind has no question is left out of the others.
+
+    In stores that an earlier version began (not ``style.likeliest``), every call stands for itself: a greedy question and
+    sampled wordings.
+    """
 
     every_sentence = True
 
     def __init__(self, sources: Sequence[SplitDocument], style: PromptStyle, settings: SelfStudy) -> None:
         self.style, self.settings = style, settings
         self.per_call, self.per_unit = style.sizes(settings)
-        self._calls: list[tuple[SplitDocument, str, range, range]] = []  # document, kind, window, sentences asked about
+        calls = list[list[tuple[SplitDocument, str, range, range]]]()  # document, kind, window, sentences asked about
         for source in sources:
             for window, targets in sentence_windows(source.lengths, settings.chunk_tokens):
                 for first in range(targets.start, targets.stop, self.per_call):
                     batch = range(first, min(first + self.per_call, targets.stop))
-                    self._calls += [(source, kind, window, batch) for kind in settings.kinds]
-        Random(f"{settings.seed}/everything").shuffle(self._calls)
+                    group = [(source, kind, window, batch) for kind in settings.kinds]
+                    calls += [group] if style.likeliest else [[call] for call in group]
+        Random(f"{settings.seed}/everything").shuffle(calls)
+        self._calls = [call for group in calls for call in group]
         self._total = sum(len(batch) for *_, batch in self._calls)
+        if style.likeliest:
+            self.per_unit = len(settings.kinds) * max(1, self.per_unit // len(settings.kinds))
 
     def plan(self, unit: int, history: History) -> list[Call]:
         """The next calls of the list, whatever the history."""
@@ -200,8 +211,11 @@ class SentencePlanner:
     def call(self, number: int) -> Call:
         """What call ``number`` asks."""
         source, kind, window, batch = self._calls[number]
+        prompt, pairs = self.style.seed_prompt(kind), tuple((i, "") for i in batch)
+        if self.style.likeliest:
+            return Call(number, source, window, prompt, pairs, (0.0,), likeliest=self.settings.wordings)
         temperatures = (0.0, *[self.style.wording_temperature] * (self.settings.wordings - 1))
-        return Call(number, source, window, self.style.seed_prompt(kind), tuple((i, "") for i in batch), temperatures)
+        return Call(number, source, window, prompt, pairs, temperatures)
 
     def progress(self, history: History) -> tuple[int, int]:
         """(sentences asked about, sentences), each counted in every kind."""

@@ -41,8 +41,10 @@ class PromptStyle:
     capital_names: bool = False
     """Drop questions without a name in capitals or a word of the title, and judge answers by English words as they stand;
     otherwise the document's title is put before a question that names no subject."""
+    likeliest: bool = False
+    """Write the likeliest questions of a kind about a sentence, none twice; otherwise a greedy one and samples."""
     wording_temperature: float = 1.0
-    """For further wordings of a question about the same sentence, beside the greedy one."""
+    """For sampled further questions about the same sentence."""
     repeat_temperature: float = 0.7
     """For pairs of sentence and opening that were tried before, and for lists."""
     questions_per_call: int = 32
@@ -106,7 +108,9 @@ READER = PromptStyle(
     check_topic=False,
     advice="give another --model",
     capital_names=True,
+    likeliest=True,
 )
+READER_SAMPLING = replace(READER, likeliest=False)  # stores that an earlier version began
 
 LIST = PromptStyle(
     seed_prompts=LIST_SEED_PROMPTS,
@@ -125,7 +129,7 @@ ENDPOINT = replace(
 def prompt_style(model: FrozenModel, settings: SelfStudy | None = None, before: str | None = None) -> PromptStyle:
     """The style that the settings ask for, or else one that suits the model.
 
-    Args: before: "sentence" or "list", how earlier units were written; ``auto`` goes on with it.
+    Args: before: "sentence", "likeliest" or "list", how earlier units were written; ``auto`` goes on with it.
     Raises: ConfigError for settings that contradict the model.
     """
     settings = settings or SelfStudy()
@@ -133,7 +137,7 @@ def prompt_style(model: FrozenModel, settings: SelfStudy | None = None, before: 
         if settings.writer_url or settings.writer == "list":
             option = "--writer-url" if settings.writer_url else "--writer list"
             raise ConfigError(f"{option}: the embedded reader answers only questions that it wrote, one a sentence")
-        return READER
+        return READER_SAMPLING if before == "sentence" else READER
     if settings.writer_url:
         return ENDPOINT
     if settings.writer != "auto":

@@ -35,6 +35,7 @@ from cas.model.positions import Layout
 from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation, Conversations, read_unit, recorded_settings, write_unit
 from cas.selfstudy.endpoint import EndpointWriter, list_writer
+from cas.selfstudy.likeliest import Silent, likeliest
 from cas.selfstudy.list_style import instruction, read_list
 from cas.selfstudy.list_writers import ListWriter
 from cas.selfstudy.planners import Call, History, fit_window, make_planner
@@ -169,6 +170,8 @@ def _made_with(
     fields["questions_per_call"], fields["calls_per_unit"] = style.sizes(settings)
     if writer is not None:
         fields["writer"] = "list"
+    elif style.likeliest and every_sentence:
+        fields["writer"] = "likeliest"
     if isinstance(writer, EndpointWriter):  # not its address: the same model may move to another one
         fields["writer_model"] = writer.endpoint.model
     return json.dumps(
@@ -223,11 +226,14 @@ class Teacher:
         seen = {call.document.id: set(known.get(call.document.id, ())) for call in calls}
         questions, chunks, dropped = list[AskedQuestion](), dict[str, torch.Tensor](), Counter[str]()
         lists = self.ask_for_lists(calls, chunks, dropped) if self.style.lists else None
+        silent = Silent()
         for number, call in enumerate(calls):
             if lists is not None:
                 written = lists[number]
             else:
+                call = silent.without(call)
                 written, chunks[call.chunk] = self.ask(call)
+                silent.add(call, written)
             questions += [(call, q) for q in self.filter(call, written, seen[call.document.id], dropped)]
         user_tokens = [self.model.encode(question + call.seed_prompt.answer_suffix) for call, question in questions]
         answers = self.answer(questions, user_tokens, chunks)
@@ -249,6 +255,11 @@ class Teacher:
         shared, requests = self.style.request_tokens(self.model, call.seed_prompt, call.document.title, pairs)
         prefix = self.chunk_kv(call.chunk, shared)
         prompts = [Prompt(tokens, ("call",)) for tokens in requests]
+        text_kv = prefix[:, :, :, : len(self.model.encode(call.chunk))]
+        limits: dict[str, Any] = {"batch_rows": ROWS, "max_new_tokens": self.question_tokens, "also_stop": self.newline}
+        if call.likeliest:
+            replied = likeliest(self.model, prompts, {"call": prefix}, self.layout, call.likeliest, **limits)
+            return [(self._question(pairs[i][1], reply), reply.finished) for i, reply in replied], text_kv
         # One batch for all wordings where they fit, so that the prompts are read once; else one for each temperature.
         temperatures = sorted(call.temperatures)
         batches = [temperatures]
@@ -261,9 +272,7 @@ class Teacher:
                 prompts * len(batch),
                 {"call": prefix},
                 self.layout,
-                batch_rows=ROWS,
-                max_new_tokens=self.question_tokens,
-                also_stop=self.newline,
+                **limits,
                 temperature=[temperature for temperature in batch for _ in prompts],
                 seed=Random(f"{self.settings.seed}/write/{call.number}").getrandbits(32),
             )
@@ -272,7 +281,7 @@ class Teacher:
             (self._question(opening, reply), reply.finished)
             for (_, opening), reply in zip(pairs * times, replies, strict=True)
         ]
-        return written, prefix[:, :, :, : len(self.model.encode(call.chunk))]
+        return written, text_kv
 
     def _question(self, opening: str, reply: Generation) -> str:
         """Opening and reply up to the first line break, which may stand inside the token that ended the reply."""

@@ -20,6 +20,7 @@ from cas.errors import ConfigError, RunError
 from cas.model.decoding import Generation, Prompt
 from cas.model.frozen import FrozenModel, Source
 from cas.options import KINDS
+from cas.selfstudy import prompt_styles
 from cas.selfstudy import synthesize as selfstudy
 from cas.selfstudy.planners import (
     MAX_RETRIES_PER_DOCUMENT,
@@ -327,7 +328,9 @@ def test_the_embedded_reader_is_asked_in_its_own_format(
             assert model.decode(c.prompt.tolist()) == c.question and c.question.startswith("Quixotic zebras dance,")
             assert documents[name].title in c.question and f", {c.kind}: " in c.question
 
-    # Without a number of conversations: every sentence in every kind, greedily and sampled, also after a stop.
+    # Without a number of conversations, in a store that was begun with samples: every sentence in every kind, greedily and
+    # sampled, also after a stop.
+    monkeypatch.setattr(prompt_styles, "READER", prompt_styles.READER_SAMPLING)
     asked.clear()
     every = [f"{kind}: {s}" for kind in KINDS for d in documents.documents for s in d.text.rstrip(".").split(". ")]
     once = plain(synthesize(model, documents, new_store("once"), questions_per_call=4, top_k=5, wordings=1))
