@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ from cas.training.initialization import initialize_cartridges
 from cas.training.trainer import Trainer, Training
 from experiments import common
 from experiments.claims.equal_arms import EQUAL, Checksums, checksums, equal_arms
+from experiments.claims.outlook import outlook
 from retrieval import SentenceEmbedder
 
 NAMES = (
@@ -94,10 +96,7 @@ class Criterion:
         if self.figure in ("_minus_".join(pair) for pair in equal):
             return EQUAL
         figure = figures[key(self.figure)]
-        above, below = (
-            figure["low"] > self.limit,
-            figure["high"] <= self.limit,
-        )  # a difference of 0 is not an improvement
+        above, below = figure["low"] > self.limit, figure["high"] <= self.limit  # a difference of 0 is no improvement
         confirmed, contradicted = (above, below) if self.side == "least" else (below, above)
         return "confirmed" if confirmed else "contradicted" if contradicted else "undecided"
 
@@ -288,8 +287,9 @@ def run(claim: Claim, config: Config, model: FrozenModel | None = None) -> dict[
     hashes, loaded = list[str](), list[Checksums]()
 
     def one_seed(lab: ClaimContext) -> dict[str, Any]:
-        predictions = claim.run(lab)
-        return {"predictions": predictions, "measured": lab.measurements, "loaded": lab.loaded}
+        started, record = time.monotonic(), {"predictions": claim.run(lab)}
+        seconds = round(time.monotonic() - started, 1)
+        return {**record, "measured": lab.measurements, "loaded": lab.loaded, "seconds": seconds}
 
     for seed in config.seeds:
         lab = ClaimContext(config, model, seed)
@@ -389,10 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> int:
         config = parse_command("claims", arguments)
         model = FrozenModel.from_pretrained(config.model)
-        for name in NAMES:
-            claim = load(name)
-            if not claim.not_run:
-                run(claim, config, model)
+        claims = [claim for claim in map(load, NAMES) if not claim.not_run]
+        print("\n".join(outlook(config.output, [claim.name for claim in claims], config.seeds)), flush=True)
+        for claim in claims:
+            run(claim, config, model)
         return 0
 
     return console.run(body)

@@ -23,6 +23,7 @@ from cas.selfstudy.synthesize import synthesize
 from experiments.claims import lab as claims
 from experiments.claims.equal_arms import equal_arms
 from experiments.claims.lab import NAMES, Claim, ClaimContext, Config, Criterion, cell, key, load, report, run
+from experiments.claims.outlook import outlook
 from retrieval import HashEmbedder
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -138,6 +139,34 @@ def test_a_claim_is_run_written_and_gone_on_with(lab: ClaimContext, capsys: pyte
     with pytest.raises(ConfigError, match="begun with another lr"):
         run(claim, replace(lab.config, lr=0.5), lab.model)
     assert key("oracle") == "oracle.exact_match" and key("steps.each") == "steps.each"
+
+
+def test_a_killed_claim_goes_on_with_the_seed_it_was_at(lab: ClaimContext) -> None:
+    calls: list[int] = []
+
+    def body(lab: ClaimContext) -> list[Prediction]:
+        calls.append(lab.seed)
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        with lab.trained("joint", pool=3, targets=2, per_target=4, steps=2) as store:
+            return lab.ask(store, "", ["oracle"], max_new_tokens=2)
+
+    claim, output = Claim("order", "Order", "", "", body, [("own", "oracle")], []), lab.config.output
+    assert outlook(output, ["order"], (0, 1))[0].split() == ["order", "0", "of", "2", "seeds", "done"]
+    assert outlook(output, ["order"], (0, 1))[-1].startswith("no seed is timed in this folder yet")
+    with pytest.raises(KeyboardInterrupt):
+        run(claim, lab.config, lab.model)
+    file = Path(output) / "order" / "seed-0.json"
+    assert [f.name for f in file.parent.iterdir()] == ["seed-0.json"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 600.0}))
+    lines = outlook(output, ["order", "pool"], (0, 1))
+    assert lines[0].endswith("1 of 2 seeds done, about 10 min to go") and lines[1].endswith("about 20 min to go")
+    assert lines[2].startswith("about 30 min to go in all")
+    run(claim, lab.config, lab.model)
+    assert calls == [0, 1, 1]
+    assert json.loads((file.parent / "seed-1.json").read_text())["seconds"] > 0
+    (file.parent / "seed-1.json").write_text("{}")  # of an earlier version, which did not time it
+    assert outlook(output, ["order"], (0, 1))[0].endswith("2 of 2 seeds done")
 
 
 def test_arms_that_are_equal_by_construction_raise_an_alarm(
