@@ -74,8 +74,8 @@ def asked(
 def test_cartridges_learn_their_documents_and_joint_training_keeps_them_apart(
     model: FrozenModel, small: Collection, conversations: Conversations, tmp_path: Path
 ) -> None:
-    """The paper's collapse and rescue in small: the same steps, alone and together."""
-    joint = asked(model, small, conversations, tmp_path / "joint", "first", steps=150)
+    """The paper's collapse and rescue in small: the same steps, alone and together, where distractors learn too."""
+    joint = asked(model, small, conversations, tmp_path / "joint", "first", steps=150, distractor_gradients=True)
     alone = asked(model, small, conversations, tmp_path / "alone", "first", steps=150, isolation=1)
     none = right(
         model, Store.open(tmp_path / "joint"), small.questions, dict.fromkeys([d.id for d in small.documents], ())
