@@ -26,7 +26,7 @@ _BINARY = {
     "font": "ttf otf woff woff2 eot",
     "program": "exe dll so dylib o a obj lib pyc pyo pyd class wasm msi bin",
     "database": "sqlite sqlite3 db mdb accdb parquet arrow feather orc",
-    "array file": "npy npz pt pth safetensors gguf onnx h5 hdf5 pkl pickle joblib ckpt mat",
+    "array file": "npy npz pt pth safetensors gguf onnx h5 hdf5 pkl ckpt mat",
     "of another format": "doc dot ppt pps xls odt ods odp rtf pages numbers key msg mobi azw azw3 djvu ps vsd vsdx one",
 }
 _KINDS = {f".{ending}": kind for kind, endings in _BINARY.items() for ending in endings.split()}

@@ -154,7 +154,7 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
 def _check(config: TrainConfig) -> None:
     """Raise ConfigError for options that contradict each other, before anything is loaded."""
     if config.collection is None:
-        raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+        raise ConfigError("give --collection: a folder of documents, a .jsonl file, or a named collection")
     if config.collection_seed and not any(name in config.collection for name in ("million_tokens", "niah")):
         raise ConfigError("--collection-seed is for a collection that is made from it: million_tokens or niah")
     if config.tokens is not None and config.ratio is not None:
@@ -267,7 +267,7 @@ def _save_config(setup: Setup) -> None:
     """Write the options, so that ``--config`` can give them again."""
     options = asdict(replace(setup.config, config=None))
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    values["collection"] = resolve_source(values["collection"])  # the same from whatever directory it is read
+    values["collection"] = resolve_source(str(setup.config.collection))  # the same from whatever directory it is read
     partial = setup.folder / "config.yaml.partial"
     partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(setup.folder / "config.yaml")
