@@ -86,6 +86,7 @@ class Collection:
             include, exclude: globs of a folder's files to read, or not to read.
         """
         names = source.split("+") if isinstance(source, str) else []
+        include, exclude = ((globs,) if isinstance(globs, str) else globs for globs in (include, exclude))
         try:
             known = names and {name.partition(":")[0] for name in names} <= set(known_names())
             if known and (include or exclude):

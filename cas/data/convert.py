@@ -57,7 +57,7 @@ def to_markdown(data: bytes, suffix: str) -> tuple[str, str | None]:
         raise NotConverted(reason[:200]) from error
     finally:
         logging.disable(quiet)
-    text = re.sub(r"<!--.*?-->", "", result.markdown or "", flags=re.DOTALL).replace("\r\n", "\n").replace("\0", "")
+    text = re.sub(r"<!-- Slide number: \d+ -->\n?", "", result.markdown or "").replace("\r\n", "\n").replace("\0", "")
     return text.encode(errors="replace").decode(), result.title
 
 

@@ -16,6 +16,7 @@ from cas.data.documents import one_line
 
 MAX_NAMED = 3  # files that one line names
 CLASSIC = (".txt", ".md")  # their ids have no ending
+_LEFTOVER = re.compile(r"~\$.*|.+~|desktop\.ini|Thumbs\.db", re.IGNORECASE)  # of office programs, editors and Windows
 _GENERATED = ("node_modules", "__pycache__")
 # Files that mark the folder they lie in.
 _MARKS = {"pyvenv.cfg": "virtual environment", "conda-meta": "virtual environment", "cartridges.lmdb": "CAS store"}
@@ -168,6 +169,8 @@ def _kind_left_out(
         return "by --exclude"
     plain = name.rpartition("/")[2]
     if plain.startswith(".") and not _is_named(plain, [part for part in named if part.startswith(".")]):
+        return "hidden"
+    if _LEFTOVER.fullmatch(plain) and not _is_named(plain, named):
         return "hidden"
     if folder:
         if plain in _GENERATED and not _is_named(plain, named):

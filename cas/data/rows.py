@@ -98,6 +98,8 @@ def _rows(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
         data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CollectionError(f"{path}: broken gzip file ({one_line(str(error))})") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # what Windows' shell writes
+        data = data.decode("utf-16", errors="replace").encode(errors="replace")
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not path.name.removesuffix(".gz").endswith(".json"):
         return "line", ((n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip())

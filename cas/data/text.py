@@ -38,8 +38,10 @@ _MAGIC = {
     b"\xd0\xcf\x11\xe0": "of another format", b"{\\rtf": "of another format",
 }  # fmt: skip
 _CONTROL_BYTES = re.compile(rb"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f]")
+# In a word a sign other than an apostrophe or hyphen, or a capital after a small letter: Windows-1252 was another encoding.
+_NOT_WESTERN = re.compile("[A-Za-z][^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\xad·–—][A-Za-z]|[a-zà-öø-ÿ][À-ÖØ-ÞŒŠŽŸ]")
 _NOT_ASCII = re.compile("[^\x00-\x7f\ufffd]")
-_DATA_IMAGE = re.compile(r"!\[([^\]\n]*)\]\(\s*<?data:[^)\n]*\)")
+_DATA_IMAGE = re.compile(r"!\[([^\[\]\n]{0,1000})\]\([ \t]{0,9}<?data:[^()\n]*\)")
 _DATA_START = r"data:(?:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+(?:=[\w.+-]+)?)*|;base64),"
 # In quotes, brackets or parentheses however short; bare ones only from a length that nobody writes by hand.
 _DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_START}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
@@ -132,12 +134,24 @@ def _guess(data: bytes, encodings: list[str] = _COMMON) -> tuple[str, str] | Non
         return None
     best, codec = matches[0], matches[0].encoding
     equal = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
-    if any("cp1252" in match.could_be_from_charset for match in equal):
-        codec = "cp1252"  # by far the most frequent of those that fit equally well
+    if any("cp1252" in match.could_be_from_charset for match in equal) or (encodings is not _WIDE and _western(sample)):
+        codec = "cp1252"  # by far the most frequent of those that fit
     text = data.decode(codec, errors="replace")
     if _share("\ufffd", text) > 0.01 or _CONTROLS.search(text.replace("\x1b", "").replace("\x1a", "")):
         return None
     return text, codec.replace("_", "-")
+
+
+def _western(sample: bytes) -> bool:
+    """Whether bytes read as Windows-1252 look like a Western European language with few letters beyond ASCII, too few to
+    tell encodings apart by the frequencies of letters."""
+    text = sample.decode("cp1252", errors="replace")
+    runs = re.findall("[^\x00-\x7f]+", text)
+    foreign, ascii_letters = "".join(runs), len(re.findall("[A-Za-z]", text))
+    paired = len(foreign) - len(runs)  # as all bytes of Chinese or Cyrillic are
+    if 5 * paired > len(foreign) or 2 * sum(map(str.isalpha, foreign)) > ascii_letters or len(set(foreign)) > 4:
+        return False
+    return "\ufffd" not in text and not _NOT_WESTERN.search(text)
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def test_generated_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
         "not read: 3 hidden, 1 CAS store, 1 __pycache__ folder, 1 node_modules folder, 1 virtual environment; "
         "--dry-run lists them",
     )
+    texts(tmp_path, "~$a.docx", "a.md~", "desktop.ini")
+    assert Collection.load(tmp_path).skipped[0].startswith("not read: 6 hidden, ")
     assert ids(tmp_path, include=[".github/**"]) == [".github/flow.yml"]
     assert ids(tmp_path, include=["node_modules/"]) == ["x/node_modules/p/README"]
     assert ids(tmp_path, include=[".*"]) == [".env", ".git/config", ".github/flow.yml"]
@@ -129,6 +131,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
         "2.log",
     )
     assert ids(tmp_path, include=["*.md"]) == ["a", "drafts/f", "guides/c", "guides/deep/d"]
+    assert [d.id for d in Collection.load(tmp_path, include="*.log", exclude="2*").documents] == ["1.log"]
     assert ids(tmp_path, include=["*.py", "guides/*.md"]) == ["b.PY", "guides/c"]
     assert ids(tmp_path, include=["guides/**"]) == ids(tmp_path, include=["./guides/"])
     assert ids(tmp_path, include=["guides/**/*.md"]) == ["guides/c", "guides/deep/d"]

@@ -88,6 +88,16 @@ def test_arrays(tmp_path: Path) -> None:
         Collection.load(write(tmp_path / "set.json", "{"))
 
 
+def test_utf_16_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    for codec in ("utf-16", "utf-8-sig"):
+        file.write_bytes('{"id": "a", "text": "Ü"}\r\n'.encode(codec))
+        assert Collection.load(file)["a"].text == "Ü"
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(CollectionError, match="line 1: "):
+        Collection.load(file)
+
+
 def test_an_id_names_one_text(tmp_path: Path) -> None:
     a, other = {"id": "a", "text": "x"}, {"id": "a", "text": "y"}
     collection = Collection.load(write(tmp_path / "rows.jsonl", lines(a, a, {"id": "e", "text": ""})))

@@ -43,6 +43,30 @@ def test_encodings(text: str, encoding: str) -> None:
     assert bool(decoded[1]) == (encoding != "utf-8-sig")
 
 
+WORKSHOP = "The pump was designed by {} in the workshop at the harbor, and it opens the valve at fifteen bar. " * 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Zoë",
+        "Málaga",
+        "Ångström",
+        "£5 – “quoted”",
+        "©2020 ACME®",
+        "5 µm ± 2 °C",
+        "¿Qué?",
+        "½ inch",
+        "€ 30",
+        "§ 5",
+        "l’été",
+    ],
+)
+def test_a_few_western_words_are_enough(words: str) -> None:
+    for text in (words, WORKSHOP.replace("{}", words)):
+        assert decode(text.encode("cp1252")) == (text, "cp1252")
+
+
 def test_damaged_text_is_read_and_said_to_be() -> None:
     assert decode(b"\xef\xbb\xbfabc\xff") == ("abc\ufffd", "utf-8 with wrong bytes")
     assert decode(GERMAN.encode() * 2 + b"\xff") == (GERMAN * 2 + "\ufffd", "utf-8 with wrong bytes")
@@ -158,3 +182,16 @@ def test_embedded_files_are_no_text() -> None:
     assert without_data_uris("src='data:;base64,QUJD'") == "src=''"
     for text in ("data: a word", "(see data:image/png)", "A data:text/plain,hello URI is short.", "metadata: [1, 2]"):
         assert without_data_uris(text) == text
+
+
+def test_no_text_takes_for_ever() -> None:
+    """Each of these took minutes with an expression that starts again at every character."""
+    for text in (
+        "![" * 200_000 + "data:",
+        "![](data:" * 100_000,
+        "data:a/" + "b;" * 300_000,
+        "data:a/" + "b" * 1_000_000,
+    ):
+        assert without_data_uris(text) == text
+    assert title_in("```\n" * 100_001 + "<!--" * 100_000, ".md") is None
+    assert split_front_matter("---\n" + "a: b\n" * 200_000)[0] is None
