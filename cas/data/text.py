@@ -43,8 +43,10 @@ _NOT_WESTERN = re.compile("[A-Za-z][^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\x
 _NOT_ASCII = re.compile("[^\x00-\x7f\ufffd]")
 _DATA_IMAGE = re.compile(r"!\[([^\[\]\n]{0,1000})\]\([ \t]{0,9}<?data:[^()\n]*\)")
 _DATA_START = r"data:(?:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+(?:=[\w.+-]+)?)*|;base64),"
-# In quotes, brackets or parentheses however short; bare ones only from a length that nobody writes by hand.
-_DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_START}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
+# Pictures and base64 in quotes, brackets or parentheses go however short; anything else only from a length that nobody
+# writes by hand, since pages about such addresses have examples.
+_DATA_QUOTED = r"data:(?:(?:image|font)/[\w.+-]+(?:;[\w.+=-]+)*|(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64),"
+_DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_QUOTED}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
 _UNDERLINED = r"^(?=.*\w)(\S.*)\n([=\-~^\"'`#*+.:_])\2{2,}[ \t]*$"
 _TITLES = {
     ".txt": r"^#[ \t]+(\S.*)",

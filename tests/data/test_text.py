@@ -180,7 +180,13 @@ def test_embedded_files_are_no_text() -> None:
     assert without_data_uris(f"bare {image} end") == "bare  end"
     assert without_data_uris("![](data:image/svg+xml,%3Csvg%20x%3D'1'%3E)") == ""
     assert without_data_uris("src='data:;base64,QUJD'") == "src=''"
-    for text in ("data: a word", "(see data:image/png)", "A data:text/plain,hello URI is short.", "metadata: [1, 2]"):
+    for text in (
+        "import 'data:text/javascript,x=1;';",
+        "data: a word",
+        "(see data:image/png)",
+        "A data:text/plain,hello URI is short.",
+        "metadata: [1, 2]",
+    ):
         assert without_data_uris(text) == text
 
 
