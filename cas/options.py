@@ -75,7 +75,11 @@ class CollectionOptions:
     """What is trained on."""
 
     collection: str | None = None
-    """A folder of .txt/.md files, a .jsonl[.gz] file of {id, title, text}, or a named collection, such as million_tokens."""
+    """A folder of documents, a .jsonl[.gz] file of {id, title, text}, or a named collection, such as million_tokens."""
+    include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Read only files of the folder that this glob matches, such as '*.md' or 'guides/**'."""
+    exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Leave out files and folders that this glob matches, such as 'drafts/'."""
     collection_seed: int = 0
     """Seed of a generated collection (million_tokens, niah)."""
     documents: int | None = None

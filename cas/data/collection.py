@@ -1,7 +1,8 @@
-"""Documents and questions: read from a folder, from JSON lines, or by the name of a known collection.
+"""Documents and questions: read from a folder, from JSON, or by the name of a known collection.
 
-A JSON line is ``{"id", "title", "text"}`` for a document (the title may be missing) and ``{"id", "document_ids",
-"question", "answers", "choices", "kind"}`` for a question (the first and the last two may be missing).
+A JSON line is ``{"id", "title", "text"}`` for a document (the title may be missing; `cas.data.rows` has other names that
+are understood) and ``{"id", "document_ids", "question", "answers", "choices", "kind"}`` for a question (the first and the
+last two may be missing).
 """
 
 from __future__ import annotations
@@ -13,25 +14,32 @@ import os
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+from cas.data.convert import INSTALL
 from cas.data.documents import Document, Question, one_line
-from cas.data.reading import find_files, name_of, read_documents, read_questions
+from cas.data.folder import LeftOut, summary
+from cas.data.reading import Source, find_source, name_of, read_documents, read_questions
 from cas.errors import CollectionError
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents, kept sorted by id; their questions; a line for every document left out, which equality ignores."""
+    """Documents, kept sorted by id, and their questions.
+
+    Equality ignores ``skipped``, the lines for the user about what was not read or read in an unusual way, and
+    ``left_out``, every file, folder and row that is no document.
+    """
 
     name: str = field(compare=False)
     documents: tuple[Document, ...]
     questions: tuple[Question, ...] = ()
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    left_out: tuple[LeftOut, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "documents", tuple(sorted(self.documents, key=lambda document: document.id)))
@@ -58,21 +66,34 @@ class Collection:
         return self._by_id[id]
 
     @staticmethod
-    def load(source: str | Path, questions: str | Path | None = None, seed: int = 0) -> Collection:
+    def load(
+        source: str | Path,
+        questions: str | Path | None = None,
+        seed: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> Collection:
         """Read a collection; CollectionError for an unknown source, no usable document, or a malformed line.
 
         Args:
             source: a known name (see `known_names`; several joined by "+"; a path of the same name is ``./name``), a
-                ``.jsonl[.gz]`` file, a folder with ``documents.jsonl[.gz]``, or else a folder whose ``*.txt`` and
-                ``*.md`` files are read recursively, hidden ones left out.
+                ``.jsonl[.gz]`` or ``.json`` file, a folder with ``documents.jsonl[.gz]`` or in BEIR's layout, or else a
+                folder whose files are read recursively: text in any encoding, and what `cas.data.convert` converts.
             questions: a file to read in place of the one beside the documents, which is ``questions.jsonl[.gz]`` or,
-                for a single file of documents, first ``<stem>.questions.jsonl[.gz]``.
+                for a single file of documents, first ``<stem>.questions.jsonl[.gz]``. Those about documents that are
+                not there are counted and left out.
             seed: of a generated collection, ``million_tokens`` or ``niah``; ``niah:8000`` has at least so many words a document.
+            include, exclude: globs of a folder's files to read, or not to read.
         """
         names = source.split("+") if isinstance(source, str) else []
+        include, exclude = ((globs,) if isinstance(globs, str) else globs for globs in (include, exclude))
         try:
             known = names and {name.partition(":")[0] for name in names} <= set(known_names())
-            collection = _load_named(names, seed) if known else _read(Path(source))
+            if known and (include or exclude):
+                raise CollectionError(
+                    f"{source}: --include and --exclude choose files of a folder, not of a known name"
+                )
+            collection = _load_named(names, seed) if known else _read(_path(source), include, exclude)
             if questions is not None:
                 collection = collection.with_questions(Path(questions))
         except OSError as error:
@@ -80,8 +101,15 @@ class Collection:
         return collection
 
     def with_questions(self, file: Path) -> Collection:
-        """The same documents with the questions of a file. Raises CollectionError for one about an unknown document."""
-        return replace(self, questions=read_questions(file, self.__getitem__))
+        """The same documents with the questions of a file, those left out that are about documents that are not here."""
+        return self._with_questions(Source(file.parent, None, file))
+
+    def _with_questions(self, source: Source) -> Collection:
+        left_out: list[LeftOut] = []
+        questions = read_questions(source, self._by_id.__contains__, left_out)
+        text = summary(left_out, INSTALL)
+        skipped, left = (*self.skipped, *([text] if text else [])), (*self.left_out, *left_out)
+        return replace(self, questions=questions, skipped=skipped, left_out=left)
 
     def select(self, ids: Iterable[str] | int) -> Collection:
         """The given documents, or the first n by id, with the questions that need no other document."""
@@ -195,19 +223,57 @@ def _load_named(names: Iterable[str], seed: int) -> Collection:
         documents += [replace(item, id=new[item.id][0]) for item in part.documents]
         for item in _repoint(part.questions, new):
             questions.append(replace(item, id=f"{name}/{item.id}") if asked[item.id] > 1 else item)
-    skipped = tuple(line for part in parts.values() for line in part.skipped)
-    return Collection("+".join(parts), tuple(documents), tuple(questions), skipped)
+    skipped = [line for part in parts.values() for line in part.skipped]
+    skipped += [
+        f"{name} is the known collection; write ./{name} for the folder here" for name in parts if _hides_folder(name)
+    ]
+    left_out = tuple(item for part in parts.values() for item in part.left_out)
+    return Collection("+".join(parts), tuple(documents), tuple(questions), tuple(skipped), left_out)
 
 
-def _read(path: Path) -> Collection:
-    """The collection in a folder or a ``.jsonl[.gz]`` file."""
-    files = find_files(path)
-    if files is None:
+def _hides_folder(name: str) -> bool:
+    """Whether a folder of the user is called like a known collection and is something else."""
+    mine, known = Path(name), Path(os.environ.get("CAS_DATA", "")) / name
+    if name == "examples":
+        known = EXAMPLES.parent
+    return mine.is_dir() and (name in GENERATORS or not known.is_dir() or not mine.samefile(known))
+
+
+def _path(source: str | Path) -> Path:
+    """A source as a path; ``~`` is the home folder, where no shell has expanded it."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(source)
+
+
+def resolve_source(source: str) -> str:
+    """One spelling for a source, to record and compare: known names as they are, paths absolute with links resolved."""
+    if {name.partition(":")[0] for name in source.split("+")} <= set(known_names()):
+        return source
+    return os.path.realpath(_path(source))
+
+
+def same_source(recorded: str, source: str) -> bool:
+    """Whether two spellings mean the same collection. A relative one, as older stores record them, may have been given
+    in another working directory: it means any path that ends like it."""
+    if resolve_source(recorded) == resolve_source(source):
+        return True
+    old, new = Path(os.path.normpath(recorded)), resolve_source(source)
+    elsewhere = not old.is_absolute() and not old.exists() and os.path.isabs(new)
+    return elsewhere and Path(new).parts[-len(old.parts) :] == old.parts
+
+
+def _read(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Collection:
+    """The collection in a folder or a file of JSON."""
+    source = find_source(path)
+    if source is None:
         known = f"known are {', '.join(known_names())} (examples: in a source checkout only); a path works too"
         if near := difflib.get_close_matches(str(path), known_names(), n=1):
             known = f"did you mean {near[0]}? {known}"
-        raise CollectionError(f"{one_line(str(path))}: no folder, .jsonl[.gz] or known name; {known}")
-    packed, questions = files
-    documents, skipped = read_documents(path, packed)
-    collection = Collection(name_of(path), tuple(documents), (), tuple(skipped))
-    return collection.with_questions(questions) if questions else collection
+        raise CollectionError(f"{one_line(str(path))}: no folder, .jsonl[.gz], .json or known name; {known}")
+    reading = read_documents(source, include, exclude)
+    collection = Collection(
+        name_of(path), tuple(reading.documents), (), tuple(reading.lines()), tuple(reading.left_out)
+    )
+    return collection._with_questions(source) if source.questions else collection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,3 +41,11 @@ class Question:
 def one_line(text: str) -> str:
     """Every run of control characters, line breaks among them, becomes one space."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
+def checked_id(id: str) -> str:
+    """The id itself. Ids become file names and lines on a terminal, so ValueError refuses what would do harm there."""
+    control = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in id)
+    if control or not id.strip() or len(id) > 300 or id.startswith("/") or ".." in id.split("/"):
+        raise ValueError(f"bad id {id[:40]!a}: 1-300 characters, no control characters, no leading '/', no '..' part")
+    return id

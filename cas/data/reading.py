@@ -1,27 +1,71 @@
-"""Documents and questions out of files: text files in folders, and JSON lines."""
+"""Documents and questions out of a folder as it is, or out of a file of JSON."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
-import unicodedata
-import zlib
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from cas.data.documents import Document, Question, one_line
+from cas.data import convert
+from cas.data.documents import Document, Question, checked_id, one_line
+from cas.data.folder import CLASSIC, Entry, LeftOut, list_files, names, summary
+from cas.data.rows import read_beir_questions, read_document, read_question, read_rows
+from cas.data.text import (
+    MARKDOWN,
+    binary_kind,
+    decode,
+    has_binary_name,
+    is_drawing,
+    split_front_matter,
+    title_in,
+    without_data_uris,
+)
 from cas.errors import CollectionError
 
+_JSON = re.compile(r"\.jsonl?(\.gz)?$")
+_JSON_LINES = re.compile(r"\.jsonl(\.gz)?$")
+_HEAD = 1 << 16  # bytes that show whether a large file is binary
+_PAGES = (*CLASSIC, *MARKDOWN, ".rst", ".adoc", ".asciidoc", ".org", ".tex", *convert.FORMATS)  # written to be read
 
-def _checked_id(id: str) -> str:
-    """The id itself. Ids become file names and lines on a terminal, so ValueError refuses what would do harm there."""
-    control = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in id)
-    if control or not id.strip() or len(id) > 300 or id.startswith("/") or ".." in id.split("/"):
-        raise ValueError(f"bad id {id[:40]!a}: 1-300 characters, no control characters, no leading '/', no '..' part")
-    return id
+
+@dataclass
+class Reading:
+    """What was read.
+
+    Attributes:
+        documents: in the order of reading. left_out: everything else. encodings: {codec: files that were read in it}.
+        outside: files that were read through links out of the folder.
+    """
+
+    documents: list[Document] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    encodings: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    outside: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """What the user is told: one line of all that was not read, and one each of encodings and links, if any."""
+        text = summary(self.left_out, convert.INSTALL)
+        lines = [f"{text}; --dry-run lists them"] if text else []
+        if self.encodings:
+            as_what = (f"{codec}: {len(found)} ({names(found)})" for codec, found in sorted(self.encodings.items()))
+            lines.append(f"read as {'; '.join(as_what)}")
+        if self.outside:
+            lines.append(f"read through links out of the folder: {len(self.outside)} ({names(self.outside)})")
+        return lines
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a collection. ``packed``: JSON with all documents, else they are the files of the folder ``path``."""
+
+    path: Path
+    packed: Path | None
+    questions: Path | None
+    beir: bool = False
 
 
 def _either(folder: Path, stem: str) -> Path | None:
@@ -29,129 +73,209 @@ def _either(folder: Path, stem: str) -> Path | None:
     return next((path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()), None)
 
 
-def find_files(path: Path) -> tuple[Path | None, Path | None] | None:
-    """The files of documents and of questions that belong to a folder or a ``.jsonl[.gz]`` file; None if it is neither.
+def find_source(path: Path) -> Source | None:
+    """The files that belong to a folder, or to a ``.jsonl[.gz]`` or ``.json`` file; None if it is neither.
 
-    A folder without ``documents.jsonl[.gz]`` has no file of documents: its text files are the documents.
+    A folder without ``documents.jsonl[.gz]`` has no file of documents: its files are the documents. One with a corpus and
+    queries or judgments as BEIR has them (``corpus.jsonl``, ``queries.jsonl``, ``qrels/``) is read as that.
     """
     if path.is_dir():
-        return _either(path, "documents"), _either(path, "questions")
-    if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
-        return path, _either(path.parent, f"{name_of(path)}.questions") or _either(path.parent, "questions")
+        packed, corpus, queries = (_either(path, stem) for stem in ("documents", "corpus", "queries"))
+        if packed is None and corpus is not None and (queries is not None or (path / "qrels").is_dir()):
+            own = _either(path, "questions")
+            return Source(path, corpus, own or queries, beir=own is None and queries is not None)
+        return Source(path, packed, _either(path, "questions"))
+    if path.is_file() and _JSON.search(path.name):
+        return Source(
+            path, path, _either(path.parent, f"{name_of(path)}.questions") or _either(path.parent, "questions")
+        )
     return None
 
 
 def name_of(path: Path) -> str:
     """A collection's name: that of its folder or file, without the ending."""
-    return re.sub(r"\.jsonl(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
+    return _JSON.sub("", os.path.basename(os.path.abspath(path)))
 
 
-def read_documents(path: Path, packed: Path | None) -> tuple[list[Document], list[str]]:
-    """The documents in a folder, or in its ``.jsonl[.gz]`` file, and a line for each that is left out.
+def read_documents(source: Source, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Reading:
+    """The documents of a folder or of its file.
 
-    Raises CollectionError if none can be used, or a line is malformed.
+    Args:
+        include, exclude: globs of files to read or not, for a folder of files.
+
+    Raises: CollectionError if none can be used, or a row is malformed.
     """
-    skipped: list[str] = []
-    candidates = _read_rows(packed, _document) if packed else _read_texts(path, skipped)
-    documents: list[Document] = []
+    reading = Reading()
+    if source.packed is None:
+        candidates = _read_files(source.path, include, exclude, reading)
+    else:
+        if include or exclude:
+            raise CollectionError(
+                f"{source.packed}: --include and --exclude choose files of a folder, not rows of a file"
+            )
+        candidates = read_rows(source.packed, read_document, reading.left_out)
     first: dict[str, str] = {}  # text -> the place where it was read first
     for where, document in candidates.items():
         text = document.text
         if not text.strip():
-            skipped.append(f"{where}: empty — skipped")
-        elif "\0" in text or 2 * len(re.findall(r"[\x00-\x08\x0b\x0e-\x1f]", text)) > len(text):
-            skipped.append(f"{where}: binary, not text — skipped")
+            kind = "empty" if _suffix(where) not in convert.FORMATS else "without text"
+            reading.left_out.append(LeftOut(where, kind, id=document.id))
+        elif source.packed is not None and _is_binary(text):
+            reading.left_out.append(LeftOut(where, "other binary file", "binary, not text", document.id))
         elif first.setdefault(text, where) != where:
-            skipped.append(f"{where}: same text as {first[text]} — skipped")
+            kind = "with the text of another"
+            reading.left_out.append(LeftOut(where, kind, f"same text as {first[text]}", document.id))
         else:
-            documents.append(document)
-    if not documents:
-        reason = f"{len(skipped)} left out, such as {skipped[0]}" if skipped else "it needs *.txt, *.md or JSON lines"
-        raise CollectionError(f"{path}: no document to read; {reason}")
-    return documents, skipped
+            reading.documents.append(document)
+    if not reading.documents:
+        found = summary(reading.left_out, convert.INSTALL)
+        raise CollectionError(f"{source.path}: no document to read; {found or 'it needs text files or JSON lines'}")
+    return reading
 
 
-def _document(row: dict[str, Any], number: int) -> Document:
-    return Document(_checked_id(_string(row, "id")), _string(row, "title", default=""), _string(row, "text"))
+def _is_binary(text: str) -> bool:
+    return "\0" in text or 2 * len(re.findall(r"[\x00-\x08\x0b\x0e-\x1f]", text)) > len(text)
 
 
-def _read_texts(folder: Path, skipped: list[str]) -> dict[str, Document]:
-    """{relative path: document} of the text files in a folder, in the order of their paths."""
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+# -- the files of a folder ---------------------------------------------------------------------------------------------
+
+
+def _read_files(folder: Path, include: Sequence[str], exclude: Sequence[str], reading: Reading) -> dict[str, Document]:
+    """{path below the folder: document} of the files that are text or can be converted, in the order of reading."""
     found: dict[str, Document] = {}
     taken: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in (".txt", ".md") or not path.is_file():
-            continue
-        where, data = one_line(relative.as_posix()), path.read_bytes()
+    for entry in list_files(folder, include, exclude, reading.left_out):
+        where = one_line(entry.name)
         try:
-            id = _checked_id(relative.with_suffix("").as_posix())
-            if taken.setdefault(id, where) != where:
-                raise ValueError(f"{taken[id]} and {where} share the id {id!r}")
-            text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            at = f"not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); save it as UTF-8"
-            skipped.append(f"{where}: {'binary, not text' if 0 in data else at} — skipped")
-            continue
+            id = checked_id(_free_id(entry, taken))
         except ValueError as error:
-            raise CollectionError(f"{folder}: {error}; rename the file") from error
-        heading = re.search(r"^#[ \t]+(\S.*)", text, flags=re.MULTILINE)
-        found[where] = Document(id, heading[1] if heading else re.sub(r"[-_]+", " ", path.stem), text)
-    return found
-
-
-def _read_rows(path: Path, parse: Callable[[dict[str, Any], int], Any]) -> dict[str, Any]:
-    """{"file line 3": what ``parse(object, line number)`` makes of that line}; its ValueErrors get file and line."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CollectionError(f"{path}: broken gzip file ({one_line(str(error))})") from error
-    found: dict[str, Any] = {}
-    taken: dict[str, int] = {}
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
+            reading.left_out.append(LeftOut(where, "with an unusable name", f"{error}; rename the file"))
+            continue
+        if where in found or id in taken:  # such as one name in two Unicode forms
+            reading.left_out.append(LeftOut(where, "with the name of another", f"same name as {taken.get(id, where)}"))
             continue
         try:
-            row = json.loads(line.decode())
-            if not isinstance(row, dict):
-                raise ValueError("expected a JSON object")
-            item = parse(row, number)
-            if taken.setdefault(item.id, number) != number:
-                raise ValueError(f"id {item.id!r} is taken by line {taken[item.id]}")
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON, {error.msg}" if isinstance(error, json.JSONDecodeError) else one_line(str(error))
-            raise CollectionError(f"{path} line {number}: {reason}") from error
-        found[f"{path.name} line {number}"] = item
+            document = _read_file(entry, id, where, reading)
+        except OSError as error:
+            reading.left_out.append(LeftOut(where, "unreadable", f"unreadable ({error.strerror or error})", id))
+            continue
+        if document is not None:
+            found[where], taken[id] = document, where
+            if entry.outside:
+                reading.outside.append(where)
     return found
 
 
-def _string(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    value = default if row.get(key) is None else row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} is missing" if value is None else f"{key!r} must be a string")
-    value.encode()  # JSON can spell lone surrogates, which no file takes: UnicodeEncodeError, a ValueError
-    return value
+def _free_id(entry: Entry, taken: dict[str, str]) -> str:
+    """The path without .txt or .md; with it, or with a dot in place of an ending, if that id is taken."""
+    name = entry.name
+    short = name[: -len(entry.suffix)] if entry.suffix in CLASSIC else name
+    if short not in taken:
+        return short
+    return name if name != short else f"{name}."
 
 
-def _strings(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = row.get(key)
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
-        raise ValueError(f"{key!r} must be a list of one or more strings, none of them empty")
-    return tuple(_string({key: value}, key) for value in values)
+def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document | None:
+    """A file as a document; None if it is none, which is recorded unless it holds questions."""
+    suffix = entry.suffix
+    if _JSON_LINES.search(entry.name.lower()):
+        if not _holds_questions(entry):
+            why = "JSON lines are a collection of their own; give the file as --collection"
+            reading.left_out.append(LeftOut(where, "JSON lines file", why))
+        return None
+    with open(entry.path, "rb") as file:
+        head = file.read(_HEAD)
+        if suffix not in CLASSIC and head.startswith(b"%PDF-"):
+            suffix = ".pdf"
+        converted = suffix in convert.FORMATS
+        binary = not converted and (is_drawing(suffix, head) or (len(head) == _HEAD and _looks_binary(head)))
+        data = head if binary else head + file.read()  # a film is not read to its end
+    if converted:
+        return _convert(data, suffix, entry, id, where, reading)
+    decoded = None if binary else decode(data, guess=not has_binary_name(suffix))
+    if decoded is None:
+        kind = binary_kind(suffix, head)
+        reading.left_out.append(LeftOut(where, kind, f"{kind}, not text", id))
+        return None
+    text, codec = decoded
+    if codec:
+        reading.encodings[codec].append(where)
+    text, declared = text.replace("\r\n", "\n"), None
+    if suffix in MARKDOWN:
+        declared, text = split_front_matter(text)
+    text = without_data_uris(text)
+    return Document(id, title_in(text, suffix) or declared or _title_of(entry.name), text)
 
 
-def read_questions(path: Path, check: Callable[[str], object]) -> tuple[Question, ...]:
-    """Questions of a file; one without an id is called ``q<line>``. ``check``: raises ValueError for an unknown document."""
+def _looks_binary(head: bytes) -> bool:
+    return b"\0" in head and decode(head[: head.rfind(b"\n") + 1] or head) is None
 
-    def parse(row: dict[str, Any], number: int) -> Question:
-        id, document_ids = _checked_id(_string(row, "id", default=f"q{number}")), _strings(row, "document_ids")
-        for name in document_ids:
-            check(name)
-        question, answers = _string(row, "question"), _strings(row, "answers")
-        if not question.strip():
-            raise ValueError("'question' is empty")
-        choices = None if row.get("choices") is None else _strings(row, "choices")
-        return Question(id, document_ids, question, answers, choices, _string(row, "kind", default="question"))
 
-    return tuple(_read_rows(path, parse).values())
+def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, reading: Reading) -> Document | None:
+    kind = convert.FORMATS[suffix][1]
+    if not convert.available():
+        reading.left_out.append(LeftOut(where, f"needs {kind}", f"{kind}, which needs: {convert.INSTALL}", id))
+        return None
+    if not data.strip():
+        reading.left_out.append(LeftOut(where, "empty", id=id))
+        return None
+    if suffix in convert.AS_TEXT and (decoded := decode(data)) is not None:
+        if decoded[1]:
+            reading.encodings[decoded[1]].append(where)
+        data = decoded[0].encode(errors="replace")
+    try:
+        text, declared = convert.to_markdown(data, suffix)
+    except convert.NotConverted as error:
+        reading.left_out.append(LeftOut(where, "that cannot be converted", f"cannot be converted ({error})", id))
+        return None
+    text = without_data_uris(text)
+    return Document(id, title_in(text, ".md") or declared or _title_of(entry.name), text)
+
+
+def _title_of(name: str) -> str:
+    """A title from a file's name: in words if it is a page, else its path, since many files of code share a name."""
+    stem, suffix = os.path.splitext(name.rpartition("/")[2])
+    return re.sub(r"[-_]+", " ", stem) if suffix.lower() in _PAGES else name
+
+
+def _holds_questions(entry: Entry) -> bool:
+    """Whether the first line of a file of JSON lines is a question: such files belong to a collection and are no documents."""
+    if re.match(r"(.*\.)?questions\.jsonl", entry.name.rpartition("/")[2].lower()):
+        return True
+    try:
+        with open(entry.path, "rb") as file:
+            row = json.loads(file.readline(_HEAD).decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "question" in row and "document_ids" in row
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def read_questions(source: Source, known: Callable[[str], bool], left_out: list[LeftOut]) -> tuple[Question, ...]:
+    """The questions of a file about documents that are there; the others are added to ``left_out``.
+
+    Raises: CollectionError for a malformed row.
+    """
+    if source.questions is None:
+        return ()
+    if source.beir:
+        questions = read_beir_questions(source.path, source.questions, left_out)
+    else:
+        questions = tuple(read_rows(source.questions, read_question, left_out).values())
+    about: list[Question] = []
+    for question in questions:
+        absent = [id for id in question.document_ids if not known(id)]
+        if absent:
+            why = f"question {question.id} is about {absent[0]}, which is not there"
+            left_out.append(
+                LeftOut(one_line(question.id), "questions about documents that are not there", one_line(why))
+            )
+        else:
+            about.append(question)
+    return tuple(about)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import yaml
 
 from budget.memory_plan import Plan
-from cas.data.collection import Collection, split_long
+from cas.data.collection import Collection, resolve_source, same_source, split_long
 from cas.errors import ConfigError, StoreMismatch
 from cas.model.frozen import FrozenModel
 from cas.model.loading import recorded_source
@@ -32,7 +32,8 @@ from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
 
 DEFAULT_RATIO = 16.0
-_SOURCE = ("collection", "collection_seed", "documents", "merge")  # options that say which documents are trained
+# Options that say which documents are trained.
+_SOURCE = ("collection", "include", "exclude", "collection_seed", "documents", "merge")
 
 Stop = Callable[[], bool]
 
@@ -153,7 +154,7 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
 def _check(config: TrainConfig) -> None:
     """Raise ConfigError for options that contradict each other, before anything is loaded."""
     if config.collection is None:
-        raise ConfigError("give --collection: a folder of .txt or .md files, a .jsonl file, or a named collection")
+        raise ConfigError("give --collection: a folder of documents, a .jsonl file, or a named collection")
     if config.collection_seed and not any(name in config.collection for name in ("million_tokens", "niah")):
         raise ConfigError("--collection-seed is for a collection that is made from it: million_tokens or niah")
     if config.tokens is not None and config.ratio is not None:
@@ -162,8 +163,10 @@ def _check(config: TrainConfig) -> None:
 
 def _load_documents(config: TrainConfig, view: View) -> Collection:
     assert config.collection is not None
-    documents = Collection.load(config.collection, seed=config.collection_seed)
-    for text in documents.skipped:
+    documents = Collection.load(
+        config.collection, seed=config.collection_seed, include=config.include, exclude=config.exclude
+    )
+    for text in (*documents.skipped, *(map(str, documents.left_out) if config.dry_run else ())):
         view.warn(text)
     if config.documents is not None:
         documents = documents.select(config.documents)
@@ -205,8 +208,12 @@ def _refuse_other_collection(config: TrainConfig, store: Store, round: Round) ->
     if round.postponed or not (round.changed or round.gone):
         return
     file = store.folder / "config.yaml"
-    before = yaml.safe_load(file.read_text()) if file.exists() else {}
-    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != getattr(config, k)]:
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    now = {k: list(v) if isinstance(v, tuple) else v for k in _SOURCE for v in [getattr(config, k)]}
+    before = {"include": [], "exclude": [], **before}  # which older stores do not record
+    if config.collection and before.get("collection") and same_source(before["collection"], config.collection):
+        before["collection"] = config.collection
+    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != now[k]]:
         raise StoreMismatch(
             f"{store.folder} was trained with another {', '.join(other)}: it would lose {len(round.gone)} documents "
             f"and retrain {len(round.changed)}; give what it was trained on, or a new --store"
@@ -260,8 +267,9 @@ def _save_config(setup: Setup) -> None:
     """Write the options, so that ``--config`` can give them again."""
     options = asdict(replace(setup.config, config=None))
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    values["collection"] = resolve_source(str(setup.config.collection))  # the same from whatever directory it is read
     partial = setup.folder / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(setup.folder / "config.yaml")
 
 
