@@ -124,7 +124,7 @@ class CpuAttention:
                 rows = slice(spans[0].start, spans[-1].stop)
             placed = torch.arange(sizes[name], device=device) + layout.header + shift
             self.prefixes.append(_Prefix(name, rows, shift, placed))
-        self.own = [self._own(members, batch.lengths, starts) for members in _similar(batch.lengths)]
+        self.own = [self._own(members, batch.lengths, starts) for members in similar_lengths(batch.lengths)]
         self.parts: list[_Part] = [*self.prefixes, *self.own]
         self._biases: dict[tuple[int, int], Tensor | None] = {}
 
@@ -210,7 +210,7 @@ class _Layers(torch.autograd.Function):
         return gradient, None
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Conversations in groups of similar length."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
