@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from budget.manager import guest_bytes, trainee_bytes
 
 RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: see docs/architecture.md
+PREFILL_BYTES = 64 * 2**20  # scores of one forward pass over prompts, at most 2**22, in a few copies
+ALLOCATOR_SHARE = 4  # gaps take at most such a part of what forward keeps, as measured on CPUs
 
 
 class DoesNotFit(ValueError):
@@ -21,13 +23,16 @@ class Sizes:
         weights: bytes of the frozen model. element: bytes of one number in its compute dtype.
         largest: elements of the largest cartridge. total: elements of all cartridges together.
         documents: how many. tokens: of all documents.
-        step_tokens: own tokens of one step; logit_rows: of these, rows whose logits are held at a time.
-        prefix: sum of the prefix positions (header included) that the step's conversations see.
+        kept: the most bytes that a micro-batch of a step keeps for backward; per_token: of these, bytes of one token
+            without its attention weights; seen: cartridges that a micro-batch may see. logit_rows: rows whose logits are
+            held at a time.
         layers, hidden, intermediate, vocabulary, query_heads, kv_heads, head_dim: the model's shape.
-        longest: own tokens of the longest conversation. rows: conversations of a step.
-        decoded: positions that one batch of self-study may hold.
+        longest: own tokens of the longest conversation.
+        decoded: own positions that a batch of self-study holds, twice where others can join it; decoded_rows: its rows;
+            chunks: positions of text and requests that the rows of a unit share.
         matched: tokens of the longest document that gets attention-matching initialization (0: none does); matched_on:
-            tokens of the conversations it is computed from.
+            tokens of the conversations it is computed from, padding included; scores_at_once: of one key head.
+        whole_logits: the logits are not the plain output of the last layer, and keep their own graph.
     """
 
     weights: int
@@ -36,9 +41,10 @@ class Sizes:
     total: int
     documents: int
     tokens: int
-    step_tokens: int
+    kept: int
+    per_token: int
+    seen: int
     logit_rows: int
-    prefix: int
     layers: int
     hidden: int
     intermediate: int
@@ -47,10 +53,13 @@ class Sizes:
     kv_heads: int
     head_dim: int
     longest: int
-    rows: int
     decoded: int = 0
+    decoded_rows: int = 0
+    chunks: int = 0
     matched: int = 0
     matched_on: int = 0
+    scores_at_once: int = 0
+    whole_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,43 +94,41 @@ class Plan:
         ]
 
 
-def activation_bytes(s: Sizes, recompute: bool = False, merged: bool = True) -> int:
-    """An upper bound of what forward and backward over a packed step keep. ``recompute``: layers keep only their input
-    and are computed again one at a time. ``merged``: attention of a CPU, which keeps its weights; without it resident
-    cartridges are counted by :func:`make_plan`.
+def activation_bytes(s: Sizes, recompute: bool = False) -> int:
+    """An upper bound of what forward and backward over a micro-batch take. ``recompute``: layers keep only their input
+    and are computed again one at a time.
 
-    Per layer and token: about 14 hidden-sized, 6 query-sized, 6 key-sized and 5 MLP-sized tensors; per layer: the
-    attention weights of every head, and the visible prefix in the compute dtype; once, the weights' gradients and
-    masks; for the rows held at a time, three float32 copies of the logits and one in the compute dtype.
+    What is kept, and a quarter of it for the gaps between tensors of many sizes. During backward, one layer's gradients:
+    about 12 hidden-sized and 6 MLP-sized tensors a token, and its attention weights twice. The rows of logits held at a
+    time: in float32, and three times in a smaller compute dtype; where they keep a graph of their own, four more times.
     """
-    kv_width, q_width = s.kv_heads * s.head_dim, s.query_heads * s.head_dim
-    per_token = 14 * s.hidden + 6 * q_width + 6 * kv_width + 5 * s.intermediate
-    padded = s.rows * s.longest  # own keys and queries, padded to the longest conversation inside attention
-    seen = 2 * kv_width * s.prefix if merged else 0
-    own = (2 * kv_width + 2 * q_width) * padded
-    weights = s.query_heads * s.longest * (s.prefix + padded) if merged else 0
-    logits = s.logit_rows * s.vocabulary * (s.element + 3 * 4)
-    layer = s.step_tokens * per_token + weights
-    kept = s.layers * seen + (layer + s.layers * s.step_tokens * s.hidden if recompute else s.layers * layer)
-    return (kept + 2 * own + 2 * weights) * s.element + logits
+    tokens, layer = s.kept // s.per_token, s.kept // s.layers
+    kept = layer + tokens * s.layers * s.hidden * s.element if recompute else s.kept
+    backward = tokens * (12 * s.hidden + 6 * s.intermediate) * s.element + 2 * layer
+    each = 4 + (0 if s.element == 4 else 2 * s.element) + (16 if s.whole_logits else 0)
+    return kept + kept // ALLOCATOR_SHARE + max(backward, s.logit_rows * s.vocabulary * each)
 
 
 def decoding_bytes(s: Sizes) -> int:
-    """An upper bound of what a batch of self-study keeps: its whole KV cache twice (gathered, and while gathering), and
-    the logits of one new token for as many rows as would fit at 64 positions each."""
+    """An upper bound of what a batch of self-study takes: the KV cache of its rows; that of the chunks and requests they
+    share, as read, stacked, gathered and kept; the logits of one new token for every row, twice in float32; and one
+    forward pass over the chunks or the prompts."""
     per_position = 2 * s.layers * s.kv_heads * s.head_dim * s.element
-    return 2 * s.decoded * per_position + s.decoded // 64 * s.vocabulary * 4
+    cache = (s.decoded + 4 * s.chunks) * per_position + 2 * s.decoded_rows * s.vocabulary * 4
+    return cache + max(512, s.chunks) * (6 * s.hidden + 6 * s.intermediate) * s.element + PREFILL_BYTES
 
 
 def matching_bytes(s: Sizes) -> int:
-    """An upper bound of what attention-matching initialization keeps: the document's KV twice; of one key head four
-    float32 copies of all scores, conversations padded to twice their tokens; and a layer's activations."""
+    """An upper bound of what attention-matching initialization takes: the document's KV three times; of one key head
+    four float32 copies of the scores held at a time, and the queries, four times; and a layer's activations."""
     if not s.matched:
         return 0
     kv = 2 * s.layers * s.kv_heads * s.head_dim * s.matched
-    rows = 2 * s.matched_on
-    scores = 4 * (s.query_heads // s.kv_heads) * rows * (s.matched + s.longest) * 4
-    return 2 * kv * s.element + scores + max(rows, s.matched) * (6 * s.hidden + 5 * s.intermediate) * s.element
+    group = s.query_heads // s.kv_heads
+    scores = max(s.scores_at_once, group * s.longest * (s.matched + s.longest))
+    width = 4 * s.hidden + 4 * s.intermediate
+    own = max(s.matched_on, s.matched) * width * s.element + 4 * s.matched_on * group * s.head_dim * 4
+    return 3 * kv * s.element + 4 * scores * 4 + own
 
 
 def make_plan(
@@ -132,51 +139,70 @@ def make_plan(
     budget: int | None,
     host_budget: int | None,
     on_cpu: bool,
-    merged: bool | None = None,
     frozen: int = 0,
+    device_free: int | None = None,
+    host_free: int | None = None,
 ) -> Plan:
     """What training will take. Layers are computed twice where it does not fit otherwise.
 
     Args:
         pool: cartridges in training at a time; by default as many as fit ``budget``, at most 20 (as in 2606.04557).
         guests: frozen distractors; with the pool never more than documents and ``frozen`` cartridges of earlier rounds.
-        merged: attention is that of a CPU; by default ``on_cpu``.
+        device_free, host_free: what the machine can give, which no budget exceeds. The pool does not depend on it, so
+            that results do not.
 
-    Raises: DoesNotFit with the figures if the budget cannot hold it.
+    Raises: DoesNotFit with the figures if the budget, or the machine, cannot hold it.
     """
     runtime = RUNTIME_BYTES if on_cpu else 0
-    merged = on_cpu if merged is None else merged
-    # A GPU step concatenates residents in the compute dtype: cast, concatenated, and the gradient of that.
-    beside = 0 if on_cpu else 3 * s.element * s.largest
     each, guest = trainee_bytes(s.largest), guest_bytes(s.largest)
+    if on_cpu:  # those that a step sees, cast, with a spare column or two for each head; and the gradient of that
+        beside = s.element * (s.largest + 2 * s.largest // s.head_dim)
+        beside += s.element * s.largest
+    else:  # a step concatenates residents in the compute dtype: cast, concatenated, and the gradient of that
+        beside = 3 * s.element * s.largest
 
     def copies(pool: int) -> int:
         return min(guests, s.documents + frozen - pool)
 
+    def visible(pool: int) -> int:
+        return min(s.seen, pool + copies(pool)) if on_cpu else pool + copies(pool)
+
     def needed(pool: int) -> int:
-        return runtime + s.weights + activations + pool * (each + beside) + copies(pool) * (guest + beside)
+        resident = pool * each + copies(pool) * guest + visible(pool) * beside
+        return runtime + s.weights + activations + resident
 
     most = min(20 if pool is None else pool, s.documents)
     least = 1 if pool is None else most
-    fitting: list[int] = []
+    chosen: int | None = None
     for recompute in (False, True):
-        activations = max(activation_bytes(s, recompute, merged), decoding_bytes(s), matching_bytes(s))
-        fitting = [n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget]
-        if fitting:
+        activations = max(activation_bytes(s, recompute), decoding_bytes(s), matching_bytes(s))
+        if chosen is None:
+            fitting = (n for n in range(most, least - 1, -1) if budget is None or needed(n) <= budget)
+            chosen = next(fitting, None)
+        if chosen is not None and (device_free is None or needed(chosen) <= device_free):
             break
     else:
-        raise DoesNotFit(
-            f"--budget {size(budget or 0)} cannot hold this: weights {size(s.weights)}, "
-            f"activations up to {size(activations)}, runtime {size(runtime)}, {copies(least)} frozen distractors "
-            f"{size(copies(least) * guest)}, pool of {least} {size(least * each)} need {size(needed(least))}; "
-            "raise --budget or lower --pool, --frozen-distractors, --targets or --per-target"
+        pool = least if chosen is None else chosen
+        figures = (
+            f"cannot hold this: weights {size(s.weights)}, activations up to {size(activations)}, "
+            f"runtime {size(runtime)}, {copies(pool)} frozen distractors {size(copies(pool) * guest)}, "
+            f"pool of {pool} {size(pool * each)} need {size(needed(pool))}"
         )
-    pool = fitting[0]
+        lower = "lower --pool, --frozen-distractors, --tokens or --chunk-tokens"
+        if chosen is None:
+            raise DoesNotFit(f"--budget {size(budget or 0)} {figures}; raise --budget or {lower}")
+        raise DoesNotFit(f"the {size(device_free or 0)} that this machine has free {figures}; {lower}")
+    pool = chosen
     guests = copies(pool)
     everything = 12 * s.total
     host = everything if host_budget is None else min(host_budget, everything)
     if not on_cpu:  # in transit: a thread reads and writes during the steps
         host += (2 * 12 * pool + 4 * guests) * s.largest
+    if host_free is not None and (needs := host + (needed(pool) if on_cpu else RUNTIME_BYTES)) > host_free:
+        raise DoesNotFit(
+            f"the {size(host_free)} of host memory that this machine has free cannot hold {size(needs)}, of which "
+            f"{size(host)} for cartridges outside the pool; lower --host-memory or --pool"
+        )
     return Plan(
         documents=s.documents,
         tokens=s.tokens,
@@ -184,7 +210,7 @@ def make_plan(
         guests=guests,
         recompute=recompute,
         weights=s.weights,
-        activations=activations + (pool + guests) * beside,
+        activations=activations + visible(pool) * beside,
         trainees=pool * each,
         guest_copies=guests * guest,
         runtime=runtime,

@@ -158,6 +158,7 @@ def manuals(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytes
     monkeypatch.setattr("cas.selfstudy.synthesize.bad_answer", lambda *_: None)
     monkeypatch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
     monkeypatch.setattr("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder())
+    monkeypatch.setattr("cas.training.cost.PROBE_SECONDS", 0.0)
     monkeypatch.delenv("CAS_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manuals").mkdir()

@@ -131,7 +131,7 @@ class CpuAttention:
             learns_from = None if all(learns) else _rows([i for i, one in enumerate(learns) if one], device)
             placed = torch.arange(sizes[name], device=device) + layout.header + shift
             self.prefixes.append(_Prefix(name, _rows([i for r in rows for i in r], device), shift, placed, learns_from))
-        self.own = [self._own(members, batch.lengths, starts) for members in _similar(batch.lengths)]
+        self.own = [self._own(members, batch.lengths, starts) for members in similar_lengths(batch.lengths)]
         self.parts: list[_Part] = [*self.prefixes, *self.own]
         self._biases: dict[tuple[int, int], Tensor | None] = {}
 
@@ -224,7 +224,7 @@ class _Layers(torch.autograd.Function):
         return gradient, None
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Conversations in groups of similar length."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from cas.store.store import Store
 
 TOKENS = 4096  # of conversations that a document is matched on
-LONGEST = 4096  # tokens of a document: one forward pass holds all its scores; longer ones start as ``first``
+PADDED_TOKENS = 2 * TOKENS  # of these, padded to the longest: bounds the memory of long conversations among short ones
+LONGEST = 4096  # tokens of a document that is read in one forward pass; longer ones start as ``first``
+SCORES_AT_ONCE = 1 << 22  # of one key head, in float32: 16 MiB
 RIDGE = 1.0  # of the mean squared weight: regularizes values that few questions attend to toward their original ones
 SAMPLED_CHUNK = 64  # tokens of one chunk in Sampled Chunk Initialization (2508.17032)
 
@@ -120,11 +122,11 @@ def matched(
     Args: ids: of the document; conversations: about it; at most ``TOKENS`` of their tokens are used, drawn by ``seed``.
     Returns: float32 [L, 2, H, p, D], keys after RoPE.
     """
-    drawn, room = list[list[int]](), TOKENS
+    drawn, room, longest = list[list[int]](), TOKENS, 0
     for n in Random(seed).sample(range(len(conversations)), len(conversations)):
         tokens = conversations[n].tokens(model)
-        room -= len(tokens)
-        if room < 0 and drawn:
+        room, longest = room - len(tokens), max(longest, len(tokens))
+        if drawn and (room < 0 or longest * (len(drawn) + 1) > PADDED_TOKENS):
             break
         drawn.append(tokens)
     lengths = torch.tensor([len(tokens) for tokens in drawn], device=model.device)
@@ -164,24 +166,36 @@ class _Matching:
         header, turn = self.model.layout_header, self.model.rope.shift
         query, key, value = query.float() * scale, key.float(), value.float()
         keys, values = self.prefix[layer, :, h].float()
-        own = query @ key[:, None].mT  # the same wherever the conversation stands
-        own = own.masked_fill(~_seen(own.shape[2], 0, own.shape[2], window).to(own.device), -torch.inf)
-        weights = _weights(query, keys, own, window, len(keys))
-        out = _output(weights, values, value)
-        # Attention paid by padding does not count.
-        paid = (weights[..., header : len(keys)] * self.real[:, None, :, None]).amax((0, 1, 2))
+        seen = _seen(query.shape[2], 0, query.shape[2], window).to(query.device)
+        size = max(1, SCORES_AT_ONCE // (query.shape[1] * query.shape[2] * (len(keys) + query.shape[2])))
+        parts = [slice(start, start + size) for start in range(0, len(query), size)]  # of the conversations
+
+        def own(part: slice) -> Tensor:  # the same wherever the conversation stands
+            return (query[part] @ key[part, None].mT).masked_fill(~seen, -torch.inf)
+
+        out, paid = torch.empty_like(query), keys.new_zeros(len(keys) - header)
+        for part in parts:
+            weights = _weights(query[part], keys, own(part), window, len(keys))
+            out[part] = _output(weights, values, value[part])
+            # Attention paid by padding does not count.
+            real = weights[..., header : len(keys)] * self.real[part, None, :, None]
+            paid = torch.maximum(paid, real.amax((0, 1, 2)))
         chosen = paid.topk(self.p).indices.sort().values + header
         by = torch.full((self.p,), self.nearer)
+        first = len(keys) + self.nearer
         keys = torch.cat([keys[:header], turn(keys[chosen], by, layer)])
         values = torch.cat([values[:header], values[chosen]])
-        moved = turn(query, torch.full(query.shape[2:3], self.nearer), layer)
-        weights = _weights(moved, keys, own, window, len(self.prefix[0, 0, 0]) + self.nearer)
-        rows = self.real[:, None].expand(weights.shape[:3])
-        missing = (out - _output(weights, values, value))[rows]
-        x = weights[..., header : len(keys)][rows]  # [rows, p]
-        square = x.T @ x
+        square, wanted = keys.new_zeros(self.p, self.p), values.new_zeros(self.p, values.shape[1])
+        for part in parts:
+            moved = turn(query[part], torch.full(query.shape[2:3], self.nearer), layer)
+            weights = _weights(moved, keys, own(part), window, first)
+            rows = self.real[part, None].expand(weights.shape[:3])
+            missing = (out[part] - _output(weights, values, value[part]))[rows]
+            x = weights[..., header : len(keys)][rows]  # [rows, p]
+            square += x.T @ x
+            wanted += x.T @ missing
         square.diagonal().add_(RIDGE * square.diagonal().mean() + 1e-8)
-        values[header:] += torch.linalg.solve(square, x.T @ missing)
+        values[header:] += torch.linalg.solve(square, wanted)
         return torch.stack([keys[header:], values[header:]]), out.to(value.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from budget.free_memory import device_free, host_free
 from budget.memory_plan import DoesNotFit, Plan, Sizes, make_plan
 from cas.data.collection import Collection
 from cas.errors import BudgetError
@@ -11,9 +12,13 @@ from cas.model.decoding import most_positions
 from cas.model.frozen import FrozenModel
 from cas.model.positions import cartridge_size
 from cas.options import TrainConfig, memory
-from cas.selfstudy.prompt_styles import token_limits
-from cas.training.initialization import LONGEST, TOKENS
+from cas.selfstudy.planners import fit_window
+from cas.selfstudy.prompt_styles import prompt_style, token_limits
+from cas.selfstudy.seed_prompts import BRIEF
+from cas.selfstudy.synthesize import ROWS
+from cas.training.initialization import LONGEST, PADDED_TOKENS, SCORES_AT_ONCE
 from cas.training.loss import rows_at_once
+from cas.training.micro_batches import kept_bytes, kept_per_token, most_kept
 from cas.training.schedule import guest_count
 
 EXTRA_TOKENS = 16  # of a conversation, besides question, answer and the template's parts
@@ -34,39 +39,49 @@ def plan_memory(
         pool: cartridges in training at a time; by default as many as the budget holds.
         frozen: positions of each cartridge of earlier rounds, which only distract.
 
-    Raises: BudgetError with the figures if the budget cannot hold it.
+    Raises: BudgetError with the figures if the budget, or what this machine has free, cannot hold it; ConfigError when
+    the model reads too little.
     """
     tokens = [model.count_tokens(d.text) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
+    on_cpu, host = model.device.type == "cpu", host_free()
     try:
         return make_plan(
-            _sizes(config, model, tokens, sizes, frozen),
+            _sizes(config, model, documents, tokens, sizes, frozen),
             pool=None if pool is None else min(pool, len(sizes)),
             guests=min(guest_count(config, len(frozen)), len(sizes) + len(frozen)),
             frozen=len(frozen),
             budget=None if config.budget is None else memory(config.budget, "--budget"),
             host_budget=memory(config.host_memory, "--host-memory"),
-            on_cpu=model.device.type == "cpu",
-            merged=model.device.type == "cpu" or config.positions == "sequential",
+            on_cpu=on_cpu,
+            device_free=host if on_cpu else device_free(model.device),
+            host_free=host,
         )
     except DoesNotFit as error:
         raise BudgetError(str(error)) from error
 
 
 def _sizes(
-    config: TrainConfig, model: FrozenModel, tokens: Sequence[int], sizes: Sequence[int], frozen: Sequence[int]
+    config: TrainConfig,
+    model: FrozenModel,
+    documents: Collection,
+    tokens: Sequence[int],
+    sizes: Sequence[int],
+    frozen: Sequence[int],
 ) -> Sizes:
     """``tokens`` of every document, ``sizes``: positions of its cartridge."""
-    g = model.geometry
-    template_tokens = len(model.template.footer_ids) + len(model.template.suffix_ids)
+    g, template = model.geometry, model.template
     question, answer = token_limits(model, config)
-    longest = question + answer + template_tokens + EXTRA_TOKENS
-    rows = min(config.targets, len(sizes)) * config.per_target
-    logit_rows = rows * answer
-    largest = max(*sizes, *frozen, 0)
-    visible = min(len(sizes) + len(frozen), 1 + (0 if config.isolation >= 1 else config.max_distractors))
+    longest = question + answer + len(template.footer_ids) + len(template.suffix_ids) + EXTRA_TOKENS
+    targets = min(config.targets, len(sizes))
+    rows = targets * config.per_target
+    largest, alone = max(*sizes, *frozen, 0), model.layout_header + max(sizes)
+    others = min(len(sizes) + len(frozen) - 1, 0 if config.isolation >= 1 else config.max_distractors)
     # Twice the expected number of conversations with distractors, each with the most of them.
-    mixed = min(rows, 2 * (1 - config.isolation) * rows + 1)
+    mixed = min(rows, int(2 * (1 - config.isolation) * rows) + 1) if others else 0
+    most = [alone + others * largest] * mixed + [alone] * (rows - mixed)
+    one = kept_bytes(model, [longest], [max(most)])
+    logit_rows = rows * answer
     return Sizes(
         weights=model.weight_bytes,
         element=model.dtype.itemsize,
@@ -74,9 +89,10 @@ def _sizes(
         total=g.elements(sum(sizes)),
         documents=len(sizes),
         tokens=sum(tokens),
-        step_tokens=rows * longest,
+        kept=max(one, min(most_kept(model), kept_bytes(model, [longest] * rows, most))),
+        per_token=kept_per_token(model),
+        seen=targets + others * mixed,
         logit_rows=logit_rows if model.head is None else min(logit_rows, rows_at_once(model.head)),
-        prefix=int(rows * (model.layout_header + max(sizes)) + mixed * (visible - 1) * largest),
         layers=g.layers,
         hidden=g.hidden,
         intermediate=getattr(model.config, "intermediate_size", 4 * g.hidden),
@@ -85,8 +101,39 @@ def _sizes(
         kv_heads=g.kv_heads,
         head_dim=g.head_dim,
         longest=longest,
-        rows=rows,
-        decoded=most_positions(model),
         matched=min(max(tokens), LONGEST) if config.initialization == "matched" else 0,
-        matched_on=TOKENS,
+        matched_on=PADDED_TOKENS,
+        scores_at_once=SCORES_AT_ONCE,
+        whole_logits=model.head is None,
+        **_self_study(config, model, documents, question, answer),
     )
+
+
+def _self_study(
+    config: TrainConfig, model: FrozenModel, documents: Collection, question: int, answer: int
+) -> dict[str, int]:
+    """``decoded``, ``decoded_rows`` and ``chunks`` of :class:`Sizes`: of questions or answers, whichever take more.
+
+    Args: question, answer: the most tokens of each.
+    """
+    style = prompt_style(model, config)
+    study, sources = fit_window(model, style, config, documents)
+    per_call, per_unit = style.sizes(study)
+    title = max(model.count_tokens(d.title) for d in documents.documents)
+    sentence = max((max(s.lengths) for s in sources), default=0)
+    # A chunk may have a few tokens more than its sentences by themselves, and begins with the title.
+    chunk = title + max((min(study.chunk_tokens, sum(s.lengths)) for s in sources), default=0) * 17 // 16
+    request = max(style.request_length(model, kind, study, question) for kind in study.kinds) + title + sentence
+    times = config.wordings if style.every_sentence else 1
+    asked = per_call * times
+    # (rows, own positions of each, chunks), asking and answering
+    asking = (per_unit, request, per_unit) if style.lists else (asked, request + question, 1)
+    answering = (asked * per_unit, len(model.question_tokens(BRIEF)) + question + answer, per_unit)
+    wanted = []
+    for rows, own, calls in (asking, answering):
+        rows, shared = min(ROWS, rows), calls * (chunk + request)
+        held = min(rows * own, max(own, most_positions(model) - shared))
+        # Where not all fit, others join the batch when half of it has ended, and both are there meanwhile.
+        joined = held < rows * own and not (style.lists and calls > 1)
+        wanted.append({"decoded": held * (1 + joined), "decoded_rows": rows, "chunks": shared})
+    return max(wanted, key=lambda w: w["decoded"] + 4 * w["chunks"])

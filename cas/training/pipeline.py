@@ -24,6 +24,7 @@ from cas.selfstudy.prompt_styles import prompt_style, with_limits
 from cas.selfstudy.synthesize import synthesize
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
+from cas.training.cost import Cost, estimate
 from cas.training.initialization import initialize_cartridges
 from cas.training.memory_sizes import plan_memory
 from cas.training.metrics_log import Report
@@ -107,12 +108,22 @@ class Setup:
     documents: Collection
     round: Round
     memory: Plan | None
+    cost: Cost | None = None
 
     def lines(self) -> list[str]:
         """For the user, before anything starts."""
         source, dtype = self.model.source, str(self.model.dtype).removeprefix("torch.")
         first = f"model       {source.name} ({source.kind}, {dtype}, {self.model.device})"
-        return [first, *self._writer(), *self.round.lines(), *(self.memory.lines() if self.memory else ())]
+        return [
+            first,
+            *self._writer(),
+            *self.round.lines(),
+            *(self.memory.lines() if self.memory else ()),
+            *self._time(),
+        ]
+
+    def _time(self) -> list[str]:
+        return [self.cost.line()] if self.cost else []
 
     def _writer(self) -> list[str]:
         """Who writes the questions, if not the model."""
@@ -148,7 +159,14 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
     limited = with_limits(model, config, folder / "conversations")
     needed = plan_memory(limited, model, learning, ratio, pool, frozen) if round.learners else None
     load_embedder(config.embedder)  # refused now, not after hours of training
-    return Setup(config, folder, model, ratio, learning, round, needed)
+    cost = estimate(limited, model, learning, max(_sizes(config, model, learning, ratio)), store) if needed else None
+    return Setup(config, folder, model, ratio, learning, round, needed, cost)
+
+
+def _sizes(config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None) -> list[int]:
+    """Positions of every document's cartridge."""
+    tokens = [model.count_tokens(d.text) for d in documents.documents]
+    return [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
 
 
 def _check(config: TrainConfig) -> None:
@@ -196,8 +214,7 @@ def _warn_of_windows(
     config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None, store: Store | None, view: View
 ) -> None:
     """Say which cartridges stand too far from the question for some layers' windows."""
-    tokens = [model.count_tokens(d.text) for d in documents.documents]
-    sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
+    sizes = _sizes(config, model, documents, ratio)
     span = (store.meta["span"] if store is not None else config.span) or max(sizes)
     if warning := unseen_layers(Layout(config.positions, 0, span), sizes, model.geometry.windows):
         view.warn(f"warning: {warning}")

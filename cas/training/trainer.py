@@ -31,6 +31,7 @@ from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
 from cas.training.loss import distillation_loss, distillation_mean
 from cas.training.metrics_log import Report, StepLog
+from cas.training.micro_batches import micro_batches
 from cas.training.optim import adam_step, learning_rate
 from cas.training.rounds import current_round
 from cas.training.schedule import Schedule, Step
@@ -122,9 +123,7 @@ class Trainer:
         learners = set(trainees) & seen if self.training.distractor_gradients else set(work.targets)
         leaves = {name: slot.kv.detach().requires_grad_(name in learners) for name, slot in trainees.items()}
         examples = [self.conversations.by_document[e.document][e.index] for e in work.examples]
-        mean, tokens = self.loss(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
-        mean.backward()
-        loss = float(mean.detach())
+        loss, tokens = self.backward(examples, [e.visible for e in work.examples], {**leaves, **self.manager.guests})
         gradients = {name: g for name in sorted(learners) if (g := leaves[name].grad) is not None}
         assert len(gradients) == len(learners)
         if causes := guard.causes(loss, gradients, self.model.geometry.vocabulary):
@@ -173,6 +172,20 @@ class Trainer:
         self.store.forget(name)
         self.manager.reload(name)
         self.state.rows[name] = replace(self.store.row(name), drawn=self.state.drawn[name])
+
+    def backward(
+        self, conversations: list[Conversation], visible: list[tuple[str, ...]], cartridges: Mapping[str, Tensor]
+    ) -> tuple[float, int]:
+        """Add the gradient of :meth:`loss` to the cartridges, in micro-batches, which bounds memory. Returns as it does."""
+        lengths, answers = [len(c.tokens(self.model)) for c in conversations], [len(c.answer) for c in conversations]
+        prefixes = [self.model.layout_header + sum(cartridges[n].shape[3] for n in names) for names in visible]
+        loss = 0.0
+        for part in micro_batches(self.model, lengths, prefixes):
+            mean = self.loss(conversations[part], visible[part], cartridges)[0]
+            mean = mean * (sum(answers[part]) / sum(answers))  # together, the mean over all answer tokens of the step
+            mean.backward()
+            loss += float(mean.detach())
+        return loss, sum(lengths)
 
     def loss(
         self, conversations: list[Conversation], visible: list[tuple[str, ...]], cartridges: Mapping[str, Tensor]

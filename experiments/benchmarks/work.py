@@ -20,7 +20,7 @@ from torch import Tensor
 from cas.data.collection import Collection, Document
 from cas.data.worlds import world
 from cas.model.attention import Batch
-from cas.model.attention_cpu import _similar
+from cas.model.attention_cpu import similar_lengths
 from cas.model.attention_gpu import GpuAttention
 from cas.model.frozen import FrozenModel
 from cas.model.loading import Source
@@ -268,7 +268,7 @@ class Alone:
     def __init__(self, batch: Batch) -> None:
         self.groups = []
         starts = batch.starts()
-        for members in _similar(batch.lengths):
+        for members in similar_lengths(batch.lengths):
             t = max(batch.lengths[i] for i in members)
             rows = torch.tensor([[starts[i] + min(n, batch.lengths[i] - 1) for n in range(t)] for i in members])
             real = torch.tensor([[n < batch.lengths[i] for n in range(t)] for i in members]).flatten()

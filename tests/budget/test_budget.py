@@ -5,15 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from budget.free_memory import host_free
 from budget.ledger import Ledger
 from budget.manager import Manager, guest_bytes, trainee_bytes
-from budget.memory_plan import RUNTIME_BYTES, DoesNotFit, Sizes, activation_bytes, make_plan, size
+from budget.memory_plan import (
+    RUNTIME_BYTES,
+    DoesNotFit,
+    Sizes,
+    activation_bytes,
+    decoding_bytes,
+    make_plan,
+    matching_bytes,
+    size,
+)
 
 # -- ledger -------------------------------------------------------------------------------------------------------------
 
@@ -298,9 +309,9 @@ def test_an_error_beside_the_steps_is_raised_at_the_next_rotation(monkeypatch: p
 
 MIB = 2**20
 SIZES = Sizes(
-    weights=500 * MIB, element=2, largest=MIB, total=60 * MIB, documents=80, tokens=100_000, step_tokens=3_000, logit_rows=600,
-    prefix=20_000, layers=30, hidden=576, intermediate=1536, vocabulary=49_152, query_heads=9, kv_heads=3, head_dim=64, longest=110,
-    rows=32,
+    weights=500 * MIB, element=2, largest=MIB, total=60 * MIB, documents=80, tokens=100_000, kept=1200 * MIB, per_token=MIB,
+    seen=0, logit_rows=600, layers=30, hidden=576, intermediate=1536, vocabulary=49_152, query_heads=9, kv_heads=3, head_dim=64,
+    longest=110,
 )  # fmt: skip
 
 
@@ -315,11 +326,11 @@ def test_plan_adds_up() -> None:
     assert p.device == p.runtime + p.weights + p.activations + p.trainees + p.guest_copies
     assert (p.host, p.pool, p.guests, p.documents, p.tokens) == (12 * 60 * MIB, 7, 3, 80, 100_000)
     assert 2 * 12 * 60 * MIB <= p.disk <= 2.2 * 12 * 60 * MIB  # measured on the demo: the file grows to 2.06 times
+    seeing = plan(replace(SIZES, seen=4), pool=7, guests=3)  # cast, with two columns more a head, and their gradient
+    assert seeing.activations - p.activations == seeing.device - p.device == 4 * 2 * (2 * MIB + MIB // 32)
     gpu = plan(pool=7, guests=3, on_cpu=False)
     assert gpu.runtime == 0 and gpu.host == (2 * 12 * 7 + 3 * 4) * MIB  # those on the way
-    assert gpu.activations == activation_bytes(SIZES, merged=False) + 10 * 3 * 2 * MIB < p.activations
-    sequential = plan(pool=7, guests=3, on_cpu=False, merged=True)
-    assert sequential.activations == p.activations + 10 * 3 * 2 * MIB
+    assert gpu.activations == activation_bytes(SIZES) + 10 * 3 * 2 * MIB
     assert gpu.device == gpu.weights + gpu.activations + gpu.trainees + gpu.guest_copies
     assert plan(host_budget=5).host == 5 and plan(host_budget=0).host == 0
 
@@ -387,19 +398,64 @@ def test_does_not_fit_has_the_figures() -> None:
         plan(pool=7, budget=least + 6 * 16 * MIB - 1)
 
 
+def test_what_the_machine_has_free_is_a_limit_but_chooses_no_pool() -> None:
+    needed = plan(pool=7).device
+    assert plan(pool=7, device_free=needed, host_free=needed) == plan(pool=7)
+    assert plan(pool=7, device_free=needed - 1).recompute
+    least = plan(pool=7, device_free=needed - 1).device
+    for limits in ({"pool": 7}, {"budget": needed}):
+        with pytest.raises(DoesNotFit, match=r"this machine has free cannot hold this: .*lower --pool") as caught:
+            plan(**{**limits, "device_free": least - 1})
+        assert size(least) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(DoesNotFit, match=r"host memory .*lower --host-memory"):
+        plan(pool=7, host_budget=None, device_free=needed, host_free=needed + 1)
+    with pytest.raises(DoesNotFit, match="host memory"):
+        plan(pool=7, on_cpu=False, host_free=RUNTIME_BYTES)
+
+
+def test_free_memory_is_the_least_of_kernel_and_cgroups(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert host_free(tmp_path) is None
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:  4000 kB\n")
+    write("proc/self/status", "VmHWM:\t 900 kB\nVmRSS:\t 100 kB\n")
+    assert host_free(tmp_path) == 4100 * 1024
+    write("proc/self/cgroup", "0::/user/job\n")
+    write("sys/fs/cgroup/user/job/memory.max", "max\n")
+    write("sys/fs/cgroup/user/job/memory.current", "1\n")
+    write("sys/fs/cgroup/user/job/memory.stat", "inactive_file 0\n")
+    assert host_free(tmp_path) == 4100 * 1024
+    write("sys/fs/cgroup/user/memory.max", str(3000 * 1024))  # a parent's limit
+    write("sys/fs/cgroup/user/memory.current", str(1000 * 1024))
+    write("sys/fs/cgroup/user/memory.stat", f"anon 5\ninactive_file {200 * 1024}\n")
+    assert host_free(tmp_path) == 2300 * 1024
+    write("proc/self/cgroup", "11:cpu,cpuacct:/x\n4:memory:/elsewhere\n")  # version 1, seen from inside a container
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", str(1500 * 1024))
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", str(1400 * 1024))
+    write("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 0\n")
+    assert host_free(tmp_path) == 200 * 1024
+
+
 def test_activations_grow_with_the_step() -> None:
     base = activation_bytes(SIZES)
-    for larger in (
-        {"step_tokens": 6_000},
-        {"logit_rows": 1_200},
-        {"prefix": 40_000},
-        {"element": 4},
-        {"longest": 220},
-        {"layers": 60},
-    ):
+    for larger in ({"kept": 2400 * MIB}, {"logit_rows": 1_200}, {"vocabulary": 100_000}):
         assert activation_bytes(replace(SIZES, **larger)) > base
-    logits = 600 * 49_152 * (2 + 12)
-    assert activation_bytes(replace(SIZES, logit_rows=0)) == base - logits
+    assert activation_bytes(replace(SIZES, logit_rows=600, whole_logits=True)) > base
+    # Logits and a layer's gradients are not there at the same time.
+    assert activation_bytes(replace(SIZES, logit_rows=0)) == activation_bytes(replace(SIZES, logit_rows=1)) < base
+
+
+def test_decoding_and_matching_grow_with_what_they_hold() -> None:
+    decoding = decoding_bytes(SIZES)
+    for larger in ({"decoded": 100}, {"decoded_rows": 1}, {"chunks": 1}):
+        assert decoding_bytes(replace(SIZES, **larger)) > decoding
+    assert matching_bytes(SIZES) == 0 < matching_bytes(replace(SIZES, matched=1))
+    one = replace(SIZES, matched=1000, matched_on=8192, scores_at_once=1 << 22)
+    for larger in ({"matched": 9000}, {"matched_on": 9000}, {"scores_at_once": 1 << 23}):
+        assert matching_bytes(replace(one, **larger)) > matching_bytes(one)
+    assert plan(replace(SIZES, decoded=1 << 20)).activations == decoding_bytes(replace(SIZES, decoded=1 << 20))
 
 
 @pytest.mark.parametrize(

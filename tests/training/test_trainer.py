@@ -29,7 +29,8 @@ from cas.model.frozen import FrozenModel, Source
 from cas.model.positions import Layout
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.store.store import Store
-from cas.training import loss_guard
+from cas.training import loss_guard, micro_batches
+from cas.training.micro_batches import kept_bytes, kept_per_token
 from cas.training.optim import learning_rate
 from cas.training.schedule import Example, Step
 from cas.training.trainer import Report, StepResult, Trainer, Training
@@ -333,7 +334,8 @@ def test_guests_are_seen_and_never_change(
 
 
 def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenModel]) -> None:
-    """What autograd really keeps of a step, weights and cartridges aside, against the planner's figure."""
+    """What autograd really keeps of a step, weights and cartridges aside, is what micro-batches are cut by; and with
+    what comes on top, the planner's figure."""
     documents = many_documents(6, words=60)
     for kind in ("llama", "qwen3", "gemma3"):
         model = tiny(kind)
@@ -342,6 +344,7 @@ def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenMo
         names = tuple(store.rows())
         ours = {name: store.cartridge(name).requires_grad_() for name in names}
         items = [c for name in names for c in talks.by_document[name]]
+        lengths = [len(c.tokens(model)) for c in items]
         mixed = [names[: n % 5] if c.document in names[: n % 5] else (c.document,) for n, c in enumerate(items)]
         for visible in (mixed, [names] * len(items), [(c.document,) for c in items]):
             known = {t.untyped_storage().data_ptr() for t in [*model.hf.state_dict().values(), *ours.values()]}
@@ -354,17 +357,51 @@ def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenMo
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                _, tokens = Trainer(model, store, talks).loss(items, visible, ours)
-            g = model.geometry
+                Trainer(model, store, talks).loss(items, visible, ours)
+            g, rows = model.geometry, sum(len(c.answer) for c in items)
+            counted = kept_bytes(model, lengths, [model.layout_header + 64 * len(seen) for seen in visible])
             sizes = Sizes(
-                weights=0, element=4, largest=0, total=0, documents=6, tokens=0, step_tokens=tokens,
-                logit_rows=sum(len(c.answer) for c in items), prefix=sum(model.layout_header + 64 * len(seen) for seen in visible),
-                layers=g.layers, hidden=g.hidden, intermediate=64, vocabulary=g.vocabulary, query_heads=g.query_heads,
-                kv_heads=g.kv_heads, head_dim=g.head_dim, longest=max(len(c.tokens(model)) for c in items), rows=len(items),
+                weights=0, element=4, largest=0, total=0, documents=6, tokens=0, kept=counted, per_token=kept_per_token(model),
+                seen=6, logit_rows=rows, layers=g.layers, hidden=g.hidden, intermediate=64, vocabulary=g.vocabulary,
+                query_heads=g.query_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, longest=max(lengths),
+                whole_logits=model.head is None,
             )  # fmt: skip
             measured = sum(size for size, _ in kept.values())
-            assert measured < activation_bytes(sizes) < 4 * measured
+            logits = 4 * rows * g.vocabulary * 4 if model.head is None else 4 * rows * g.hidden
+            assert measured - logits < 1.02 * counted < 1.05 * measured
+            assert measured < activation_bytes(sizes) < 3 * measured  # the tiny ones have three layers
         store.close()
+
+
+def test_micro_batches_add_up_to_the_whole_step(
+    new_store: Callable[..., Store], model: FrozenModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a step is cut, loss and gradients are those of the whole; a part keeps no more than the limit."""
+    store = new_store()
+    names = tuple(store.rows())
+    items = [c for name in names for c in conversations.by_document[name]]
+    visible = [names if n % 3 else (c.document,) for n, c in enumerate(items)]
+    lengths = [len(c.tokens(model)) for c in items]
+    prefixes = [model.layout_header + 16 * len(seen) for seen in visible]
+    results, counts = [], []
+    for tokens in (10_000, 200, 1):
+        monkeypatch.setattr(micro_batches, "TOKENS_AT_ONCE", (tokens, 0))
+        parts = micro_batches.micro_batches(model, lengths, prefixes)
+        assert [i for part in parts for i in range(len(items))[part]] == list(range(len(items)))
+        for part in parts:
+            kept = micro_batches.kept_bytes(model, lengths[part], prefixes[part])
+            assert kept <= micro_batches.most_kept(model) or part.stop - part.start == 1
+        ours = {name: store.cartridge(name).requires_grad_() for name in names}
+        loss, own = Trainer(model, store, conversations, **MIXED).backward(items, visible, ours)
+        assert own == sum(lengths)
+        results.append((loss, {name: kv.grad for name, kv in ours.items()}))
+        counts.append(len(parts))
+    assert counts[0] == 1 < counts[1] < counts[2] == len(items)
+    (whole, expected), *others = results
+    for loss, gradients in others:
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for name in names:
+            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-7)
 
 
 # -- memory moves bytes, nothing else -----------------------------------------------------------------------------------
