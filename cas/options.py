@@ -144,9 +144,12 @@ class SelfStudy(_Checked):
     """Most likely tokens whose probabilities are kept of the teacher."""
     keep_going: bool = False
     """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
-    writer: Literal["auto", "sentence", "list"] = "auto"
+    writer: Literal["auto", "sentence", "list", "none"] = "auto"
     """How questions are written: one a sentence, or as a list about a chunk. auto: a list where an instruct model of at
-    least a billion parameters, or an endpoint, writes them."""
+    least a billion parameters, or an endpoint, writes them. none: no questions, reconstruction alone."""
+    reconstruction: Literal["on", "off"] = "on"
+    """Conversations in which the model repeats or completes passages of the text, beside the questions; never with the
+    embedded reader."""
     writer_url: str | None = None
     """An OpenAI-compatible endpoint (http://localhost:8000/v1) that writes the questions; --model answers them. Its key is
     read from $CAS_WRITER_KEY, else $OPENAI_API_KEY."""
@@ -159,14 +162,18 @@ class SelfStudy(_Checked):
     def __post_init__(self) -> None:
         """Raises: ConfigError for options about the writer that contradict each other."""
         super().__post_init__()
-        if self.writer not in ("auto", "sentence", "list"):
-            raise ConfigError(f"--writer {self.writer}: choose auto, sentence or list")
+        if self.writer not in ("auto", "sentence", "list", "none"):
+            raise ConfigError(f"--writer {self.writer}: choose auto, sentence, list or none")
+        if self.reconstruction not in ("on", "off"):
+            raise ConfigError(f"--reconstruction {self.reconstruction}: choose on or off")
+        if self.writer == "none" and self.reconstruction == "off":
+            raise ConfigError("--writer none --reconstruction off: leaves no conversations; give one of them")
         if self.writer_model and not self.writer_url:
             raise ConfigError("--writer-model is the model of an endpoint; give its --writer-url")
         if self.writer_url is None:
             return
-        if self.writer == "sentence":
-            raise ConfigError("--writer-url: an endpoint writes lists; leave out --writer sentence")
+        if self.writer in ("sentence", "none"):
+            raise ConfigError(f"--writer-url: an endpoint writes lists; leave out --writer {self.writer}")
         if re.search("[@?#]", self.writer_url):
             raise ConfigError("--writer-url: give the address alone; its key belongs in $CAS_WRITER_KEY")
         if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[!-~]*)?", self.writer_url, re.ASCII):

@@ -175,6 +175,24 @@ def make_planner(sources: Sequence[SplitDocument], style: PromptStyle, settings:
     return CoveragePlanner(sources, style, settings)
 
 
+class NoQuestions:
+    """Asks nothing: ``--writer none``."""
+
+    every_sentence = False
+
+    def plan(self, unit: int, history: History) -> list[Call]:
+        """No calls."""
+        return []
+
+    def progress(self, history: History) -> tuple[int, int]:
+        """Nothing of nothing."""
+        return 0, 0
+
+    def most_questions(self, history: History) -> int:
+        """None."""
+        return 0
+
+
 class SentencePlanner:
     """Asks about every sentence once in every kind, in random order: a greedy question and sampled wordings."""
 

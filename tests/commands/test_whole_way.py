@@ -108,7 +108,7 @@ def test_matched_starts_from_the_command_line(manuals: FrozenModel) -> None:
     status, _, err = call(
         query.main, "Which?", "--documents", "pump", "--store", "runs/matched", "--max-new-tokens", "3"
     )
-    assert status == 0 and "warning: 4 of 4 cartridges are not trained yet" in err
+    assert status == 0 and "not trained yet" not in err  # no steps were asked for
 
 
 def test_a_slip_of_the_pen_is_pointed_out(manuals: FrozenModel) -> None:
