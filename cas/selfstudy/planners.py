@@ -20,7 +20,7 @@ from typing import Protocol
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
-from cas.options import SelfStudy
+from cas.options import EFFORTS, SelfStudy
 from cas.selfstudy.conversations import Conversation
 from cas.selfstudy.prompt_styles import PromptStyle, token_limits
 from cas.selfstudy.seed_prompts import BRIEF, SeedPrompt, is_english, normal
@@ -245,7 +245,7 @@ class CoveragePlanner:
         self.sources, self.style, self.settings = sources, style, settings
         self.per_call, self.per_unit = style.sizes(settings)
         self.lengths = [sum(source.lengths) for source in sources]
-        self.target = settings.conversations or sum(map(_owed, sources))
+        self.target = settings.conversations or sum(map(self._owed, sources))
         self._ends = list(accumulate(self.lengths))
         self._start = Random(f"{settings.seed}/walk").random()
 
@@ -325,6 +325,11 @@ class CoveragePlanner:
         ]
         return list(accumulate(lengths))
 
+    def _owed(self, source: SplitDocument) -> int:
+        """Conversations that a document gets unless its text or the settings allow fewer."""
+        effort = EFFORTS[self.settings.effort]
+        return max(effort.least, int(sum(source.lengths) * effort.per_token))
+
     def _most(self, source: SplitDocument) -> int:
         return len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
 
@@ -336,7 +341,9 @@ class CoveragePlanner:
         if self.settings.conversations:
             return self.target
         exhausted = [s for s in self.sources if self._exhausted(s, history)]
-        return self.target - sum(max(0, _owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted)
+        return self.target - sum(
+            max(0, self._owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted
+        )
 
     def _silent(self, history: History) -> list[SplitDocument]:
         """Documents about which nothing is kept and which have retries left."""
@@ -347,11 +354,6 @@ class CoveragePlanner:
             and not self._exhausted(source, history)
             and history.retries[source.document.id] < MAX_RETRIES_PER_DOCUMENT
         ]
-
-
-def _owed(source: SplitDocument) -> int:
-    """Conversations that a document gets unless its text or the settings allow fewer."""
-    return max(64, sum(source.lengths) // 4)
 
 
 def _grow_window(lengths: Sequence[int], center: int, most: int, random: Random) -> range:

@@ -62,6 +62,8 @@ def test_number_of_conversations(model: FrozenModel) -> None:
     assert tokens["long"] > 4 * 64 > tokens["alder"]
     assert CoveragePlanner(sources, INSTRUCT, SelfStudy()).target == tokens["long"] // 4 + 64
     assert CoveragePlanner(sources, INSTRUCT, SelfStudy(conversations=7)).target == 7
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy(effort="quick")).target == 24 + 24
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy(effort="thorough")).target == tokens["long"] // 2 + 128
 
 
 def test_no_sentence_is_asked_the_same_way_twice_before_all_were(model: FrozenModel) -> None:
