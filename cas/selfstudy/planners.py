@@ -44,26 +44,19 @@ class SplitDocument:
     english: bool = True
 
 
-def split_documents(model: FrozenModel, documents: Collection, limit: int | None = None) -> list[SplitDocument]:
-    """Documents in sentences, sorted by id; documents without a word are left out. Longer sentences than ``limit`` tokens
-    are cut."""
+def split_documents(
+    model: FrozenModel, documents: Collection, limit: int = SelfStudy.chunk_tokens
+) -> list[SplitDocument]:
+    """Documents in sentences of at most ``limit`` tokens, sorted by id; documents without a word are left out."""
     split = []
     for document in sorted(documents.documents, key=lambda d: d.id):
-        spans = [document.text[start:end].strip() for start, end in split_sentences(document.text)]
-        if limit is not None:
-            spans = [part for text in spans for part in _cut(model, text, limit)]
-        sentences = tuple(text for text in spans if re.search(r"\w", text))
+        spans = split_sentences(document.text, limit, model.count_tokens)
+        texts = (document.text[start:end].strip() for start, end in spans)
+        sentences = tuple(text for text in texts if re.search(r"\w", text))
         if sentences:
             lengths = tuple(max(1, model.count_tokens(text)) for text in sentences)
             split.append(SplitDocument(document, sentences, lengths, is_english(document.text)))
     return split
-
-
-def _cut(model: FrozenModel, sentence: str, limit: int) -> list[str]:
-    """A sentence in parts of at most ``limit`` tokens."""
-    if model.count_tokens(sentence) <= limit:
-        return [sentence]
-    return [sentence[start:end].strip() for start, end in split_sentences(sentence, limit, model.count_tokens)]
 
 
 def fit_window(
