@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 from tyro.conf import Positional, Suppress, arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from cas.errors import ConfigError
+from cas.option_files import from_yaml
 
 _C = TypeVar("_C")
 Initialization = Literal["first", "sampled", "random", "matched"]
@@ -28,11 +28,28 @@ InitializationOption = Annotated[Initialization, arg(name="initialisation", alia
 KINDS = ("question", "structuring", "summarisation", "use case", "creative")
 _STORED_KIND = {"summarization": "summarisation"}
 KINDS_SHOWN = ("question", "structuring", "summarization", "use case", "creative")
-_YAML_NAMES = {"initialisation": "initialization", "frozen_distractors": "guests"}  # other names of options
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FICTIONAL = ("million_tokens",)  # collections that the reader in this package is for
 READER = "reader"  # the small model in this package; it reads the fictional worlds of cas.data.worlds and nothing else
 DEFAULT_SYSTEM = "Answer the question from the documents below. Keep the answer short."
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one word says about self-study and training: conversations of a document, at least ``least`` and ``per_token``
+    of its tokens, ``wordings`` of the embedded reader's questions, and ``epochs`` of training."""
+
+    least: int
+    per_token: float
+    wordings: int
+    epochs: float
+
+
+EFFORTS = {
+    "quick": Effort(24, 0.0, 1, 1.0),
+    "standard": Effort(64, 0.25, 4, 8.0),
+    "thorough": Effort(128, 0.5, 8, 12.0),
+}
 
 _AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
 _AT_LEAST_1 |= {"answer_tokens", "top_k", "pool", "targets", "per_target", "rotate_every", "checkpoint_every"}
@@ -126,11 +143,15 @@ class CartridgeOptions:
 class SelfStudy(_Checked):
     """The training conversations that the model writes."""
 
+    effort: Literal["quick", "standard", "thorough"] = "standard"
+    """What is not given by --conversations, --wordings and --epochs. quick: 24 conversations a document, 1 wording, 1 epoch;
+    standard: a quarter of the tokens, at least 64, 4 wordings, 8 epochs; thorough: half of them, at least 128, 8 wordings,
+    12 epochs. Reconstruction comes on top."""
     conversations: int | None = None
-    """Self-study conversations to keep; default a quarter of the tokens, at least 64 a document, as far as its sentences
-    allow; for the embedded reader --wordings of every kind about every sentence, as far as they differ."""
+    """Written conversations to keep, of all documents; default by --effort, as far as their sentences allow; for the
+    embedded reader --wordings of every kind about every sentence, as far as they differ."""
     wordings: int = 4
-    """Questions of a kind that the embedded reader writes about a sentence; those after the first are sampled."""
+    """Questions of a kind that the embedded reader writes about a sentence; those after the first are the likeliest that differ."""
     chunk_tokens: int = 512
     """Tokens of text, in whole sentences, that the teacher sees at a time."""
     questions_per_call: int | None = None
@@ -148,9 +169,12 @@ class SelfStudy(_Checked):
     """Most likely tokens whose probabilities are kept of the teacher."""
     keep_going: bool = False
     """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
-    writer: Literal["auto", "sentence", "list"] = "auto"
+    writer: Literal["auto", "sentence", "list", "none"] = "auto"
     """How questions are written: one a sentence, or as a list about a chunk. auto: a list where an instruct model of at
-    least a billion parameters, or an endpoint, writes them."""
+    least a billion parameters, or an endpoint, writes them. none: no questions, reconstruction alone."""
+    reconstruction: Literal["on", "off"] = "on"
+    """Conversations in which the model repeats or completes passages of the text, beside the questions; never with the
+    embedded reader."""
     writer_url: str | None = None
     """An OpenAI-compatible endpoint (http://localhost:8000/v1) that writes the questions; --model answers them. Its key is
     read from $CAS_WRITER_KEY, else $OPENAI_API_KEY."""
@@ -163,14 +187,20 @@ class SelfStudy(_Checked):
     def __post_init__(self) -> None:
         """Raises: ConfigError for options about the writer that contradict each other."""
         super().__post_init__()
-        if self.writer not in ("auto", "sentence", "list"):
-            raise ConfigError(f"--writer {self.writer}: choose auto, sentence or list")
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"--effort {self.effort}: choose quick, standard or thorough")
+        if self.writer not in ("auto", "sentence", "list", "none"):
+            raise ConfigError(f"--writer {self.writer}: choose auto, sentence, list or none")
+        if self.reconstruction not in ("on", "off"):
+            raise ConfigError(f"--reconstruction {self.reconstruction}: choose on or off")
+        if self.writer == "none" and self.reconstruction == "off":
+            raise ConfigError("--writer none --reconstruction off: leaves no conversations; give one of them")
         if self.writer_model and not self.writer_url:
             raise ConfigError("--writer-model is the model of an endpoint; give its --writer-url")
         if self.writer_url is None:
             return
-        if self.writer == "sentence":
-            raise ConfigError("--writer-url: an endpoint writes lists; leave out --writer sentence")
+        if self.writer in ("sentence", "none"):
+            raise ConfigError(f"--writer-url: an endpoint writes lists; leave out --writer {self.writer}")
         if re.search("[@?#]", self.writer_url):
             raise ConfigError("--writer-url: give the address alone; its key belongs in $CAS_WRITER_KEY")
         if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[!-~]*)?", self.writer_url, re.ASCII):
@@ -291,13 +321,20 @@ class QueryConfig(_Checked):
 
 
 def parse(kind: type[_C], program: str, arguments: Sequence[str] | None = None) -> _C:
-    """Flags (default: those of this process) over the YAML file that --config names over defaults.
+    """Flags (default: those of this process) over the YAML file that --config names over what --effort stands for over
+    defaults.
 
     Exits with status 2 for unknown or malformed flags, as argparse does. Raises: ConfigError for a bad value or YAML file.
     """
     config = _read(kind, program, arguments, {})
     file = getattr(config, "config", None)
-    return _read(kind, program, arguments, _from_yaml(kind, file)) if file else config
+    given = from_yaml(kind, file) if file else {}
+    config = _read(kind, program, arguments, given) if given else config
+    name = getattr(config, "effort", "standard")
+    if name == "standard":  # the defaults
+        return config
+    effort = EFFORTS[name]
+    return _read(kind, program, arguments, {"wordings": effort.wordings, "epochs": effort.epochs, **given})
 
 
 def _read(kind: type[_C], program: str, arguments: Sequence[str] | None, defaults: dict[str, Any]) -> _C:
@@ -336,37 +373,6 @@ def _read(kind: type[_C], program: str, arguments: Sequence[str] | None, default
 def _title(group: type) -> str:
     """``SelfStudy``: self_study; ``ModelOptions``: model."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
-
-
-def _from_yaml(kind: type, file: str) -> dict[str, Any]:
-    """{field: value} of a file, each value of the type that the flag takes. Raises: ConfigError with file and key."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"--config {file}: needs lines of the form 'option: value'")
-    types, values = get_type_hints(kind), dict[str, Any]()
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        name = _YAML_NAMES.get(name, name)
-        if name not in types:
-            raise ConfigError(f"--config {file}: unknown option {key!r}; options are those of --help, with _ or -")
-        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(types[name], set()))
-        assert isinstance(spec, PrimitiveConstructorSpec)
-        typed = tuple(value) if isinstance(value, list) else value
-        if type(typed) is int and not spec.is_instance(typed):
-            typed = str(typed)  # such as a revision of digits
-        if not spec.is_instance(typed) or (isinstance(typed, bool) and types[name] is not bool):
-            raise ConfigError(f"--config {file}: {key}: {value!r} is not {spec.metavar}")
-        values[name] = spec.instance_from_str(spec.str_from_instance(typed))  # 1 is 1.0 where a float is due
-    try:
-        kind(**values)
-    except ConfigError as error:
-        raise ConfigError(f"--config {file}: {error}") from error
-    return values
 
 
 def memory(text: str, option: str) -> int:

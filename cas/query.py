@@ -25,13 +25,15 @@ def query(config: QueryConfig) -> int:
     from cas.model.frozen import FrozenModel
     from cas.store.index import load_embedder
     from cas.store.store import Store
+    from cas.training.rounds import finished
 
     folder = store_folder(config.store)
     with Store.open(folder) as store:
         rows = store.rows().values()
         if not any(row.initialized for row in rows):
             raise UserError(f"{folder} has no cartridges yet; go on with its training")
-        if untrained := sum(row.steps == 0 for row in rows):
+        # Where training is finished, these had no conversations, or no steps were asked for.
+        if (untrained := sum(row.steps == 0 for row in rows)) and not finished(store):
             print(
                 f"warning: {untrained} of {len(rows)} cartridges are not trained yet; go on with cas.train",
                 file=sys.stderr,

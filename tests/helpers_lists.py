@@ -17,7 +17,7 @@ from cas.model.decoding import Generation, Prompt
 
 LISTS: dict[str, Any] = {
     "conversations": 60, "chunk_tokens": 120, "questions_per_call": 8, "calls_per_unit": 3, "top_k": 5, "question_tokens": 60,
-    "writer": "list",
+    "writer": "list", "reconstruction": "off",
 }  # fmt: skip
 
 

@@ -19,7 +19,9 @@ DEEDS = (
     "was dug by Tom Reed in 1911", "supplies forty gardens", "is nine metres deep", "froze in the winter of 1947", "has an oak lid",
     "was cleaned by two divers", "belongs to the parish", "lost its rope in a storm", "was painted green", "is listed",
 )  # fmt: skip
-SMALL: dict[str, Any] = {"conversations": 60, "chunk_tokens": 120, "questions_per_call": 8, "top_k": 5}
+SMALL: dict[str, Any] = {
+    "conversations": 60, "chunk_tokens": 120, "questions_per_call": 8, "top_k": 5, "reconstruction": "off",
+}  # fmt: skip
 
 
 def wells(*sentences: int) -> Collection:

@@ -20,7 +20,7 @@ from typing import Protocol
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
-from cas.options import SelfStudy
+from cas.options import EFFORTS, SelfStudy
 from cas.selfstudy.conversations import Conversation
 from cas.selfstudy.prompt_styles import PromptStyle, token_limits
 from cas.selfstudy.seed_prompts import BRIEF, SeedPrompt, is_english, normal
@@ -44,26 +44,19 @@ class SplitDocument:
     english: bool = True
 
 
-def split_documents(model: FrozenModel, documents: Collection, limit: int | None = None) -> list[SplitDocument]:
-    """Documents in sentences, sorted by id; documents without a word are left out. Longer sentences than ``limit`` tokens
-    are cut."""
+def split_documents(
+    model: FrozenModel, documents: Collection, limit: int = SelfStudy.chunk_tokens
+) -> list[SplitDocument]:
+    """Documents in sentences of at most ``limit`` tokens, sorted by id; documents without a word are left out."""
     split = []
     for document in sorted(documents.documents, key=lambda d: d.id):
-        spans = [document.text[start:end].strip() for start, end in split_sentences(document.text)]
-        if limit is not None:
-            spans = [part for text in spans for part in _cut(model, text, limit)]
-        sentences = tuple(text for text in spans if re.search(r"\w", text))
+        spans = split_sentences(document.text, limit, model.count_tokens)
+        texts = (document.text[start:end].strip() for start, end in spans)
+        sentences = tuple(text for text in texts if re.search(r"\w", text))
         if sentences:
             lengths = tuple(max(1, model.count_tokens(text)) for text in sentences)
             split.append(SplitDocument(document, sentences, lengths, is_english(document.text)))
     return split
-
-
-def _cut(model: FrozenModel, sentence: str, limit: int) -> list[str]:
-    """A sentence in parts of at most ``limit`` tokens."""
-    if model.count_tokens(sentence) <= limit:
-        return [sentence]
-    return [sentence[start:end].strip() for start, end in split_sentences(sentence, limit, model.count_tokens)]
 
 
 def fit_window(
@@ -177,6 +170,24 @@ def make_planner(sources: Sequence[SplitDocument], style: PromptStyle, settings:
     return CoveragePlanner(sources, style, settings)
 
 
+class NoQuestions:
+    """Asks nothing: ``--writer none``."""
+
+    every_sentence = False
+
+    def plan(self, unit: int, history: History) -> list[Call]:
+        """No calls."""
+        return []
+
+    def progress(self, history: History) -> tuple[int, int]:
+        """Nothing of nothing."""
+        return 0, 0
+
+    def most_questions(self, history: History) -> int:
+        """None."""
+        return 0
+
+
 class SentencePlanner:
     """Asks about every sentence in every kind, in random order. A unit has all kinds of the same sentences, so that a
     sentence about which the first kind has no question is left out of the others.
@@ -241,7 +252,7 @@ class CoveragePlanner:
         self.sources, self.style, self.settings = sources, style, settings
         self.per_call, self.per_unit = style.sizes(settings)
         self.lengths = [sum(source.lengths) for source in sources]
-        self.target = settings.conversations or sum(map(_owed, sources))
+        self.target = settings.conversations or sum(map(self._owed, sources))
         self._ends = list(accumulate(self.lengths))
         self._start = Random(f"{settings.seed}/walk").random()
 
@@ -321,6 +332,11 @@ class CoveragePlanner:
         ]
         return list(accumulate(lengths))
 
+    def _owed(self, source: SplitDocument) -> int:
+        """Conversations that a document gets unless its text or the settings allow fewer."""
+        effort = EFFORTS[self.settings.effort]
+        return max(effort.least, int(sum(source.lengths) * effort.per_token))
+
     def _most(self, source: SplitDocument) -> int:
         return len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
 
@@ -332,7 +348,9 @@ class CoveragePlanner:
         if self.settings.conversations:
             return self.target
         exhausted = [s for s in self.sources if self._exhausted(s, history)]
-        return self.target - sum(max(0, _owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted)
+        return self.target - sum(
+            max(0, self._owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted
+        )
 
     def _silent(self, history: History) -> list[SplitDocument]:
         """Documents about which nothing is kept and which have retries left."""
@@ -343,11 +361,6 @@ class CoveragePlanner:
             and not self._exhausted(source, history)
             and history.retries[source.document.id] < MAX_RETRIES_PER_DOCUMENT
         ]
-
-
-def _owed(source: SplitDocument) -> int:
-    """Conversations that a document gets unless its text or the settings allow fewer."""
-    return max(64, sum(source.lengths) // 4)
 
 
 def _grow_window(lengths: Sequence[int], center: int, most: int, random: Random) -> range:

@@ -137,10 +137,12 @@ def prompt_style(model: FrozenModel, settings: SelfStudy | None = None, before: 
         if settings.writer_url or settings.writer == "list":
             option = "--writer-url" if settings.writer_url else "--writer list"
             raise ConfigError(f"{option}: the embedded reader answers only questions that it wrote, one a sentence")
+        if settings.writer == "none":
+            raise ConfigError("--writer none: the embedded reader was never taught to repeat a text; leave it out")
         return READER_SAMPLING if before == "sentence" else READER
     if settings.writer_url:
         return ENDPOINT
-    if settings.writer != "auto":
+    if settings.writer not in ("auto", "none"):  # without a writer, units can still go on as with the automatic one
         return LIST if settings.writer == "list" else INSTRUCT
     return LIST if before == "list" or (before is None and writes_lists(model)) else INSTRUCT
 

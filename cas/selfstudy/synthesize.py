@@ -7,13 +7,12 @@ be pointed at one sentence; larger ones, and endpoints, write one list for a cal
 greedily with the chunk in context, so the teacher's probabilities come with them and need no second pass.
 
 A *unit* of work is a fixed number of calls and one Parquet file, which gets its name when it is complete. Everything in
-it follows from the seed and the units before it, so an interrupted synthesis continues with the same conversations.
+it follows from the seed and the units before it, so an interrupted synthesis continues with the same conversations. The
+first units need no writer: their answers are the text itself (:mod:`cas.selfstudy.reconstruction`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +37,10 @@ from cas.selfstudy.endpoint import EndpointWriter, list_writer
 from cas.selfstudy.likeliest import Silent, likeliest
 from cas.selfstudy.list_style import instruction, read_list
 from cas.selfstudy.list_writers import ListWriter
-from cas.selfstudy.planners import Call, History, fit_window, make_planner
+from cas.selfstudy.planners import Call, History, NoQuestions, Planner, fit_window, make_planner
 from cas.selfstudy.prompt_styles import PromptStyle, prompt_style, token_limits, with_limits
+from cas.selfstudy.reconstruction import PASSAGES_PER_UNIT, end_of_turn, passages, reconstruct
+from cas.selfstudy.recorded import made_with, reconstructs, record_without
 from cas.selfstudy.seed_prompts import (
     bad_answer,
     bad_question,
@@ -53,16 +54,9 @@ from cas.selfstudy.share import KeptShare, reasons
 from cas.selfstudy.subjects import Subjects
 from cas.store.store import Store
 
+_ALWAYS = ", or give --writer none, which always works (reconstruction alone)"
 ROWS = 128  # questions or answers about a chunk that are decoded side by side
 
-_NOT_STORED = {
-    "conversations",
-    "writer",
-    "writer_url",
-    "writer_model",
-    "writer_concurrency",
-    "keep_going",
-}  # as they are given
 AskedQuestion = tuple[Call, str]
 
 
@@ -77,113 +71,90 @@ def synthesize(
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; continues where an earlier call stopped.
 
-    Also records new documents in the store (:meth:`Store.add_documents`). Documents about which no conversation is
-    kept, even after retries of their own, are missing from the result and listed in ``without_conversations.json``.
+    Also records new documents in the store (:meth:`Store.add_documents`). Documents without any conversation are missing
+    from the result and listed in ``without_conversations.json``; with reconstruction only those without a token are.
 
     Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
     or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first hundred questions.
     Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings, or the model
-    reads too little; RunError when nothing is kept, or less than a quarter of the first questions.
+    reads too little; RunError when less than a quarter of the first questions is kept, or nothing at all in a new store
+    (in a later round the result is empty).
     """
     store.check_model(model)
     folder = store.conversations
     first, recorded = folder / "unit-000000.parquet", recorded_settings(folder)
     settings = with_limits(model, settings or SelfStudy(**options), folder)
     style = prompt_style(model, settings, recorded.get("writer", "sentence") if recorded else None)
-    writer = list_writer(model, style, settings, recorded.get("writer_model"))
-    fitting, sources = fit_window(model, style, settings, documents)
-    planner = make_planner(sources, style, fitting)
-    made_with = _made_with(model, documents, store, settings, style, planner.every_sentence, writer)
+    alone, rebuild = settings.writer == "none", reconstructs(model, settings, recorded)
+    if alone and not rebuild:
+        raise ConfigError(f"--writer none: {folder} was begun without reconstruction; give a new --store")
+    writer = None if alone else list_writer(model, style, settings, recorded.get("writer_model"))
+    planner: Planner = NoQuestions()
+    if not alone:
+        fitting, sources = fit_window(model, style, settings, documents)
+        planner = make_planner(sources, style, fitting)
+    writer_model = writer.endpoint.model if isinstance(writer, EndpointWriter) else None
+    writer_model = recorded.get("writer_model") if alone else writer_model
+    made = made_with(model, documents, store, settings, style, planner.every_sentence, rebuild, writer_model)
     if first.exists():
-        _read(first, made_with)  # before anything is written
+        _read(first, made)  # before anything is written
     elif store.run_state() is not None:
         raise ConfigError(
             f"{store.folder} was trained on conversations that are no longer in {folder}; give another --store"
         )
+    asked = passages(model, documents, settings) if rebuild else []
+    parts = [asked[i : i + PASSAGES_PER_UNIT] for i in range(0, len(asked), PASSAGES_PER_UNIT)]
     store.add_documents(documents, model.count_tokens)
     folder.mkdir(exist_ok=True)
-    history, unit, teacher = History(), 0, None
-    share = KeptShare(say, style.advice, settings.keep_going or style.capital_names)
+    history, unit, rebuilt, teacher = History(), 0, 0, None
+    advice = style.advice + ("" if model.reader else _ALWAYS if rebuild else f"{_ALWAYS} in a new --store")
+    share = KeptShare(say, advice, settings.keep_going or style.capital_names)
     with store.training():  # one writer of units at a time
         while True:
-            file, calls = folder / f"unit-{unit:06d}.parquet", planner.plan(unit, history)
+            file, part = folder / f"unit-{unit:06d}.parquet", parts[unit] if unit < len(parts) else ()
+            calls = [] if part else planner.plan(unit - len(parts), history)
             done, wanted = planner.progress(history)
-            if not calls and not (file.exists() and settings.conversations is None):
+            written = file.exists() and settings.conversations is None and not alone
+            if not (part or calls or written):
                 break
             if file.exists():
-                conversations, dropped = _read(file, made_with)
+                conversations, dropped = _read(file, made)
             elif store.run_state() is not None:
-                if done >= wanted:  # only retries are left
+                if not part and (done >= wanted or settings.conversations is None):  # trained on what there is
                     break
                 raise ConfigError(
-                    f"{store.folder} is trained on {history.kept} conversations; "
+                    f"{store.folder} is trained on {history.kept + rebuilt} conversations; "
                     "ask for no more, or give another --store"
                 )
             else:
-                share.check(wanted - done, planner.most_questions(history))
-                teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents), writer)
                 started = time.monotonic()
-                conversations, dropped = teacher.converse(calls, history.questions)
+                if part:
+                    conversations, dropped = reconstruct(model, part, settings.top_k), Counter()
+                else:
+                    share.check(wanted - done, planner.most_questions(history))
+                    teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents), writer)
+                    conversations, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
-                write_unit(file, conversations, dropped, made_with)
+                write_unit(file, conversations, dropped, made)
                 store.log_duration("self-study", time.monotonic() - started)
-                share.add(len(conversations), dropped)
-            history.add(calls, conversations, dropped)
-            unit += 1
+                if not part:
+                    share.add(len(conversations), dropped)
+            unit, rebuilt = unit + 1, rebuilt + len(part)
+            if not part:
+                history.add(calls, conversations, dropped)
             if progress is not None:
-                progress(*planner.progress(history))
-        _record_without(store, documents, history)
-        if not history.kept:
-            raise RunError(
-                f"self-study kept none of {history.dropped.total()} questions about {len(documents.documents)} documents; "
-                f"dropped: {reasons(history.dropped)}; {style.advice}, or give documents with more text"
-            )
+                done, wanted = planner.progress(history)
+                progress(rebuilt + done, len(asked) + wanted)
+        without = record_without(store, documents, {*history.questions, *(passage.document for passage in asked)})
+        if len(without) == len(documents.documents):
+            problem = f"self-study kept none of {history.dropped.total()} questions about {len(without)} documents"
+            if not store.round:
+                raise RunError(
+                    f"{problem}; dropped: {reasons(history.dropped)}; {advice}, or give documents with more text"
+                )
+            if say is not None:
+                say(f"{problem}: their cartridges stay as initialized")
         return Conversations.load(folder, unit)
-
-
-def _record_without(store: Store, documents: Collection, history: History) -> None:
-    """Write the documents about which no conversation is kept beside the store, {id: hash of the text}; those of earlier
-    rounds stay."""
-    file = store.folder / "without_conversations.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    without = {d.id: d.hash for d in documents.documents if not history.questions.get(d.id)}
-    now = {name: text for name, text in before.items() if name not in history.questions} | without
-    if now != before:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(now, ensure_ascii=False, sort_keys=True, indent=1), encoding="utf-8")
-        partial.replace(file)
-
-
-def _made_with(
-    model: FrozenModel,
-    documents: Collection,
-    store: Store,
-    settings: SelfStudy,
-    style: PromptStyle,
-    every_sentence: bool,
-    writer: ListWriter | None,
-) -> str:
-    """JSON of everything that must be the same for finished units to be used again."""
-    # The collection's own hash leaves ids out, but conversations are filed by id.
-    texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
-    fields = {name: value for name, value in vars(settings).items() if name not in _NOT_STORED}
-    fields["questions_per_call"], fields["calls_per_unit"] = style.sizes(settings)
-    if writer is not None:
-        fields["writer"] = "list"
-    elif style.likeliest and every_sentence:
-        fields["writer"] = "likeliest"
-    if isinstance(writer, EndpointWriter):  # not its address: the same model may move to another one
-        fields["writer_model"] = writer.endpoint.model
-    return json.dumps(
-        {
-            "model": store.meta["model"]["fingerprint"],
-            "system": model.system,
-            "documents": texts,
-            "once": every_sentence,
-            **fields,
-        },
-        sort_keys=True,
-    )
 
 
 def _read(file: Path, made_with: str) -> tuple[list[Conversation], Counter[str]]:
@@ -378,8 +349,7 @@ class Teacher:
 
     def _conversation(self, call: Call, question: str, user: Sequence[int], answer: Generation) -> Conversation:
         """The record of a question and its answer, ended by the likeliest token that ends a turn."""
-        stop_ids = self.model.template.stop_ids
-        end = next((token for token in answer.top_ids[-1].tolist() if token in stop_ids), min(stop_ids))
+        end = end_of_turn(self.model, answer.top_ids[-1].tolist())
         return Conversation(
             call.document.id,
             call.seed_prompt.kind,

@@ -28,7 +28,7 @@ from cas.training.cost import Cost, estimate
 from cas.training.initialization import initialize_cartridges
 from cas.training.memory_sizes import plan_memory
 from cas.training.metrics_log import Report
-from cas.training.rounds import Round, begin_round, learning_documents, plan_round
+from cas.training.rounds import Round, begin_round, end_untrained, ended_untrained, learning_documents, plan_round
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
 
@@ -86,11 +86,14 @@ def run(config: TrainConfig, view: View) -> None:
         if store is None:
             store = stack.enter_context(_create_store(setup))
         _begin(setup, store)
-        if setup.memory is not None:
+        if setup.memory is not None and not ended_untrained(store):
             with view.listening() as stop:
                 conversations = self_study(setup, store, view, stop)
                 initialize(setup, store, conversations, view, stop)
-                train(setup, store, conversations, view, stop)
+                if conversations:
+                    train(setup, store, conversations, view, stop)
+                else:
+                    end_untrained(store)
         index(setup, store, view)
 
 

@@ -94,6 +94,18 @@ def finished(store: Store) -> bool:
     return state is not None and state["step"] >= state["settings"]["total_steps"]
 
 
+def end_untrained(store: Store) -> None:
+    """End a round about whose documents there are no conversations: their cartridges stay as initialized."""
+    with store.training():
+        run = {"step": 0, "pool": (), "guests": (), "settings": {"total_steps": 0}}
+        store.commit(store.rows(), run)
+
+
+def ended_untrained(store: Store) -> bool:
+    """Whether :func:`end_untrained` ended the current round."""
+    return (store.run_state() or {}).get("settings") == {"total_steps": 0}
+
+
 def learning_documents(round: Round, store: Store | None, documents: Collection) -> Collection:
     """The documents that a round trains; those of the store if the given ones have to wait."""
     if round.postponed:

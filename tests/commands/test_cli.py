@@ -23,7 +23,7 @@ import cas
 from cas import console
 from cas.__main__ import main
 from cas.errors import ConfigError, StoreError
-from cas.options import QueryConfig, SelfStudy, TrainConfig, Training, memory, parse, store_folder
+from cas.options import EFFORTS, Effort, QueryConfig, SelfStudy, TrainConfig, Training, memory, parse, store_folder
 from cas.store.records import Row
 from cas.store.store import Store
 from retrieval import EmbedderUnavailable
@@ -108,6 +108,33 @@ def test_flags_over_yaml_over_defaults(tmp_path: Path) -> None:
         True,
     )
     assert config.epochs == TrainConfig.epochs
+
+
+def test_effort_fills_what_is_not_given(tmp_path: Path) -> None:
+    def read(*words: str) -> tuple[str, int, float, int | None]:
+        config = parse(TrainConfig, "x", list(words))
+        return config.effort, config.wordings, config.epochs, config.conversations
+
+    assert read() == read("--effort", "standard") == ("standard", 4, 8.0, None)
+    assert EFFORTS["standard"] == Effort(64, 0.25, TrainConfig.wordings, TrainConfig.epochs)
+    assert read("--effort", "quick") == ("quick", 1, 1.0, None)
+    assert read("--effort", "thorough", "--epochs", "8") == ("thorough", 8, 8.0, None)
+    file = tmp_path / "c.yaml"
+    file.write_text("effort: quick\nwordings: 3\n")
+    assert read("--config", str(file)) == ("quick", 3, 1.0, None)
+    assert read("--config", str(file), "--effort", "thorough") == ("thorough", 3, 12.0, None)
+    with pytest.raises(ConfigError, match="lazy"):
+        file.write_text("effort: lazy\n")
+        read("--config", str(file))
+
+
+def test_the_help_of_effort_is_the_table() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text().split("## python -m cas.query")[0]
+    shown = " ".join(re.sub(r"[│\n]", " ", page[page.index("--effort") : page.index("--conversations {")]).split())
+    for name, effort in EFFORTS.items():
+        part = shown.partition(f"{name}: ")[2].partition(";")[0].partition(" Reconstruction")[0]
+        numbers = [int(number) for number in re.findall(r"\d+", part)]
+        assert numbers == [effort.least, effort.wordings, effort.epochs], name
 
 
 @pytest.mark.parametrize("old", ["initialisation: first\nguests: 3", "initialization: first\nfrozen-distractors: 3"])

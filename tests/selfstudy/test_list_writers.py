@@ -197,11 +197,12 @@ def test_the_embedded_reader_writes_sentence_by_sentence(
 def test_units_of_earlier_versions_are_used_again(
     new_store: Callable[..., Store], model: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is stored with a unit of one question a sentence is what it was, and auto goes on with such units."""
+    """What is stored with a unit of one question a sentence is what it was, and auto goes on with such units, without
+    reconstruction."""
     monkeypatch.setattr(selfstudy, "generate", Writer(model))
     store, settings = new_store(), {"conversations": 20, "chunk_tokens": 120, "top_k": 5, "question_tokens": 40}
     settings["answer_tokens"] = 48
-    synthesize(model, wells(10, 8), store, **settings)
+    synthesize(model, wells(10, 8), store, reconstruction="off", **settings)
     stored = made_with(store)
     assert stored.pop("model") == model.fingerprint and stored.pop("system") == model.system
     assert len(stored.pop("documents")) == 64
@@ -229,7 +230,7 @@ def test_auto_goes_on_with_lists(new_store: Callable[..., Store], model: FrozenM
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"writer": "poem"}, "--writer poem: choose auto, sentence or list"),
+        ({"writer": "poem"}, "--writer poem: choose auto, sentence, list or none"),
         ({"writer_model": "m"}, "--writer-model is the model of an endpoint; give its --writer-url"),
         ({"writer_url": "http://h/v1", "writer": "sentence"}, "--writer-url: an endpoint writes lists"),
         ({"writer_url": "http://h/v1", "writer_concurrency": 0}, "--writer-concurrency 0: at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Callable
 
@@ -19,11 +20,12 @@ from cas.selfstudy.planners import (
     CoveragePlanner,
     History,
     SentencePlanner,
+    fit_window,
     make_planner,
     sentence_windows,
     split_documents,
 )
-from cas.selfstudy.prompt_styles import INSTRUCT, READER, PromptStyle
+from cas.selfstudy.prompt_styles import INSTRUCT, LIST, READER, PromptStyle
 from cas.selfstudy.seed_prompts import SEED_PROMPTS
 from cas.selfstudy.synthesize import SelfStudy
 
@@ -62,6 +64,8 @@ def test_number_of_conversations(model: FrozenModel) -> None:
     assert tokens["long"] > 4 * 64 > tokens["alder"]
     assert CoveragePlanner(sources, INSTRUCT, SelfStudy()).target == tokens["long"] // 4 + 64
     assert CoveragePlanner(sources, INSTRUCT, SelfStudy(conversations=7)).target == 7
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy(effort="quick")).target == 24 + 24
+    assert CoveragePlanner(sources, INSTRUCT, SelfStudy(effort="thorough")).target == tokens["long"] // 2 + 128
 
 
 def test_no_sentence_is_asked_the_same_way_twice_before_all_were(model: FrozenModel) -> None:
@@ -128,3 +132,34 @@ def test_windows_are_for_every_sentence_once(lengths: list[int], most: int) -> N
         used = sum(lengths[i] for i in read)
         assert used <= most or len(read) == 1
         assert read.start == 0 or used + lengths[read.start - 1] > most  # as much before as there is room for
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x1f " * 5000,
+        "abcdefghij" * 2000,
+        "".join(chr(0x4E00 + i) for i in range(3000)),
+        json.dumps({f"key{i}": i for i in range(1500)}, separators=(",", ":")),
+    ],
+    ids=["line", "run", "chinese", "json"],
+)
+@pytest.mark.parametrize("style", [INSTRUCT, LIST, READER], ids=["sentence", "list", "reader"])
+def test_no_sentence_exceeds_the_window(model: FrozenModel, text: str, style: PromptStyle) -> None:
+    """Counted in the model's tokens, whatever the text looks like; no letter is lost."""
+    documents = Collection("one", (Document("one", "One", text),))
+    study, sources = fit_window(model, style, SelfStudy(chunk_tokens=90, questions_per_call=4), documents)
+    assert "".join("".join(sources[0].sentences).split()) == "".join(text.split())
+    assert max(sources[0].lengths) <= 90 and len(sources[0].sentences) > 50
+    calls = make_planner(sources, style, study).plan(0, History())
+    assert calls and all(model.count_tokens(call.chunk) <= 90 + model.count_tokens("One\n\n") + 4 for call in calls)
+
+
+def test_a_short_document_is_exhausted_by_lists(model: FrozenModel) -> None:
+    """The questions of a list count, although a list has no pairs of sentence and opening."""
+    planner, history, units = CoveragePlanner(split_documents(model, wells(1)), LIST, SelfStudy()), History(), 0
+    while calls := planner.plan(units, history):
+        history.add(calls, [], Counter())
+        units += 1
+    assert units == -(-24 * 5 // (20 * 8)) and planner.progress(history) == (0, 0)
+    assert planner.most_questions(history) == 0

@@ -184,3 +184,27 @@ def test_another_collection_replaces_nothing(manuals: FrozenModel) -> None:
         (Path("others") / file.name).write_text(file.read_text())
     status, out, err = call(train.main, *[w if w != "manuals" else "others" for w in words])
     assert status == 0 and "1 new; the other 4" in out, err
+
+
+def test_a_round_about_which_nothing_can_be_asked_ends_untrained(manuals: FrozenModel) -> None:
+    """Its cartridge stays as initialized, which is said once; later rounds go on. With reconstruction it learns."""
+    words = [*TRAIN, "--reconstruction", "off"]
+    assert call(train.main, *words)[0] == 0
+    Path("manuals/stars.txt").write_text("* * *\n")
+    status, _, err = call(train.main, *words)
+    assert (
+        status == 0 and err.count("self-study kept none of 0 questions about 1 documents: their cartridges stay") == 1
+    )
+    status, out, err = call(query.main, "Which?", "--documents", "stars,pump", "--max-new-tokens", "3")
+    assert status == 0 and "not trained yet" not in err and "stars" in out
+    status, _, err = call(train.main, *words)
+    assert status == 0 and "kept none" not in err
+    Path("manuals/new.txt").write_text("The new pump stands behind the old shed. It has a blue lid.")
+    assert call(train.main, *words)[0] == 0
+    with Store.open("runs/manuals") as store:
+        rows = store.rows()
+        assert rows["new"].steps > 0 and rows["stars"].steps == 0 and rows["stars"].initialized and store.round == 2
+    Path("manuals/moons.txt").write_text("( ( (\n")
+    assert call(train.main, *TRAIN)[0] == 0
+    with Store.open("runs/manuals") as store:
+        assert store.rows()["moons"].steps > 0
