@@ -57,6 +57,8 @@ _AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency"}
 _AT_LEAST_0 = {"guests", "max_distractors", "warmup", "steps"}
 _SHARES = {"isolation", "rotate_fraction", "final_lr"}
 _POSITIVE = {"lr", "epochs"}
+_CHOICES = {"objective": ("distillation", "next-token"), "writer": ("auto", "sentence", "list", "none")}
+_CHOICES |= {"reconstruction": ("on", "off"), "effort": ("quick", "standard", "thorough")}
 
 
 class _Checked:
@@ -77,8 +79,8 @@ class _Checked:
                 raise ConfigError(f"{flag}: from 0 to 1")
             if name in _POSITIVE and not 0 < value < math.inf:
                 raise ConfigError(f"{flag}: more than 0")
-            if name == "objective" and value not in ("distillation", "next-token"):
-                raise ConfigError(f"{flag}: choose distillation or next-token")
+            if value not in (choices := _CHOICES.get(name, (value,))):
+                raise ConfigError(f"{flag}: choose {', '.join(choices[:-1])} or {choices[-1]}")
             if name == "kinds":
                 kinds = tuple(_STORED_KIND.get(kind, kind) for kind in value)
                 if not kinds or not set(kinds) <= set(KINDS):
@@ -187,12 +189,6 @@ class SelfStudy(_Checked):
     def __post_init__(self) -> None:
         """Raises: ConfigError for options about the writer that contradict each other."""
         super().__post_init__()
-        if self.effort not in EFFORTS:
-            raise ConfigError(f"--effort {self.effort}: choose quick, standard or thorough")
-        if self.writer not in ("auto", "sentence", "list", "none"):
-            raise ConfigError(f"--writer {self.writer}: choose auto, sentence, list or none")
-        if self.reconstruction not in ("on", "off"):
-            raise ConfigError(f"--reconstruction {self.reconstruction}: choose on or off")
         if self.writer == "none" and self.reconstruction == "off":
             raise ConfigError("--writer none --reconstruction off: leaves no conversations; give one of them")
         if self.writer_model and not self.writer_url:
@@ -237,8 +233,8 @@ class Training(_Checked):  # those of the schedule are explained in cas.training
     """Steps between rotations of the pool."""
     rotate_fraction: float = 0.5
     """Share of the pool that a rotation exchanges, most trained out, least trained in."""
-    distractor_gradients: bool = False
-    """Distractors in the pool learn as well, at their next turn as target."""
+    distractor_gradients: bool = True
+    """Distractors in the pool learn as well: what is no target of the step at its next turn as target."""
     objective: Literal["distillation", "next-token"] = "distillation"
     """What the loss compares with: the teacher's probabilities, or its words."""
     checkpoint_every: int = 50
@@ -393,13 +389,12 @@ def store_folder(given: str | None, collection: str | None = None) -> Path:
     if given or os.environ.get("CAS_STORE"):
         return Path(given or os.environ["CAS_STORE"])
     if collection is not None:
-        return Path("runs") / (
-            Path(collection).absolute().resolve().name.removesuffix(".gz").removesuffix(".jsonl") or "collection"
-        )
+        name = Path(collection).absolute().resolve().name.removesuffix(".gz")
+        return Path("runs") / (name.removesuffix(".jsonl").removesuffix(".json") or "collection")
     stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
     if not stores:
         raise ConfigError(
-            "there is no store under runs/; give --store, or train one: python -m cas.train --collection FOLDER"
+            "there is no store under runs/; give --store, or train one: python -m cas.train --collection DIR"
         )
     print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
     return stores[-1].parent

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CHATML, TEXTS, tiny_hf, tiny_tokenizer
 from helpers_scripted import script
+from helpers_tokenizers import OWN, own_tokenizer
 
 from cas.data.collection import Collection, Document
 from cas.model.frozen import FrozenModel, Source
 from cas.options import DEFAULT_SYSTEM
+from cas.selfstudy.conversations import Conversations
 from cas.selfstudy.seed_prompts import bad_answer, bad_question, is_english, units, words
 from cas.selfstudy.subjects import Subjects
 from cas.selfstudy.synthesize import synthesize
@@ -207,6 +209,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte-level": tiny_tokenizer,
     "question mark and line break": question_mark_and_line_break,
     "SentencePiece": sentence_piece,
+    **{f"small {name}": partial(own_tokenizer, name) for name in OWN},
     **{name: (lambda name=name: from_folder(name)) for name in ("qwen3", "llama3_1", "gemma3", "llama2")},  # type: ignore[misc]
 }
 
@@ -240,12 +243,10 @@ def pairs(languages: Iterable[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("tokenizer", "language"), pairs(LANGUAGES))
-def test_perfect_conversations_are_kept(
-    tokenizer: str, language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every one of a few; the title is put before those that name nothing of the text."""
-    model = scripted_model(tokenizer)
+def study(
+    model: FrozenModel, language: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Conversations, Callable[[str], str]]:
+    """The conversations that a scripted writer has about the document ``one``, and its answer to a question."""
     title, sentences, _, _ = LANGUAGES[language]
     answers = {question: answer for pairs in sentences.values() for question, answer in pairs}
     left = {sentence: [question for question, _ in pairs] for sentence, pairs in sentences.items()}
@@ -260,23 +261,34 @@ def test_perfect_conversations_are_kept(
 
     script(model, ask, answer, monkeypatch)
     monkeypatch.setattr("cas.selfstudy.planners.MAX_QUESTIONS_PER_SENTENCE", 1)
-    documents = Collection("one", (Document("one", title, " ".join(sentences)),))
+    conversations = synthesize(
+        model,
+        Collection("one", (Document("one", title, " ".join(sentences)),)),
+        store,
+        reconstruction="off",
+        kinds=("question", "creative"),
+        conversations=len(answers),
+        questions_per_call=len(sentences),
+        top_k=5,
+        question_tokens=250,  # these tokenizers spell most scripts in bytes
+        answer_tokens=250,
+    )
+    return conversations, answer
+
+
+@pytest.mark.parametrize(("tokenizer", "language"), pairs(LANGUAGES))
+def test_perfect_conversations_are_kept(
+    tokenizer: str, language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of a few; the title is put before those that name nothing of the text."""
+    model = scripted_model(tokenizer)
+    title, sentences, _, _ = LANGUAGES[language]
     with Store.create(tmp_path / "store", model, tokens=16) as store:
-        conversations = synthesize(
-            model,
-            documents,
-            store,
-            reconstruction="off",
-            kinds=("question", "creative"),
-            conversations=len(answers),
-            questions_per_call=len(sentences),
-            top_k=5,
-            question_tokens=250,  # these tokenizers spell most scripts in bytes
-            answer_tokens=250,
-        )
+        conversations, answer = study(model, language, store, monkeypatch)
     assert not conversations.dropped
     kept = conversations.by_document["one"]
-    assert {c.question.removeprefix(f"{title}: ") for c in kept} == set(answers)
+    asked = {question for pairs in sentences.values() for question, _ in pairs}
+    assert {c.question.removeprefix(f"{title}: ") for c in kept} == asked
     for c in kept:
         assert model.decode(model.text.without_special(c.answer.tolist())) == answer(c.question)
 
