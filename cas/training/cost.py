@@ -26,7 +26,7 @@ from cas.training.micro_batches import kept_bytes, most_kept
 
 PROBE_SECONDS = 1.5  # of each of the three measurements; the first, of a few tokens, decides how many it may take
 SHARE_KEPT = 0.5  # of the questions
-SHARE_USED = 0.35  # of the longest question and answer, that they have on average
+SHARE_USED = 0.35, 0.2  # of the longest question and answer, that they have on average: all of them, and those kept
 RANGE = 0.7, 1.5  # of the estimate
 
 
@@ -66,7 +66,7 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
     style, limits = prompt_style(model, config), token_limits(model, config)
     settings, sources = fit_window(model, style, config, texts)
     planner = make_planner(sources, style, settings)
-    question, answer = (max(1, int(SHARE_USED * limit)) for limit in limits)
+    question, answer = (max(1, int(SHARE_USED[0] * limit)) for limit in limits)
     written = sorted(store.conversations.glob("unit-*.parquet")) if store is not None else []
     kept = sum(pyarrow.parquet.read_metadata(file).num_rows for file in written)
     per_call, per_unit = style.sizes(settings)
@@ -88,7 +88,7 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
     writing = read * speed.read + max(tokens * speed.decoded, steps * speed.step)
     rows = min(config.targets, len(sources)) * config.per_target
     taught = config.steps * rows if config.steps is not None else config.epochs * wanted
-    learning = taught * (template + question + answer) * speed.trained
+    learning = taught * (template + SHARE_USED[1] * sum(limits)) * speed.trained
     return Cost(writing * (1 - done), learning, None if planner.every_sentence else SHARE_KEPT)
 
 
