@@ -8,7 +8,7 @@ from budget.manager import guest_bytes, trainee_bytes
 
 RUNTIME_BYTES = 700 * 2**20  # interpreter, libraries, allocator: see docs/architecture.md
 PREFILL_BYTES = 64 * 2**20  # scores of one forward pass over prompts, at most 2**22, in a few copies
-ALLOCATOR_SHARE = 4  # gaps take at most such a part of what forward keeps, as measured on CPUs
+ALLOCATOR_SHARE = 2  # gaps take at most such a part of what forward keeps, over many steps, as measured on CPUs
 
 
 class DoesNotFit(ValueError):
@@ -98,7 +98,7 @@ def activation_bytes(s: Sizes, recompute: bool = False) -> int:
     """An upper bound of what forward and backward over a micro-batch take. ``recompute``: layers keep only their input
     and are computed again one at a time.
 
-    What is kept, and a quarter of it for the gaps between tensors of many sizes. During backward, one layer's gradients:
+    What is kept, and half of it for the gaps between tensors of many sizes. During backward, one layer's gradients:
     about 12 hidden-sized and 6 MLP-sized tensors a token, and its attention weights twice. The rows of logits held at a
     time: in float32, and three times in a smaller compute dtype; where they keep a graph of their own, four more times.
     """

@@ -22,10 +22,11 @@ from cas.selfstudy.planners import History, fit_window, make_planner
 from cas.selfstudy.prompt_styles import prompt_style, token_limits
 from cas.store.store import Store
 from cas.training.loss import distillation_mean
+from cas.training.micro_batches import kept_bytes, most_kept
 
 PROBE_SECONDS = 1.5  # of each of the three measurements; the first, of a few tokens, decides how many it may take
-SHARE_KEPT = 0.5  # of the questions, until self-study has seen some
-SHARE_USED = 0.35  # of the longest question and answer, that they have on average
+SHARE_KEPT = 0.5  # of the questions
+SHARE_USED = 0.35, 0.2  # of the longest question and answer, that they have on average: all of them, and those kept
 RANGE = 0.7, 1.5  # of the estimate
 
 
@@ -42,7 +43,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of self-study and of training; ``share``: of the questions that are assumed to be kept, where it matters."""
+    """Seconds of self-study and of training; ``share``: of the questions that are assumed to be kept."""
 
     self_study: float
     training: float
@@ -50,37 +51,28 @@ class Cost:
 
     def line(self) -> str:
         """The estimate in words, as ranges."""
-        parts = []
-        if self.self_study:
-            condition = " if half of the questions are kept" if self.share else ""
-            parts.append(f"{_range(self.self_study)} of self-study{condition}")
-        parts.append(f"{_range(self.training)} of training")
-        return f"time        {' and '.join(parts)} on this machine (from a probe)"
+        condition = " if half of the questions are kept" if self.share else ""
+        study = f"{_range(self.self_study)} of self-study{condition} and " if self.self_study else ""
+        return f"time        {study}{_range(self.training)} of training on this machine (from a probe)"
 
 
-def estimate(
-    config: TrainConfig, model: FrozenModel, documents: Collection, size: int, store: Store | None
-) -> Cost | None:
+def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: int, store: Store | None) -> Cost | None:
     """The time of self-study and training; None where the training has begun, which tells it better.
 
-    Args: config: with its limits of questions and answers; size: positions of a cartridge; store: units that are written
-    already are taken off.
+    Args: config: with its limits of questions and answers; size: positions of a cartridge; store: what it has is taken off.
     """
     if store is not None and store.run_state() is not None:
         return None
     style, limits = prompt_style(model, config), token_limits(model, config)
-    settings, sources = fit_window(model, style, config, documents)
+    settings, sources = fit_window(model, style, config, texts)
     planner = make_planner(sources, style, settings)
-    question, answer = (max(1, int(SHARE_USED * limit)) for limit in limits)
+    question, answer = (max(1, int(SHARE_USED[0] * limit)) for limit in limits)
     written = sorted(store.conversations.glob("unit-*.parquet")) if store is not None else []
     kept = sum(pyarrow.parquet.read_metadata(file).num_rows for file in written)
     per_call, per_unit = style.sizes(settings)
     if planner.every_sentence:
         asked = planner.most_questions(History())
-        done, wanted = (
-            min(1.0, len(written) * per_call * per_unit * config.wordings / max(1, asked)),
-            SHARE_KEPT * asked,
-        )
+        wanted, done = SHARE_KEPT * asked, min(1.0, kept / max(1, SHARE_KEPT * asked))
     else:
         wanted = planner.progress(History())[1]
         asked, done = round(wanted / SHARE_KEPT), min(1.0, kept / max(1, wanted))
@@ -91,13 +83,12 @@ def estimate(
     chunk = min(settings.chunk_tokens, max((sum(s.lengths) for s in sources), default=0))
     calls = max(1, asked / (per_call * (config.wordings if planner.every_sentence else 1)))
     read = calls * (chunk + request) + asked * (sentence + 2 * template + question)
-    tokens, steps = asked * (question + answer), calls * (limits[0] + limits[1] / per_unit)
-    if config.writer_url is not None:
-        tokens, steps = asked * answer, calls * limits[1] / per_unit
+    own = config.writer_url is None  # an endpoint writes its questions elsewhere
+    tokens, steps = asked * (own * question + answer), calls * (own * limits[0] + limits[1] / per_unit)
     writing = read * speed.read + max(tokens * speed.decoded, steps * speed.step)
     rows = min(config.targets, len(sources)) * config.per_target
     taught = config.steps * rows if config.steps is not None else config.epochs * wanted
-    learning = taught * (template + question + answer) * speed.trained
+    learning = taught * (template + SHARE_USED[1] * sum(limits)) * speed.trained
     return Cost(writing * (1 - done), learning, None if planner.every_sentence else SHARE_KEPT)
 
 
@@ -108,8 +99,7 @@ def measure(model: FrozenModel, size: int, rows: int) -> Speed:
     """
     ids = [i % model.geometry.vocabulary for i in range(5, 5 + 512)]
     per_read, length = _timed(lambda n: model.prefill(ids[:n]), 32, 512)
-    layout = Layout("offset", model.layout_header, 0)
-    text = {"chunk": model.prefill(ids[: max(32, length // 2)])}
+    text, layout = {"chunk": model.prefill(ids[: max(32, length // 2)])}, Layout("offset", model.layout_header, 0)
     prompts = [Prompt((ids[0],), ("chunk",))] * max(1, rows)
 
     def decode(steps: int) -> object:
@@ -117,7 +107,9 @@ def measure(model: FrozenModel, size: int, rows: int) -> Speed:
 
     decode(1)
     per_step, _ = _timed(decode, 2, 8)
-    per_trained, _ = _timed(lambda n: _train(model, size, n), 32, 384)  # within the memory of a micro-batch
+    kept = kept_bytes(model, [32] * 16, [model.layout_header + size] * 16)
+    most = max(32, min(512, 512 * most_kept(model) // kept))  # within the memory of a micro-batch
+    per_trained, _ = _timed(lambda n: _train(model, size, n), 32, most)
     trim_host_memory()
     # On a CPU a step takes as long as its rows; on a GPU nearly as long for one.
     return Speed(per_read, per_step / len(prompts), per_trained, per_step if model.device.type == "cuda" else 0.0)
@@ -143,18 +135,14 @@ def _train(model: FrozenModel, size: int, tokens: int) -> None:
     layout, batch = Layout("fixed", model.layout_header, size), Batch((32,) * count, (("a",),) * count)
     kv = torch.zeros(g.layers, 2, g.kv_heads, size, g.head_dim, device=model.device, requires_grad=True)
     context = CpuAttention(batch, model.header_kv, {"a": kv}, layout, model.rope, model.dtype)
-    ids = torch.arange(32 * count)[None] % g.vocabulary
-    rows = torch.arange(32 * count)[torch.arange(32 * count) % 32 >= 16]
-    positions = packed_positions(batch, {"a": size}, layout)
+    order, positions = torch.arange(32 * count), packed_positions(batch, {"a": size}, layout)
+    ids, rows = order[None] % g.vocabulary, order[order % 32 >= 16]
     if model.head is None:
         model.forward(ids, positions, context, rows=rows).float().square().mean().backward()
         return
-    top = min(20, g.vocabulary)
-    ids_of_top = torch.arange(top, device=model.device).expand(len(rows), top).contiguous()
+    top = torch.arange(20, device=model.device).expand(len(rows), 20).contiguous()
     states = model.hidden(ids, positions, context, rows=rows)[0]
-    distillation_mean(
-        states, model.head, ids_of_top, torch.full(ids_of_top.shape, -4.0, device=model.device)
-    ).backward()
+    distillation_mean(states, model.head, top, torch.full_like(top, -4, dtype=torch.float32)).backward()
 
 
 def _range(seconds: float) -> str:

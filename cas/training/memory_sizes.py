@@ -124,16 +124,17 @@ def _self_study(
     # A chunk may have a few tokens more than its sentences by themselves, and begins with the title.
     chunk = title + max((min(study.chunk_tokens, sum(s.lengths)) for s in sources), default=0) * 17 // 16
     request = max(style.request_length(model, kind, study, question) for kind in study.kinds) + title + sentence
-    times = config.wordings if style.every_sentence else 1
-    asked = per_call * times
+    asked = per_call
+    if style.every_sentence:
+        asked = min(per_call, max((len(s.sentences) for s in sources), default=1)) * config.wordings
     # (rows, own positions of each, chunks), asking and answering
     asking = (per_unit, request, per_unit) if style.lists else (asked, request + question, 1)
     answering = (asked * per_unit, len(model.question_tokens(BRIEF)) + question + answer, per_unit)
     wanted = []
     for rows, own, calls in (asking, answering):
-        rows, shared = min(ROWS, rows), calls * (chunk + request)
-        held = min(rows * own, max(own, most_positions(model) - shared))
+        shared = calls * (chunk + request)
+        held = min(min(ROWS, rows) * own, max(own, most_positions(model) - shared))
         # Where not all fit, others join the batch when half of it has ended, and both are there meanwhile.
-        joined = held < rows * own and not (style.lists and calls > 1)
-        wanted.append({"decoded": held * (1 + joined), "decoded_rows": rows, "chunks": shared})
+        joined = held < rows * own
+        wanted.append({"decoded": held * (1 + joined), "decoded_rows": min(ROWS, rows), "chunks": shared})
     return max(wanted, key=lambda w: w["decoded"] + 4 * w["chunks"])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from budget.manager import trim_host_memory
 from budget.memory_plan import Plan
 from cas.data.collection import Collection, resolve_source, same_source, split_long
 from cas.errors import ConfigError, StoreMismatch
@@ -334,6 +335,7 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     with view.progress("training") as bar:
         trainer.on_step = _show_steps(bar)
         finished = trainer.run(stop=stop)
+    trim_host_memory()  # the index is made beside what the allocator has not given back
     guard, rows = trainer.state.loss_guard, store.rows().values()
     if guard.skipped:
         view.line(

@@ -15,11 +15,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident s
 
 
 def check(figures: dict[str, int]) -> None:
-    """The plan is never exceeded, and not much more than needed: 1.3 times where that is more than a gigabyte."""
+    """The plan is never exceeded, and not much more than needed: 1.3 times where it is more than twice the runtime."""
     peak = max(figures[phase] for phase in PHASES)
     print({name: f"{size / GIB:.2f} GiB" for name, size in figures.items()})
     assert peak <= figures["plan"]
-    assert figures["plan"] <= (1.3 * peak if figures["plan"] > GIB else peak + 0.4 * GIB)
+    assert figures["plan"] <= (1.3 * peak if figures["plan"] > 1.5 * GIB else peak + 0.5 * GIB)
 
 
 @linux

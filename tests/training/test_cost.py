@@ -36,14 +36,14 @@ def estimated(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 def test_the_estimate_is_amounts_times_speeds(estimated: Callable[..., Cost], manuals: FrozenModel) -> None:
-    """100 conversations are 200 questions of 7 tokens and answers of 14, and with 3 epochs 300 conversations of a training."""
+    """100 conversations are 200 questions of 7 tokens and answers of 14, and with 3 epochs 300 shorter ones of a training."""
     decoding = estimated(replace(NONE, decoded=0.5), conversations=100)
     assert decoding.self_study == 200 * (7 + 14) * 0.5 and decoding.training == 0 and decoding.share == 0.5
     template = len(manuals.template.footer_ids) + len(manuals.template.suffix_ids)
     training = estimated(replace(NONE, trained=0.25), conversations=100, epochs=3.0)
-    assert training.self_study == 0 and training.training == 300 * (template + 7 + 14) * 0.25
+    assert training.self_study == 0 and training.training == 300 * (template + 12) * 0.25
     assert (
-        estimated(replace(NONE, trained=0.25), steps=5, targets=1, per_target=2).training == 10 * (template + 21) * 0.25
+        estimated(replace(NONE, trained=0.25), steps=5, targets=1, per_target=2).training == 10 * (template + 12) * 0.25
     )
     reading = [estimated(replace(NONE, read=1.0), conversations=n).self_study for n in (320, 640)]
     assert reading[1] == pytest.approx(2 * reading[0])

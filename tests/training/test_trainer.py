@@ -369,7 +369,7 @@ def test_the_plan_is_an_upper_bound(tmp_path: Path, tiny: Callable[..., FrozenMo
             measured = sum(size for size, _ in kept.values())
             logits = 4 * rows * g.vocabulary * 4 if model.head is None else 4 * rows * g.hidden
             assert measured - logits < 1.02 * counted < 1.05 * measured
-            assert measured < activation_bytes(sizes) < 3 * measured  # the tiny ones have three layers
+            assert measured < activation_bytes(sizes) < 3.5 * measured  # the tiny ones have three layers
         store.close()
 
 
