@@ -18,8 +18,10 @@ from cas.model.decoding import Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import TrainConfig
-from cas.selfstudy.planners import History, fit_window, make_planner
+from cas.selfstudy.planners import History, NoQuestions, Planner, fit_window, make_planner
 from cas.selfstudy.prompt_styles import prompt_style, token_limits
+from cas.selfstudy.reconstruction import FIRST_WORDS, SHORTEST
+from cas.selfstudy.recorded import reconstructs
 from cas.store.store import Store
 from cas.training.loss import distillation_mean
 from cas.training.micro_batches import kept_bytes, most_kept
@@ -65,7 +67,7 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
         return None
     style, limits = prompt_style(model, config), token_limits(model, config)
     settings, sources = fit_window(model, style, config, texts)
-    planner = make_planner(sources, style, settings)
+    planner: Planner = NoQuestions() if config.writer == "none" else make_planner(sources, style, settings)
     question, answer = (max(1, int(SHARE_USED[0] * limit)) for limit in limits)
     written = sorted(store.conversations.glob("unit-*.parquet")) if store is not None else []
     kept = sum(pyarrow.parquet.read_metadata(file).num_rows for file in written)
@@ -81,15 +83,22 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
     request = max(style.request_length(model, kind, settings, limits[0]) for kind in settings.kinds)
     sentence = sum(map(sum, (s.lengths for s in sources))) / max(1, sum(len(s.lengths) for s in sources))
     chunk = min(settings.chunk_tokens, max((sum(s.lengths) for s in sources), default=0))
-    calls = max(1, asked / (per_call * (config.wordings if planner.every_sentence else 1)))
+    calls = asked / (per_call * (config.wordings if planner.every_sentence else 1))
     read = calls * (chunk + request) + asked * (sentence + 2 * template + question)
     own = config.writer_url is None  # an endpoint writes its questions elsewhere
     tokens, steps = asked * (own * question + answer), calls * (own * limits[0] + limits[1] / per_unit)
     writing = read * speed.read + max(tokens * speed.decoded, steps * speed.step)
+    # Reconstruction reads the text and its passages, half of it once more as ends of sentences, and decodes nothing.
+    lengths = [length for s in sources for length in s.lengths] if reconstructs(model, config, {}) else []
+    rebuilt = 1.5 * sum(lengths) + sum(length >= SHORTEST for length in lengths) * (template + FIRST_WORDS)
+    writing += (sum(lengths) + rebuilt) * speed.read
     rows = min(config.targets, len(sources)) * config.per_target
     taught = config.steps * rows if config.steps is not None else config.epochs * wanted
-    learning = taught * (template + SHARE_USED[1] * sum(limits)) * speed.trained
-    return Cost(writing * (1 - done), learning, None if planner.every_sentence else SHARE_KEPT)
+    learned = taught * (template + SHARE_USED[1] * sum(limits)) + (
+        0 if config.steps is not None else config.epochs * rebuilt
+    )
+    share = SHARE_KEPT if asked and not planner.every_sentence else None
+    return Cost(writing * (1 - done), learned * speed.trained, share)
 
 
 def measure(model: FrozenModel, size: int, rows: int) -> Speed:
@@ -147,5 +156,7 @@ def _train(model: FrozenModel, size: int, tokens: int) -> None:
 
 def _range(seconds: float) -> str:
     low, high = (duration(factor * seconds) for factor in RANGE)
+    if low == high:
+        return f"about {low}"
     number, _, unit = low.partition(" ")
     return f"{number} to {high}" if high.endswith(unit) else f"{low} to {high}"
