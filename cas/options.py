@@ -21,6 +21,7 @@ from cas.errors import ConfigError
 from cas.option_files import from_yaml
 
 _C = TypeVar("_C")
+Flag = tyro.conf.FlagCreatePairsOff[bool]  # has no --no- form
 Initialization = Literal["first", "sampled", "random", "matched"]
 # Help shows an alias before the name, so the new spelling is the alias.
 InitializationOption = Annotated[Initialization, arg(name="initialisation", aliases=("--initialization",))]
@@ -103,7 +104,7 @@ class CollectionOptions:
     """Seed of a generated collection (million_tokens, niah)."""
     documents: int | None = None
     """Use only the first so many documents (by id)."""
-    merge: bool = False
+    merge: Flag = False
     """Merge the collection into one document: a monolithic cartridge."""
 
 
@@ -169,7 +170,7 @@ class SelfStudy(_Checked):
     """Kinds of seed prompt."""
     top_k: int = 20
     """Most likely tokens whose probabilities are kept of the teacher."""
-    keep_going: bool = False
+    keep_going: Flag = False
     """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
     writer: Literal["auto", "sentence", "list", "none"] = "auto"
     """How questions are written: one a sentence, or as a list about a chunk. auto: a list where an instruct model of at
@@ -263,7 +264,7 @@ class OutputOptions:
     """Sentence embedder of the retrieval index."""
     config: str | None = None
     """A YAML file with any of these options; flags win over it."""
-    dry_run: bool = False
+    dry_run: Flag = False
     """Print the plan and stop; writes nothing (but a GGUF model is unpacked, once)."""
 
 
@@ -294,7 +295,7 @@ class QueryConfig(_Checked):
     """Load these documents' cartridges (ids, comma-separated) instead of retrieving."""
     max_new_tokens: int = 128
     """Longest answer."""
-    json: bool = False
+    json: Flag = False
     """Print one JSON object instead of text."""
     model: str | None = None
     """Where the store's model is now, if it has moved: a folder, a .gguf file or a Hub name."""
@@ -317,8 +318,7 @@ class QueryConfig(_Checked):
 
 
 def parse(kind: type[_C], program: str, arguments: Sequence[str] | None = None) -> _C:
-    """Flags (default: those of this process) over the YAML file that --config names over what --effort stands for over
-    defaults.
+    """Flags (default: those of this process) over the YAML file of --config over what --effort stands for over defaults.
 
     Exits with status 2 for unknown or malformed flags, as argparse does. Raises: ConfigError for a bad value or YAML file.
     """
@@ -350,7 +350,7 @@ def _read(kind: type[_C], program: str, arguments: Sequence[str] | None, default
                 description=kind.__doc__,
                 args=arguments,
                 default=shape(**{title: filled(base) for title, base in groups.items()}) if groups else filled(kind),
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         cause = stop.__context__
@@ -378,7 +378,7 @@ def memory(text: str, option: str) -> int:
         raise ConfigError(f"{option} {text}: give bytes as 6GiB, 500MB or a number")
     number, unit, suffix = match.groups()
     base = 1000 if suffix == "b" else 1024
-    return int(float(number) * base ** (" kmgt".index(unit) if unit else 0))
+    return int(float(number) * base ** " kmgt".index(unit or " "))
 
 
 def store_folder(given: str | None, collection: str | None = None) -> Path:

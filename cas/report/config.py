@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cas.options import Flag
+
 
 @dataclass(frozen=True)
 class Config:
@@ -55,7 +57,7 @@ class Config:
     """What an hour of this machine costs, in any currency: adds the price of 1,000 questions and of the training."""
     price_tokens: float | None = None
     """What a million tokens of prompt cost at a provider: adds the price of 1,000 questions of the arms that read text."""
-    no_text: bool = False
+    no_text: Flag = False
     """Write figures and ids only: no text of questions, answers or documents in any file."""
     seed: int = 0
     """Seed of the split into validation and test questions."""

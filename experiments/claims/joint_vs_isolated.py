@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from cas import console
 from cas.errors import ConfigError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
-from cas.options import parse
+from cas.options import Flag, parse
 from experiments import common
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Config:
     """Which arm to train now; joint and isolated alone do not measure."""
     only_lr: float | None = None
     """Skip the search and train with this rate."""
-    keep_answers: bool = False
+    keep_answers: Flag = False
     """Record the answers too; only for texts that may be published."""
 
 

@@ -49,7 +49,9 @@ def test_sizes(pages: Collection) -> None:
 
 
 def test_pages_look_like_technical_documentation(pages: Collection) -> None:
-    texts = [document.text for document in pages.documents]
+    texts = [
+        (EXAMPLES / "relay_docs" / f"{document.id}.md").read_text(encoding="utf-8") for document in pages.documents
+    ]
     for text in texts:
         assert len(re.findall(r"^## ", text, flags=re.M)) >= 3 and "```" in text and "](" in text
     for pattern in (r"^\|.*\|$", r"^> \*\*\w+:\*\*", r"^  - ", r"^1\. ", r"`[a-z]+\.[a-z_]+`"):

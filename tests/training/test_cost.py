@@ -27,7 +27,8 @@ def estimated(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def of(speed: Speed, **options: Any) -> Cost:
         monkeypatch.setattr(cost, "measure", lambda *arguments: speed)
-        config = TrainConfig(collection="manuals", question_tokens=20, answer_tokens=40, chunk_tokens=60, **options)
+        options = {"reconstruction": "off", "question_tokens": 20, "answer_tokens": 40, "chunk_tokens": 60, **options}
+        config = TrainConfig(collection="manuals", **options)
         result = estimate(config, manuals, documents, 16, None)
         assert result is not None
         return result
@@ -49,6 +50,14 @@ def test_the_estimate_is_amounts_times_speeds(estimated: Callable[..., Cost], ma
     assert reading[1] == pytest.approx(2 * reading[0])
     # On a GPU a step takes its time whatever its rows: 200 questions are 200/32 calls, 20 steps each, and 40 for each two.
     assert estimated(replace(NONE, step=1.0), conversations=100).self_study == pytest.approx(200 / 32 * (20 + 40 / 2))
+
+
+def test_reconstruction_reads_the_text_and_decodes_nothing(estimated: Callable[..., Cost]) -> None:
+    alone = {"writer": "none", "reconstruction": "on"}
+    assert estimated(replace(NONE, decoded=1.0, step=1.0), **alone) == Cost(0, 0, None)
+    assert estimated(replace(NONE, read=1.0), **alone).self_study > 0
+    once, twice = (estimated(replace(NONE, trained=1.0), epochs=n, **alone).training for n in (1.0, 2.0))
+    assert twice == 2 * once > 0
 
 
 @pytest.mark.parametrize(
