@@ -73,7 +73,7 @@ def compare(config: Config) -> int:
     store.check_model(model)
     collection, remarks = load_questions(config, model, store)
     for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr, flush=True)
+        print(remark, file=sys.stderr, flush=True)
     validation, test = split(collection, config)
     match_parts_to_text_option(output / "parts", config.no_text)
     metric = config.metric or ("exact_match" if model.reader else "contains")

@@ -32,12 +32,13 @@ def load_questions(config: Config, model: FrozenModel, store: Store) -> tuple[Co
     Raises: ConfigError when the collection is unknown, holds none of the store's documents or has too few questions.
     """
     file = store.folder / "config.yaml"
-    trained = yaml.safe_load(file.read_text()) if file.exists() else {}
+    trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     name = config.collection or trained.get("collection")
     if not name:
         raise ConfigError(f"{store.folder} does not say what it was trained on; give --collection")
     seed = trained.get("collection_seed", 0) if config.collection_seed is None else config.collection_seed
-    now = Collection.load(name, seed=seed)
+    chosen = {key: tuple(trained.get(key) or ()) for key in ("include", "exclude")}
+    now = Collection.load(name, seed=seed, **chosen)
     if trained.get("span") and trained.get("tokens") is None:
         longest = int(trained["span"] * (trained.get("ratio") or 16.0))
         now = split_long(now, longest, lambda text: len(model.encode(text)))
@@ -54,7 +55,7 @@ def load_questions(config: Config, model: FrozenModel, store: Store) -> tuple[Co
     changed = [d.id for d in documents if hashes.get(d.id, d.hash) != d.hash]
     trained_ids = {d.id for d in documents}
     questions = tuple(q for q in now.questions if trained_ids.issuperset(q.document_ids))
-    remarks = []
+    remarks = list(now.skipped)
     if changed:
         remarks.append(f"changed since the training: {_named(changed)}; both sides read the text that was trained")
     if gone:

@@ -355,7 +355,7 @@ def test_a_report_is_about_what_is_there_now(
     before = json.loads((asked() / "results.json").read_text())["metrics"]
     assert before["cas4.contains"]["mean"] == 0
     asked()
-    assert "warning" not in capsys.readouterr().err
+    assert "trained" not in capsys.readouterr().err
     trained = list(read)
     (manuals / "pump.md").write_text("Another text about nothing.")
     (manuals / "added.md").write_text("A page that came later.")
