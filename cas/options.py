@@ -48,8 +48,8 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(24, 0.0, 1, 1.0),
-    "standard": Effort(64, 0.25, 4, 8.0),
-    "thorough": Effort(128, 0.5, 8, 12.0),
+    "standard": Effort(64, 0.25, 4, 4.0),
+    "thorough": Effort(128, 0.5, 8, 8.0),
 }
 
 _AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
@@ -148,8 +148,8 @@ class SelfStudy(_Checked):
 
     effort: Literal["quick", "standard", "thorough"] = "standard"
     """What is not given by --conversations, --wordings and --epochs. quick: 24 conversations a document, 1 wording, 1 epoch;
-    standard: a quarter of the tokens, at least 64, 4 wordings, 8 epochs; thorough: half of them, at least 128, 8 wordings,
-    12 epochs. Reconstruction comes on top."""
+    standard: a quarter of the tokens, at least 64, 4 wordings, 4 epochs; thorough: half of them, at least 128, 8 wordings,
+    8 epochs. Reconstruction comes on top."""
     conversations: int | None = None
     """Written conversations to keep, of all documents; default by --effort, as far as their sentences allow; for the
     embedded reader --wordings of every kind about every sentence, as far as they differ."""
@@ -208,7 +208,7 @@ class SelfStudy(_Checked):
 class Training(_Checked):  # those of the schedule are explained in cas.training.schedule.Schedule
     """Joint training."""
 
-    epochs: float = 8.0
+    epochs: float = 4.0
     """Passes over all conversations."""
     steps: int | None = None
     """Training steps; overrides --epochs."""

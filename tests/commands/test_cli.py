@@ -115,14 +115,14 @@ def test_effort_fills_what_is_not_given(tmp_path: Path) -> None:
         config = parse(TrainConfig, "x", list(words))
         return config.effort, config.wordings, config.epochs, config.conversations
 
-    assert read() == read("--effort", "standard") == ("standard", 4, 8.0, None)
+    assert read() == read("--effort", "standard") == ("standard", 4, 4.0, None)
     assert EFFORTS["standard"] == Effort(64, 0.25, TrainConfig.wordings, TrainConfig.epochs)
     assert read("--effort", "quick") == ("quick", 1, 1.0, None)
-    assert read("--effort", "thorough", "--epochs", "8") == ("thorough", 8, 8.0, None)
+    assert read("--effort", "thorough", "--epochs", "9") == ("thorough", 8, 9.0, None)
     file = tmp_path / "c.yaml"
     file.write_text("effort: quick\nwordings: 3\n")
     assert read("--config", str(file)) == ("quick", 3, 1.0, None)
-    assert read("--config", str(file), "--effort", "thorough") == ("thorough", 3, 12.0, None)
+    assert read("--config", str(file), "--effort", "thorough") == ("thorough", 3, 8.0, None)
     with pytest.raises(ConfigError, match="lazy"):
         file.write_text("effort: lazy\n")
         read("--config", str(file))
