@@ -1,4 +1,4 @@
-"""``python -m cas train|query|report|ls|show|verify|export``: parse, call, print."""
+"""``python -m cas train|query|report|ls|show|verify|export|compact``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from cas.store.store import Store
 
 OWN_MODULES = {"train": "cas.train", "query": "cas.query", "report": "cas.report.compare"}
-StoreOption = Annotated[str | None, arg(help="The store; default $CAS_STORE, else the newest under runs/.")]
+_DEFAULT_STORE = "The store; default $CAS_STORE, else the newest under runs/."
+StoreOption = Annotated[str | None, arg(help=_DEFAULT_STORE)]
+StoreArgument = Annotated[str | None, arg(metavar="[STORE]", help=_DEFAULT_STORE)]
 JsonOption = Annotated[bool, arg(name="json", help="Print JSON.")]
 Id = Annotated[str, arg(metavar="ID", help="A document's id.")]
 OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; without one, the store.")]
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"cas {__version__}")
         return 0
-    commands = (train, query, report, ls, show, verify, export)
+    commands = (train, query, report, ls, show, verify, export, compact)
     return console.run(
         lambda: tyro.extras.subcommand_cli_from_dict(
             {command.__name__: command for command in commands},
@@ -121,6 +123,17 @@ def export(
         raise UserError(f"{file}: name the file *.safetensors")
     _open(store).export(id, file)
     print(console.harmless(f"{id} -> {file}"))
+    return 0
+
+
+def compact(store: Positional[StoreArgument] = None) -> int:
+    """Give the space of dropped and replaced cartridges back to the disk."""
+    from cas.store.files import compact as compact_file
+    from cas.store.store import Store
+
+    with Store.open(store_folder(store), write=True) as opened, opened.training():
+        before, after = compact_file(opened.records)
+        print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
     return 0
 
 

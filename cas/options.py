@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
@@ -19,6 +17,8 @@ from tyro.conf import Positional, Suppress, arg
 
 from cas.errors import ConfigError
 from cas.option_files import from_yaml
+from cas.option_values import memory as memory
+from cas.option_values import store_folder as store_folder
 
 _C = TypeVar("_C")
 Flag = tyro.conf.FlagCreatePairsOff[bool]  # has no --no- form
@@ -106,6 +106,8 @@ class CollectionOptions:
     """Use only the first so many documents (by id)."""
     merge: Flag = False
     """Merge the collection into one document: a monolithic cartridge."""
+    prune: Flag = False
+    """Drop documents that are no longer in the collection, with text, conversations and cartridge. Without it they stay."""
 
 
 @dataclass(frozen=True)
@@ -369,32 +371,3 @@ def _read(kind: type[_C], program: str, arguments: Sequence[str] | None, default
 def _title(group: type) -> str:
     """``SelfStudy``: self_study; ``ModelOptions``: model."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
-
-
-def memory(text: str, option: str) -> int:
-    """Bytes of "6GiB", "500MB", "2G" (1024 based for GiB, MiB and bare G, M; 1000 based for GB, MB) or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
-    if not match:
-        raise ConfigError(f"{option} {text}: give bytes as 6GiB, 500MB or a number")
-    number, unit, suffix = match.groups()
-    base = 1000 if suffix == "b" else 1024
-    return int(float(number) * base ** " kmgt".index(unit or " "))
-
-
-def store_folder(given: str | None, collection: str | None = None) -> Path:
-    """The store that a command means: its option, else $CAS_STORE, else runs/<collection>; to query, the newest of runs/.
-
-    Raises: ConfigError when there is none.
-    """
-    if given or os.environ.get("CAS_STORE"):
-        return Path(given or os.environ["CAS_STORE"])
-    if collection is not None:
-        name = Path(collection).absolute().resolve().name.removesuffix(".gz")
-        return Path("runs") / (name.removesuffix(".jsonl").removesuffix(".json") or "collection")
-    stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
-    if not stores:
-        raise ConfigError(
-            "there is no store under runs/; give --store, or train one: python -m cas.train --collection DIR"
-        )
-    print(f"store: {stores[-1].parent} (the newest under runs/; --store chooses another)", file=sys.stderr)
-    return stores[-1].parent

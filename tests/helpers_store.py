@@ -116,7 +116,7 @@ def contents(store: Store) -> dict[str, tuple[Row, dict[str, bytes]]]:
             f"text/{hashed(name)}",
             *(f"{kind}/{hashed(name)}/{row.version}" for kind in kinds),
         }
-    assert stored_keys(store) - {"run"} == named
+    assert stored_keys(store) - {"run"} == named, stored_keys(store) ^ named
     return found
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cas.errors import CollectionError, StoreError, StoreLocked
+from cas.store.blobs import dump_tensors, parse_tensors
+from cas.store.files import shared_lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 FORMAT = 3
 READS = (2, FORMAT)  # 2: records have no checksum
+OLD, WITHDRAWN, PENDING = "old/", "withdrawn/", b"pending"  # keys of cas.store.changes
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Records:
     :meth:`read` and :meth:`write` are its transactions; methods that take ``txn`` run inside one.
     """
 
-    def __init__(self, file: Path, environment: Any) -> None:
-        self.folder, self.environment = file.parent, environment
+    def __init__(self, file: Path, environment: Any, descriptor: int) -> None:
+        self.folder, self.environment, self.descriptor = file.parent, environment, descriptor
         self._lock = threading.RLock()  # a map must not grow under another thread's transaction
         self._buffer = bytearray()
 
@@ -73,14 +76,18 @@ class Records:
         """
         import lmdb
 
-        existing = file.stat().st_size if file.exists() else 0
+        descriptor = shared_lock(file, write)
+        existing = os.fstat(descriptor).st_size
+        # LMDB registers readers in a file of its own; who may not write it reads without, as nobody trains there.
+        lock = write or os.access(f"{file}-lock" if os.path.exists(f"{file}-lock") else file.parent, os.W_OK)
         try:
             # The map is address space, not disk; it doubles when it is full.
             environment = lmdb.open(
                 str(file), subdir=False, map_size=max(1 << 30, 2 * existing), readonly=not write, max_readers=512,
-                lock=True, metasync=False,  # what no checkpoint names may be lost in a power cut; a checkpoint syncs
+                lock=lock, metasync=False,  # what no checkpoint names may be lost in a power cut; a checkpoint syncs
             )  # fmt: skip
         except lmdb.Error as error:
+            os.close(descriptor)
             if "already open in this process" in str(error):
                 raise StoreLocked(
                     f"{file.parent} is open already in this process; "
@@ -89,14 +96,25 @@ class Records:
             raise StoreError(f"{file}: cannot be opened as a store ({error})") from error
         if (missing := _size(environment) - file.stat().st_size) > 0:  # reading a missing page would end the process
             environment.close()
+            os.close(descriptor)
             raise StoreError(
                 f"{file}: the last {missing:,} bytes are missing; copy it again whole, or train into a new --store"
             )
-        return cls(file, environment)
+        if lock:
+            environment.reader_check()  # a killed reader would keep the pages it was reading from being used again
+        return cls(file, environment, descriptor)
 
     def close(self) -> None:
         """Release the file."""
         self.environment.close()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    @property
+    def stamp(self) -> int:
+        """A number that changes with every transaction that anyone writes; cheap to ask for."""
+        return int(self.environment.info()["last_txnid"])
 
     # -- transactions -----------------------------------------------------------------------------------------------
 
@@ -188,30 +206,37 @@ class Records:
             )
         return self.parse_row(value)
 
-    def text(self, txn: Any, row: Row) -> str:
+    def rows(self, txn: Any, space: str = "") -> dict[str, Row]:
+        """All records of documents by id, in order of id."""
+        rows = [self.parse_row(value) for _, value in under(txn, f"{space}row/".encode())]
+        return {row.id: row for row in sorted(rows, key=lambda row: row.id)}
+
+    def text(self, txn: Any, row: Row, space: str = "") -> str:
         """A document's text, checked against its hash."""
-        text = txn.get(text_key(row.id))
+        text = txn.get(text_key(row.id, space))
         if text is None or hashlib.sha256(f"{row.title}\n".encode() + text).hexdigest() != row.hash:
             raise self.damaged(f"the text of {row.id!r} is missing or damaged")
         return str(text.decode())
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
-    def blob(self, txn: Any, kind: str, name: str, version: int, expected: int | None) -> Any:
+    def blob(self, txn: Any, kind: str, name: str, version: int, expected: int | None, space: str = "") -> Any:
         """Bytes of a safetensors file (``kind``: "kv" or "state") that has the expected checksum, in place where the
         transaction reads in place. Raises CollectionError where no checksum is recorded since the cartridge is not
         initialized yet."""
         if expected is None:
             raise CollectionError(f"{self.folder}: {name!r} has no cartridge yet; go on with its training")
-        blob = txn.get(blob_keys(name, version)[0 if kind == "kv" else 1])
+        blob = txn.get(blob_keys(name, version, space)[0 if kind == "kv" else 1])
         if blob is None or checksum(blob) != expected:
             what = "is missing" if blob is None else "fails its checksum"
             raise self.damaged(f"{kind} of {name!r} {what}")
         return blob
 
-    def tensors(self, txn: Any, kind: str, name: str, version: int, expected: int | None) -> dict[str, Tensor]:
+    def tensors(
+        self, txn: Any, kind: str, name: str, version: int, expected: int | None, space: str = ""
+    ) -> dict[str, Tensor]:
         """The tensors in a :meth:`blob`, float32 on the CPU."""
-        return parse_tensors(self.blob(txn, kind, name, version, expected))
+        return parse_tensors(self.blob(txn, kind, name, version, expected, space))
 
     def put_tensors(
         self, name: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
@@ -243,13 +268,14 @@ class Records:
         """Read everything back; one line for each thing that is broken (none: the store is whole)."""
         broken = []
         with self.read() as txn:
-            keys = [key for key, _ in under(txn, b"row/")]
-            for key in (b"meta", b"run"):
+            spaces = ("", OLD, WITHDRAWN)
+            keys = [(space, key) for space in spaces for key, _ in under(txn, f"{space}row/".encode(), values=False)]
+            for key in (b"meta", b"run", PENDING):
                 try:
                     self.parse(txn.get(key, record({})))
                 except StoreError:
                     broken.append(f"{key.decode()}: the record is damaged")
-        for key in keys:
+        for space, key in keys:
             with self.read() as txn:  # one at a time: a long transaction would keep a trainer's old versions alive
                 try:
                     row = self.parse_row(txn.get(key))
@@ -257,12 +283,13 @@ class Records:
                     broken.append(f"{key.decode()}: the record is damaged")
                     continue
                 try:
-                    self.text(txn, row)
+                    self.text(txn, row, space)
                 except StoreError as error:
                     broken.append(str(error).rpartition("; run:")[0])
                 for kind, expected in (("kv", row.kv_hash), ("state", row.state_hash)):
                     try:
-                        tensors = {} if expected is None else self.tensors(txn, kind, row.id, row.version, expected)
+                        args = txn, kind, row.id, row.version, expected, space
+                        tensors = {} if expected is None else self.tensors(*args)
                     except StoreError as error:
                         broken.append(str(error).rpartition("; run:")[0])
                         continue
@@ -285,47 +312,6 @@ def checksum(blob: Any) -> int:
     return xxhash.xxh3_64_intdigest(blob)
 
 
-def dump_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str], into: bytearray) -> memoryview:
-    """float32 CPU tensors as a safetensors file with these metadata, written into the buffer ``into``, which grows as
-    needed and
-    is reused: new memory for every value would cost more than the copy."""
-    import numpy as np
-
-    header_of: dict[str, Any] = {"__metadata__": dict(about)}
-    places, end = {}, 0
-    for name, tensor in tensors.items():
-        places[name] = end, end + 4 * tensor.numel()
-        header_of[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": list(places[name])}
-        end = places[name][1]
-    header = json.dumps(header_of, ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    start = 8 + len(header)
-    if len(into) < start + end:
-        into.extend(bytes(start + end - len(into)))
-    view = memoryview(into)[: start + end]
-    view[:8], view[8:start] = len(header).to_bytes(8, "little"), header
-    for name, tensor in tensors.items():
-        low, high = (start + n for n in places[name])
-        np.copyto(np.frombuffer(view[low:high], np.float32).reshape(tensor.shape), tensor.numpy())
-    return view
-
-
-def parse_tensors(blob: Any) -> dict[str, Tensor]:
-    """The float32 tensors of a safetensors file (a length, a JSON header, the data), copied once."""
-    import numpy as np
-    import torch
-
-    view = memoryview(blob)
-    start, tensors = 8 + int.from_bytes(view[:8], "little"), {}
-    for name, about in json.loads(bytes(view[8:start])).items():
-        if name != "__metadata__":
-            assert about["dtype"] == "F32", "stores hold float32"
-            low, high = about["data_offsets"]
-            data = np.frombuffer(view[start + low : start + high], np.float32).copy()
-            tensors[name] = torch.from_numpy(data).view(about["shape"])
-    return tensors
-
-
 def under(txn: Any, prefix: bytes, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
     """Keys that begin with a prefix, and their values (empty if not wanted: a blob is large)."""
     with txn.cursor() as cursor:
@@ -340,19 +326,19 @@ def hashed(document: str) -> str:
     return hashlib.blake2b(document.encode(), digest_size=12).hexdigest()
 
 
-def row_key(document: str) -> bytes:
-    """Key of a document's row."""
-    return f"row/{hashed(document)}".encode()
+def row_key(document: str, space: str = "") -> bytes:
+    """Key of a document's row; ``space``: "", or OLD or WITHDRAWN."""
+    return f"{space}row/{hashed(document)}".encode()
 
 
-def text_key(document: str) -> bytes:
+def text_key(document: str, space: str = "") -> bytes:
     """Key of a document's text."""
-    return f"text/{hashed(document)}".encode()
+    return f"{space}text/{hashed(document)}".encode()
 
 
-def blob_keys(name: str, version: int) -> tuple[bytes, bytes]:
+def blob_keys(name: str, version: int, space: str = "") -> tuple[bytes, bytes]:
     """Keys of a version of a cartridge and of its optimizer state."""
-    return f"kv/{hashed(name)}/{version}".encode(), f"state/{hashed(name)}/{version}".encode()
+    return f"{space}kv/{hashed(name)}/{version}".encode(), f"{space}state/{hashed(name)}/{version}".encode()
 
 
 def record(value: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,8 @@
 
 Keys: ``meta`` (what the store is, fixed at creation), ``run`` (the trainer's state), ``row/<key>`` (one document:
 which version counts, checksums, figures), ``text/<key>`` (its text, for retrieval), ``kv/<key>/<version>`` and
-``state/<key>/<version>`` (safetensors files, exportable as they are).
+``state/<key>/<version>`` (safetensors files, exportable as they are). :mod:`cas.store.changes` has more, for documents
+that change.
 
 Versions are written before the row that names them. A checkpoint is one transaction that names a consistent set and
 deletes what it replaces. Killed at any instant, a store's rows name whole versions; readers never block the writer.
@@ -13,16 +14,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-from cas.errors import CollectionError, ConfigError, StoreError, StoreExists, StoreLocked, StoreMismatch, StoreMissing
-from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
+from cas.errors import CollectionError, ConfigError, StoreExists, StoreLocked, StoreMismatch, StoreMissing
+from cas.model.positions import MULTIPLE, Positions, cartridge_size
 from cas.options import Initialization
-from cas.store.records import FORMAT, READS, Records, Row, blob_keys, record, row_key, text_key, under
+from cas.store import changes
+from cas.store.reading import StoredDocuments
+from cas.store.records import (
+    FORMAT,
+    OLD,
+    PENDING,
+    READS,
+    WITHDRAWN,
+    Records,
+    Row,
+    blob_keys,
+    record,
+    row_key,
+    text_key,
+    under,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +56,14 @@ class DescribesItself(Protocol):
     def legacy_fingerprint(self) -> str: ...
 
 
-class Store:
+class Store(StoredDocuments):
     """Cartridges of one collection, made with one model; a context manager that closes it.
 
     Attributes: folder: where it is; records: its LMDB file; meta: what was fixed at creation, and the round.
     """
 
     def __init__(self, folder: Path, records: Records) -> None:
-        self.folder, self.records = folder, records
-        with records.read() as txn:
-            self.meta = records.parse(txn.get(b"meta"))
+        super().__init__(folder, records)
         self._uncommitted: dict[str, tuple[int, int, int | None]] = {}  # version and checksums, by id
 
     # -- creating and opening ---------------------------------------------------------------------------------------
@@ -84,7 +97,10 @@ class Store:
             raise StoreExists(
                 f"{folder} holds a store already; give another --store (or open this one with Store.open)"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StoreExists(f"{error.filename} is a file; give a folder as --store") from error
         meta = {
             "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
             "positions": positions, "initialisation": initialisation, "seed": seed,
@@ -173,62 +189,6 @@ class Store:
                 self.records.write(lambda txn: txn.put(b"meta", record(self.meta)))
             yield
 
-    # -- reading ----------------------------------------------------------------------------------------------------
-
-    @property
-    def layout(self) -> Layout:
-        """Positions of header, cartridges and tokens."""
-        span = self.meta["span"]
-        assert span is not None, "the span is known once documents were added"
-        return Layout(self.meta["positions"], len(self.meta["model"]["header_ids"]), span)
-
-    def rows(self) -> dict[str, Row]:
-        """All documents by id, in order of id, as of the last checkpoint."""
-        with self.records.read() as txn:
-            rows = [self.records.parse_row(value) for _, value in under(txn, b"row/")]
-        return {row.id: row for row in sorted(rows, key=lambda row: row.id)}
-
-    def row(self, document: str) -> Row:
-        """One document's row. Raises CollectionError for an unknown id."""
-        with self.records.read() as txn:
-            return self.records.row(txn, document)
-
-    def texts(self) -> list[tuple[str, str, str]]:
-        """(id, title, text) of every document that has a cartridge, in order of id: what retrieval indexes."""
-        rows = [row for row in self.rows().values() if row.initialized]
-        with self.records.read() as txn:
-            return [(row.id, row.title, self.records.text(txn, row)) for row in rows]
-
-    def text(self, document: str) -> str:
-        """One document's text, whether or not it has a cartridge. Raises CollectionError for an unknown id."""
-        with self.records.read() as txn:
-            return self.records.text(txn, self.records.row(txn, document))
-
-    @property
-    def round(self) -> int:
-        """How often the collection has changed since it was first trained; only cartridges of the last round learn."""
-        return int(self.meta.get("round", 0))
-
-    @property
-    def conversations(self) -> Path:
-        """The folder with the self-study of this round."""
-        return self.folder / ("conversations" + (f"-{self.round}" if self.round else ""))
-
-    @property
-    def metrics(self) -> Path:
-        """The log of this round's steps."""
-        return self.folder / f"metrics{f'-{self.round}' if self.round else ''}.jsonl"
-
-    def run_state(self) -> dict[str, Any] | None:
-        """The trainer's state at the last checkpoint."""
-        with self.records.read() as txn:
-            value = txn.get(b"run")
-        return None if value is None else self.records.parse(value)
-
-    def verify(self) -> list[str]:
-        """Read everything back; one line for each thing that is broken (none: the store is whole)."""
-        return self.records.verify()
-
     # -- documents --------------------------------------------------------------------------------------------------
 
     def add_documents(self, documents: Collection, count_tokens: Callable[[str], int]) -> None:
@@ -236,16 +196,25 @@ class Store:
 
         The cartridges come later (:func:`cas.training.initialization.initialize_cartridges`).
         Args: count_tokens: of a text, under the store's model (:meth:`cas.FrozenModel.count_tokens`).
-        Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small;
-            StoreLocked if a trainer holds the store.
+        Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small, or a
+            document too long for the cartridges of this store; StoreLocked if a trainer holds the store.
         """
         rows, meta = self.rows(), {**self.meta, "format": FORMAT}
-        for document in documents.documents:
+        with self.records.read() as txn:
+            left = {(row.id, row.hash) for row in self.records.rows(txn, WITHDRAWN).values()}
+        given = [d for d in documents.documents if (d.id, d.hash) not in left]
+        for document in given:
             if document.id in rows and rows[document.id].hash != document.hash:
                 raise CollectionError(f"{document.id} has changed since it was trained; train into a new --store")
-        new = [(d, count_tokens(d.text)) for d in documents.documents if d.id not in rows]
+        new = [(d, count_tokens(d.text)) for d in given if d.id not in rows]
         if not new:
             return
+        for document, count in new if rows and meta["span"] is not None and meta["ratio"] is not None else ():
+            if (p := cartridge_size(count, None, meta["ratio"], None)) > meta["span"]:
+                raise ConfigError(
+                    f"{document.id} has {count} tokens, which take {p} positions at --ratio {meta['ratio']:g}; cartridges "
+                    f"of {self.folder} have {meta['span']} at most: split it, as cas.train does, or give a new --store"
+                )
         if meta["span"] is None:
             meta["span"] = max(cartridge_size(count, meta["tokens"], meta["ratio"], None) for _, count in new)
         needed = len(meta["model"]["header_ids"]) + meta["span"]
@@ -269,33 +238,28 @@ class Store:
             self.records.sync()
             self.meta = meta
 
-    def remove(self, documents: Sequence[str], new_round: bool) -> None:
-        """Remove documents and their cartridges in one transaction. ``new_round``: the training so far is over;
-        documents added from now on are trained among the others, which stay as they are."""
-        rows, meta = self.rows(), {**self.meta, "round": self.round + new_round}
+    def change(self, change: changes.Change) -> None:
+        """Rename, retire, restore or drop documents, in one transaction; the caller holds :meth:`training`."""
+        meta = {**self.meta, "round": self.round + change.new_round}
 
         def write(txn: Any) -> None:
-            for name in documents:
-                for key in (row_key(name), text_key(name), *blob_keys(name, rows[name].version)):
-                    txn.delete(key)
-            if new_round:
-                txn.delete(b"run")
+            changes.apply(self.records, txn, change)
             txn.put(b"meta", record(meta))
 
         self.records.write(write)
         self.records.sync()
         self.meta = meta
 
+    def pending(self) -> list[dict[str, Any]]:
+        """Ids that files of the store still have (:func:`cas.store.changes.pending`)."""
+        with self.records.read() as txn:
+            return changes.pending(self.records, txn)
+
+    def clear_pending(self) -> None:
+        """The files no longer have them."""
+        self.records.write(lambda txn: txn.delete(PENDING))
+
     # -- tensors ----------------------------------------------------------------------------------------------------
-
-    def cartridge(self, document: str) -> Tensor:
-        """The KV of a document as of the last checkpoint, float32 [L, 2, H, P, D] on the CPU, checksum verified.
-
-        Raises: CollectionError for an unknown id or one without cartridge yet; StoreError for damage.
-        """
-        with self.records.read(in_place=True) as txn:  # row and tensors in one transaction: a trainer may be at work
-            row = self.records.row(txn, document)
-            return self.records.tensors(txn, "kv", document, row.version, row.kv_hash)["kv"]
 
     def read_tensors(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """(BackingStore) Newest written tensors, committed or not."""
@@ -356,31 +320,12 @@ class Store:
                 txn.put(key, record(asdict(row)))
             if run_state is not None:
                 txn.put(b"run", record(run_state))
+            if changes.ends_round(run_state):  # the successors answer from now on
+                changes.clear(txn, OLD)
 
         self.records.write(write)
         self.records.sync()
         self._uncommitted.clear()
-
-    # -- sharing ----------------------------------------------------------------------------------------------------
-
-    def export(self, document: str, file: str | Path) -> None:
-        """Write a cartridge's stored safetensors bytes to a file, whole or not at all.
-
-        Raises: CollectionError as :meth:`cartridge`; StoreError if the file cannot be written.
-        """
-        file = Path(file)
-        with self.records.read() as txn:
-            row = self.records.row(txn, document)
-            blob = self.records.blob(txn, "kv", document, row.version, row.kv_hash)
-        partial = file.with_name(f"{file.name}.partial")
-        try:
-            with partial.open("wb") as handle:
-                handle.write(blob)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(file)
-        except OSError as error:
-            raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 
     def log_duration(self, what: str, seconds: float) -> None:
         """Append to ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""

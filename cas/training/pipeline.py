@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from budget.manager import trim_host_memory
 from budget.memory_plan import Plan
-from cas.data.collection import Collection, resolve_source, same_source, split_long
+from cas.data.collection import Collection, split_long
 from cas.errors import ConfigError, StoreMismatch
 from cas.model.frozen import FrozenModel
 from cas.model.loading import recorded_source
@@ -29,13 +27,12 @@ from cas.training.cost import Cost, estimate
 from cas.training.initialization import initialize_cartridges
 from cas.training.memory_sizes import plan_memory
 from cas.training.metrics_log import Report
+from cas.training.recorded_options import records_collection, refuse_other_collection, save_config
 from cas.training.rounds import Round, begin_round, end_untrained, ended_untrained, learning_documents, plan_round
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
 
 DEFAULT_RATIO = 16.0
-# Options that say which documents are trained.
-_SOURCE = ("collection", "include", "exclude", "collection_seed", "documents", "merge")
 
 Stop = Callable[[], bool]
 
@@ -79,23 +76,27 @@ def run(config: TrainConfig, view: View) -> None:
         store = None
         if Store.exists(folder):
             store = stack.enter_context(Store.open(folder, write=not config.dry_run))
-        setup = plan(config, folder, store, view)
-        for text in setup.lines():
-            view.line(text)
-        if config.dry_run:
-            return
-        if store is None:
-            store = stack.enter_context(_create_store(setup))
-        _begin(setup, store)
-        if setup.memory is not None and not ended_untrained(store):
-            with view.listening() as stop:
-                conversations = self_study(setup, store, view, stop)
-                initialize(setup, store, conversations, view, stop)
-                if conversations:
-                    train(setup, store, conversations, view, stop)
-                else:
-                    end_untrained(store)
-        index(setup, store, view)
+        documents, model = _load_documents(config, view), _load_model(config, store, view)
+        while True:
+            setup = plan(config, folder, store, view, documents, model)
+            for text in setup.lines():
+                view.line(text)
+            if config.dry_run:
+                return
+            if store is None:
+                store = stack.enter_context(_create_store(setup))
+            _begin(setup, store)
+            if setup.memory is not None and not ended_untrained(store):
+                with view.listening() as stop:
+                    conversations = self_study(setup, store, view, stop)
+                    initialize(setup, store, conversations, view, stop)
+                    if conversations.by_document.keys() & {*setup.round.learners}:
+                        train(setup, store, conversations, view, stop)
+                    else:
+                        end_untrained(store)
+            index(setup, store, view)
+            if not setup.round.postponed:
+                return
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -139,21 +140,21 @@ class Setup:
         ]
 
 
-def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> Setup:
-    """Load documents and model, and compute what is to be trained and what memory that takes. Writes nothing."""
-    documents = _load_documents(config, view)
-    model = _load_model(config, store, view)
+def plan(
+    config: TrainConfig, folder: Path, store: Store | None, view: View, documents: Collection, model: FrozenModel
+) -> Setup:
+    """Compute what is to be trained and what memory that takes. Writes nothing."""
     study = config.part(SelfStudy)
     prompt_style(model, study)  # refuses a writer that this model cannot have
     if study.writer_url and store is None and not config.dry_run:
         open_endpoint(study).check()
     ratio = DEFAULT_RATIO if config.ratio is None and config.tokens is None else config.ratio
-    if config.span is not None and ratio is not None:
-        documents = split_long(documents, int(config.span * ratio), model.count_tokens)
-    round, pool, frozen = plan_round(store, documents), config.pool, list[int]()
+    documents = _split(config, documents, store, ratio, model, view)
+    round, pool, frozen = plan_round(store, documents, config.prune), config.pool, list[int]()
     if store is not None:
-        _refuse_other_collection(config, store, round)
-        rows = store.rows()
+        refuse_other_collection(config, store, documents, round)
+        rows = store.old_rows() | store.rows()
+        rows |= {new: rows[old] for old, new in round.renamed.items()}
         frozen = [rows[i].p for i in round.frozen]
         if not round.new:  # the pool that this training was begun with
             pool = pool or (store.run_state() or {}).get("settings", {}).get("pool")
@@ -163,8 +164,31 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
     limited = with_limits(model, config, folder / "conversations")
     needed = plan_memory(limited, model, learning, ratio, pool, frozen) if round.learners else None
     load_embedder(config.embedder)  # refused now, not after hours of training
-    cost = estimate(limited, model, learning, max(_sizes(config, model, learning, ratio)), store) if needed else None
+    going_on = None if round.new else store
+    cost = estimate(limited, model, learning, max(_sizes(config, model, learning, ratio)), going_on) if needed else None
     return Setup(config, folder, model, ratio, learning, round, needed, cost)
+
+
+def _split(
+    config: TrainConfig,
+    documents: Collection,
+    store: Store | None,
+    ratio: float | None,
+    model: FrozenModel,
+    view: View,
+) -> Collection:
+    """The documents, those in parts that are too long for the largest cartridge (as they are: those that are stored so)."""
+    span = store.meta["span"] if store is not None else config.span
+    if span is None or ratio is None:
+        return documents
+    stored = store.rows() | store.old_rows() if store is not None else {}
+    whole = {d.text for d in documents.documents if d.id in stored and stored[d.id].hash == d.hash}
+    split = split_long(documents, int(span * ratio), lambda text: 0 if text in whole else model.count_tokens(text))
+    if store is not None and (more := len(split) - len(documents)):
+        view.warn(
+            f"cartridges of {store.folder} have {span} positions at most: {more} more, for parts of long documents"
+        )
+    return split
 
 
 def _sizes(config: TrainConfig, model: FrozenModel, documents: Collection, ratio: float | None) -> list[int]:
@@ -224,23 +248,6 @@ def _warn_of_windows(
         view.warn(f"warning: {warning}")
 
 
-def _refuse_other_collection(config: TrainConfig, store: Store, round: Round) -> None:
-    """Raise StoreMismatch if documents would be replaced or dropped because other ones were named."""
-    if round.postponed or not (round.changed or round.gone):
-        return
-    file = store.folder / "config.yaml"
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    now = {k: list(v) if isinstance(v, tuple) else v for k in _SOURCE for v in [getattr(config, k)]}
-    before = {"include": [], "exclude": [], **before}  # which older stores do not record
-    if config.collection and before.get("collection") and same_source(before["collection"], config.collection):
-        before["collection"] = config.collection
-    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != now[k]]:
-        raise StoreMismatch(
-            f"{store.folder} was trained with another {', '.join(other)}: it would lose {len(round.gone)} documents "
-            f"and retrain {len(round.changed)}; give what it was trained on, or a new --store"
-        )
-
-
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +264,7 @@ def _store_settings(setup: Setup) -> dict[str, Any]:
 
 def _create_store(setup: Setup) -> Store:
     store = Store.create(setup.folder, setup.model, span=setup.config.span, **_store_settings(setup))
-    _save_config(setup)
+    save_config(setup.config, store)
     return store
 
 
@@ -271,27 +278,17 @@ def _begin(setup: Setup, store: Store) -> None:
         raise StoreMismatch(
             f"{setup.folder} was made with {', '.join(changed)}; use the same settings or give a new --store"
         )
-    if setup.round.differs and not setup.round.postponed:
-        begin_round(store, setup.round)
-        _save_config(setup)
-    if setup.memory is not None:
+    if setup.memory is not None and not setup.round.new:
         refuse_other_settings(store, asdict(_training(setup)))
+    begin_round(store, setup.round)
+    if (setup.round.differs and not setup.round.postponed) or not records_collection(setup.config, store):
+        save_config(setup.config, store)
 
 
 def _training(setup: Setup) -> Training:
     """The settings of the trainer, with the pool of the plan."""
     assert setup.memory is not None
     return replace(setup.config.part(Training), pool=setup.memory.pool)
-
-
-def _save_config(setup: Setup) -> None:
-    """Write the options, so that ``--config`` can give them again."""
-    options = asdict(replace(setup.config, config=None))
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    values["collection"] = resolve_source(str(setup.config.collection))  # the same from whatever directory it is read
-    partial = setup.folder / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(setup.folder / "config.yaml")
 
 
 # -- self-study, initialize, train, index ------------------------------------------------------------------------------
@@ -375,5 +372,3 @@ def index(setup: Setup, store: Store, view: View) -> None:
     """Bring the retrieval index up to date with the store's documents."""
     with view.progress("index") as bar:
         open_index(store, load_embedder(setup.config.embedder), progress=bar.show, rebuild=True)
-    if setup.round.postponed:
-        view.line(f"collection  {setup.round.differences}; train that with the same command")

@@ -1,27 +1,49 @@
 """A collection that changes is trained in rounds: every round trains what is new or changed, and nothing else.
 
 New and changed documents get cartridges, self-study and training of their own, among the cartridges of earlier rounds
-as read-only distractors. Those stay the same bit for bit, and a round costs what its own documents cost.
+as read-only distractors. Those stay the same bit for bit, and a round costs what its own documents cost. Until a round
+has ended, a changed document answers with the cartridge that it had.
+
+What a store is to become follows from the store and the collection alone, so an interrupted change, or one that was
+overtaken by the next, ends in the same state as any other:
+
+- A document that is not in the collection stays as it is, unless it is to be pruned. One that has another document's
+  text under a new id is that document, renamed.
+- If a round is in training, what has changed again since leaves it, and the others go on. What else is different waits
+  for the next round. If nothing is left to train, the next round begins at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+import pyarrow.parquet
 
 from cas.data.collection import Collection, Document
+from cas.data.folder import names
 from cas.errors import ConfigError
+from cas.store.changes import Change, ends_round
+from cas.store.records import Row
 from cas.store.store import Store
+from cas.training.erase import erase
+
+_NOT_A_COPY = ("with the text of another", "with the name of another")  # these files say nothing of their own
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round of training; all fields are ids of documents except the last two.
+    """A round of training. What it names are ids of documents.
 
     Attributes:
         learners: whose cartridges it trains. frozen: whose cartridges stay as they are and only distract.
-        added, changed, gone: how the collection differs from the store.
-        new: training of an earlier round is finished, so this one is to begin.
-        postponed: an earlier round has to be finished first; the differences wait.
+        added, changed, gone: how the collection differs from the store; ``gone`` are those to be pruned.
+        renamed: {old id: new id}. missing: not in the collection. unreadable: left out of it, though there is a file.
+        change: what it takes to begin, or to go on.
+        new: training of an earlier round is over, so this one is to begin.
+        postponed: an earlier round has to be finished first; the (other) differences wait.
     """
 
     learners: tuple[str, ...]
@@ -29,27 +51,37 @@ class Round:
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    change: Change = field(default_factory=Change)
     new: bool = False
     postponed: bool = False
 
     @property
     def differs(self) -> bool:
-        """Whether the collection differs from the store."""
-        return bool(self.added or self.changed or self.gone)
+        """Whether the collection differs from the store in anything that is to be changed there."""
+        return bool(self.added or self.changed or self.gone or self.renamed)
 
     @property
     def differences(self) -> str:
         """The same in words."""
-        parts = ((self.added, "new"), (self.changed, "changed"), (self.gone, "gone"))
-        return ", ".join(f"{len(ids)} {what}" for ids, what in parts if ids)
+        parts = ((self.added, "new"), (self.changed, "changed"), (self.renamed, "renamed"), (self.gone, "gone"))
+        return ", ".join(f"{len(ids)} {what}" for ids, what in parts if ids) or "as it was again"
 
     def lines(self) -> list[str]:
         """For the user, above the plan."""
+        lines = []
         if self.postponed:
-            return [f"collection  {self.differences}: first the training that was begun without them"]
-        if self.new:
-            return [f"collection  {self.differences}; the other {len(self.frozen)} cartridges stay as they are"]
-        return []
+            left = f"; {len(self.change.withdraw)} leave it" if self.change.withdraw else ""
+            lines = [f"collection  {self.differences}: first the training that was begun without them{left}"]
+        elif self.new and self.differs:
+            lines = [f"collection  {self.differences}; the other {len(self.frozen)} cartridges stay as they are"]
+        if kept := [i for i in self.missing if i not in self.gone]:
+            lines.append(f"missing     {len(kept)} ({names(kept)}): cartridges stay; --prune drops them")
+        if self.unreadable:
+            lines.append(f"not read    {len(self.unreadable)} ({names(self.unreadable)}): cartridges stay")
+        return lines
 
 
 def current_round(store: Store) -> Round:
@@ -61,26 +93,178 @@ def current_round(store: Store) -> Round:
     )
 
 
-def plan_round(store: Store | None, documents: Collection) -> Round:
-    """What training these documents means for a store (None: for a new one)."""
+def plan_round(store: Store | None, documents: Collection, prune: bool = False) -> Round:
+    """What training these documents means for a store (None: for a new one). ``prune``: drop what is missing."""
     if store is None:
         return Round(tuple(d.id for d in documents.documents))
-    rows, hashes = store.rows(), {d.id: d.hash for d in documents.documents}
-    added = tuple(i for i in hashes if i not in rows)
-    changed = tuple(i for i, h in hashes.items() if i in rows and rows[i].hash != h)
-    gone = tuple(i for i in rows if i not in hashes)
-    new = bool(added or changed or gone) and begun(store)
-    if new and not finished(store):
-        return replace(current_round(store), added=added, changed=changed, gone=gone, postponed=True)
-    old = {i for i in rows if new or rows[i].round != store.round}.difference(changed, gone)
-    return Round(
-        learners=tuple(i for i in hashes if i not in old),
-        frozen=tuple(i for i in hashes if i in old),
-        added=added,
-        changed=changed,
-        gone=gone,
-        new=new,
-    )
+    found = _Differences(store, documents, prune)
+    unfinished = begun(store) and not finished(store)
+    if unfinished and not found.nothing_to_save():
+        return found.go_on()
+    return found.begin(new=unfinished or (begun(store) and found.any()))
+
+
+class _Differences:
+    """A store and a collection, compared."""
+
+    def __init__(self, store: Store, documents: Collection, prune: bool) -> None:
+        self.store, self.rows, self.old = store, store.rows(), store.old_rows()
+        self.given = given = {d.id: d for d in documents.documents}
+        known = self.old | self.rows
+        self.renamed = _renamed(store, self.rows, given)
+        self.names = {d.id: i for i, d in self.renamed.items()}
+        unknown = [i for i in given if i not in self.names]
+        self.added = [i for i in unknown if i not in known]
+        # Of these, the restored ones are what they were before this round.
+        stale = [i for i in unknown if i in known and (i not in self.rows or _other(self.rows[i], given[i]))]
+        self.restored = [i for i in stale if i in self.old and not _other(self.old[i], given[i])]
+        bases = {_base(d.id, d.title) for d in given.values()}
+        absent = [i for i in known if i not in given and i not in self.renamed]
+        # A document that is split otherwise than before: its parts are what has changed.
+        replaced = [i for i in absent if _base(i, known[i].title) in bases]
+        self.stale = [*stale, *replaced]
+        self.changed = [i for i in self.stale if i not in self.restored]
+        absent = [i for i in absent if i not in set(replaced)]
+        left_out = {item.id for item in documents.left_out if item.kind not in _NOT_A_COPY}
+        folders = tuple(
+            f"{i.where.rstrip('/')}/" for i in documents.left_out if i.id is None and i.kind == "unreadable"
+        )
+        self.unreadable = [i for i in absent if {i, _base(i, known[i].title)} & left_out or i.startswith(folders)]
+        self.missing = [i for i in absent if i not in set(self.unreadable)]
+        self.gone = list(self.missing) if prune else []
+        self.learning = [i for i, row in self.rows.items() if row.round == store.round]
+
+    def any(self) -> bool:
+        """Whether there is anything to do but to train on."""
+        waiting = self.store.pending() or self.store.withdrawn()
+        return bool(self.added or self.stale or self.renamed or self.gone or waiting)
+
+    def leaving(self) -> list[str]:
+        """Documents in training whose text is no longer that of the collection, or that are to be pruned."""
+        return [i for i in self.learning if i in self.stale or i in self.gone]
+
+    def nothing_to_save(self) -> bool:
+        """Whether the round that is in training has nothing that is wanted."""
+        leaving = self.leaving()
+        stay = [i for i in self.learning if i not in leaving]
+        if not any(self.rows[i].initialized or i not in self.missing for i in stay):
+            return True
+        return bool(self.added or self.stale) and self.store.run_state() is None and not _conversations(self.store)
+
+    def go_on(self) -> Round:
+        """The round that is in training, without the documents that have changed again."""
+        leaving, delete, leave, restore = self.leaving(), list[str](), list[str](), list[str]()
+        for name in [i for i in leaving if i not in self.gone]:
+            base = _base(name, self.rows[name].title)
+            if before := [i for i, row in self.old.items() if _base(i, row.title) == base and i not in self.gone]:
+                delete.append(name)
+                restore += before
+            else:
+                (leave if self.rows[name].initialized else delete).append(name)
+        drop = [i for i in self.gone if i in leaving or i not in self.rows]
+        learners = [i for i in self.learning if i not in leaving]
+        others = [i for i in self.rows if i not in learners and i not in delete and i not in drop]
+        return self._round(
+            learners,
+            sorted({*others, *restore}),
+            Change(
+                withdraw=tuple(leaving),
+                delete=tuple(delete),
+                restore=tuple(dict.fromkeys(restore)),
+                leave=tuple(leave),
+                drop=tuple(drop),
+            ),
+            postponed=self.any() or bool(leaving),
+        )
+
+    def begin(self, new: bool) -> Round:
+        """The next round, or the one that has not begun yet."""
+        stale = [i for i in self.stale if i in self.rows]
+        retire = [i for i in stale if self.rows[i].initialized and i not in self.old]
+        delete = [i for i in stale if i not in retire]
+        for name in self.rows:  # without a cartridge there is nothing to keep
+            unwanted = name in self.missing or (new and name in self.learning)
+            if unwanted and not self.rows[name].initialized and name not in {*delete, *self.gone}:
+                delete.append(name)
+        live = [i for i in self.rows if i not in delete and i not in retire and i not in self.gone]
+        absent = [
+            i for i in (*self.missing, *self.unreadable) if i in self.old and i not in live and i not in self.gone
+        ]
+        restore = [*self.restored, *absent]
+        stay = {*(self.renamed[i].id if i in self.renamed else i for i in live), *restore}
+        trained = {i for i in self.learning if i in live} if not new else set()
+        learners = {*(i for i in self.given if i not in stay)}
+        learners |= {self.renamed[i].id if i in self.renamed else i for i in trained}
+        # Of an old one all parts may be there under other names: then nothing is trained in its place.
+        successors = {_base(i, self.given[i].title) for i in learners if i in self.given}
+        outdated = [i for i in retire if _base(i, self.rows[i].title) not in successors]
+        unused = [
+            i
+            for i, row in self.old.items()
+            if i not in {*restore, *self.gone} and _base(i, row.title) not in successors
+        ]
+        return self._round(
+            sorted(learners),
+            sorted(stay - learners),
+            Change(
+                delete=(*delete, *outdated),
+                retire=tuple(i for i in retire if i not in outdated),
+                restore=tuple(restore),
+                forget=tuple(unused),
+                drop=tuple(self.gone),
+                rename={i: (d.id, d.title, d.hash) for i, d in self.renamed.items()},
+                new_round=new,
+            ),
+            new=new,
+        )
+
+    def _round(
+        self, learners: Iterable[str], frozen: Iterable[str], change: Change, new: bool = False, postponed: bool = False
+    ) -> Round:
+        return Round(
+            learners=tuple(learners),
+            frozen=tuple(frozen),
+            added=tuple(self.added),
+            changed=tuple(self.changed),
+            gone=tuple(self.gone),
+            renamed={i: d.id for i, d in self.renamed.items()},
+            missing=tuple(self.missing),
+            unreadable=tuple(self.unreadable),
+            change=change,
+            new=new,
+            postponed=postponed,
+        )
+
+
+def _other(row: Row, document: Document) -> bool:
+    return row.hash != document.hash
+
+
+def _base(id: str, title: str) -> str:
+    """The id of the whole document, for a part of one that was split (:func:`cas.data.collection.split_long`)."""
+    return re.sub(r"#\d+$", "", id) if re.search(r" \(part \d+ of \d+\)$", title) else id
+
+
+def _renamed(store: Store, rows: Mapping[str, Row], given: Mapping[str, Document]) -> dict[str, Document]:
+    """{id in the store: the document that has its text now}, of documents whose text stands under no id of theirs."""
+    free = [i for i, row in rows.items() if row.initialized and (i not in given or _other(row, given[i]))]
+    new = [d for i, d in given.items() if i not in rows or _other(rows[i], d)]
+    if not free or not new:
+        return {}
+    texts: dict[bytes, list[str]] = {}
+    for i in free:
+        texts.setdefault(sha256(store.text(i).encode()).digest(), []).append(i)
+    renamed: dict[str, Document] = {}
+    for document in new:
+        same = texts.get(sha256(document.text.encode()).digest(), [])
+        if document.id not in same and same:  # else its title has changed
+            renamed[same.pop(0)] = document
+    return renamed
+
+
+def _conversations(store: Store) -> int:
+    """How many conversations the round has."""
+    return sum(pyarrow.parquet.read_metadata(file).num_rows for file in store.conversations.glob("unit-*.parquet"))
 
 
 def begun(store: Store) -> bool:
@@ -90,8 +274,7 @@ def begun(store: Store) -> bool:
 
 def finished(store: Store) -> bool:
     """Whether the current round is trained to its end."""
-    state = store.run_state()
-    return state is not None and state["step"] >= state["settings"]["total_steps"]
+    return ends_round(store.run_state())
 
 
 def end_untrained(store: Store) -> None:
@@ -107,34 +290,44 @@ def ended_untrained(store: Store) -> bool:
 
 
 def learning_documents(round: Round, store: Store | None, documents: Collection) -> Collection:
-    """The documents that a round trains; those of the store if the given ones have to wait."""
-    if round.postponed:
-        assert store is not None
-        rows = store.rows().values()
-        documents = Collection(store.folder.name, tuple(Document(r.id, r.title, store.text(r.id)) for r in rows))
-    learners = set(round.learners)
-    chosen = tuple(d for d in documents.documents if d.id in learners)
-    return replace(documents, documents=chosen, questions=documents.questions_for(learners))
+    """The documents of a round's self-study: those that it trains, and those that have left it since."""
+    given = {d.id: d for d in documents.documents}
+    chosen = {i: given[i] for i in round.learners if i in given}
+    if store is not None:
+        rows, left = store.rows(), [] if round.new else [Document(*text) for text in store.withdrawn()]
+        stored = [i for i in round.learners if i not in given] + list(round.change.withdraw)
+        chosen |= {d.id: d for d in [*left, *(Document(i, rows[i].title, store.text(i)) for i in stored)]}
+    return replace(documents, documents=tuple(chosen.values()), questions=documents.questions_for(chosen))
 
 
 def begin_round(store: Store, round: Round) -> None:
-    """Remove from the store what is gone or changed. Raises: ConfigError for a postponed round."""
-    if round.postponed:
-        raise ConfigError(
-            f"{store.folder} is in training and its collection has changed ({round.differences}); "
-            "finish the training first"
-        )
-    if round.new or round.changed or round.gone:
-        with store.training():
-            store.remove((*round.changed, *round.gone), round.new)
+    """Give the store the documents of a round, before its self-study; the last step of a rename or a deletion too."""
+    with store.training():
+        if not round.postponed:
+            _erase(store)  # of an interrupted call
+        if round.change:
+            store.change(round.change)
+        if not round.postponed:
+            _erase(store)
 
 
-def update(store: Store, documents: Collection) -> Round:
+def _erase(store: Store) -> None:
+    if changes := store.pending():
+        erase(store.folder, changes)
+        store.clear_pending()
+
+
+def update(store: Store, documents: Collection, prune: bool = False) -> Round:
     """Begin the round that these documents make necessary, if any. ``synthesize`` and :class:`cas.Trainer`, given its
     :func:`learning_documents`, then add and train what is new or changed.
 
     Returns: the round. Raises: ConfigError while a training is unfinished.
     """
-    round = plan_round(store, documents)
+    round = plan_round(store, documents, prune)
+    if round.postponed:
+        raise ConfigError(
+            f"{store.folder} is in training and its collection has changed ({round.differences}); "
+            "finish the training first"
+        )
     begin_round(store, round)
     return round

@@ -38,6 +38,7 @@ from cas.errors import (
     StoreMissing,
 )
 from cas.model.frozen import FrozenModel, Source
+from cas.store.changes import Change
 from cas.store.records import Row, hashed
 from cas.store.store import Store
 from cas.training.initialization import initialize, initialize_cartridges
@@ -144,13 +145,21 @@ def test_sizes(
     store.close()
 
 
-def test_later_documents_keep_the_span(tmp_path: Path, model: FrozenModel) -> None:
+def test_later_documents_are_not_squeezed_into_the_span(tmp_path: Path, model: FrozenModel) -> None:
     short, long = many_documents(2, words=4), Document("long", "Long", "pebble " * 60)
     store = make_store(tmp_path / "s", model, short, tokens=None, ratio=1)
     span = store.layout.span
+    before, tokens = contents_of_rows(store), model.count_tokens(long.text)
+    with pytest.raises(
+        ConfigError, match=f"long has {tokens} tokens, which take {tokens // 4 * 4} .* have {span} at most"
+    ) as caught:
+        store.add_documents(replace(short, documents=(*short.documents, long)), model.count_tokens)
+    one_line(caught)
+    assert contents_of_rows(store) == before
+    store.close()
+    store = make_store(tmp_path / "fixed", model, short, tokens=16)  # here a size is a size
     store.add_documents(replace(short, documents=(*short.documents, long)), model.count_tokens)
-    assert (store.row("long").p, store.layout.span) == (span, span)
-    assert store.row("long").tokens > 2 * span
+    assert (store.row("long").p, store.layout.span) == (16, 16)
     store.close()
 
 
@@ -305,7 +314,7 @@ def test_documents_without_cartridges(
         one_line(caught)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
     with store.training():
-        store.remove(["crane"], new_round=False)
+        store.change(Change(drop=("crane",)))
     store.close()
     folder = str(store.folder)
     status, out, _ = call(tool.main, "ls", "--store", folder)

@@ -1,0 +1,82 @@
+"""The files of a store: the lock on its LMDB file, its compaction, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cas.errors import StoreError, StoreLocked
+
+if TYPE_CHECKING:
+    from cas.store.records import Records
+
+
+def shared_lock(file: Path, create: bool) -> int:
+    """A descriptor of a store's file under a shared lock, so that nobody replaces the file meanwhile.
+
+    Raises: StoreLocked while it is being replaced; StoreError if it cannot be read.
+    """
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o644)
+        except OSError as error:
+            raise StoreError(f"{file}: cannot be opened as a store ({error.strerror})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StoreLocked(f"{file.parent} is being compacted; try again when that is done") from error
+        except OSError:  # a file system without locks
+            return descriptor
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+        os.close(descriptor)  # replaced in between
+
+
+def compact(records: Records) -> tuple[int, int]:
+    """Replace a store's file by one without free pages; the records must be closed afterwards.
+
+    Returns: bytes before and after. Raises: StoreLocked if anyone else has the store open; StoreError if the disk is full.
+    """
+    import lmdb
+
+    file = Path(records.environment.path())
+    try:
+        # Not only for writers: LMDB's file of readers is valid for the file that they have open.
+        fcntl.flock(records.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreLocked(f"{file.parent} is open in another process; stop that one first") from error
+    new, before = file.with_name(f"{file.name}.compact"), file.stat().st_size
+    new.unlink(missing_ok=True)
+    try:
+        records.environment.copy(str(new), compact=True)
+        _sync(new)
+        new.replace(file)
+        _sync(file.parent)
+    except (OSError, lmdb.Error) as error:
+        new.unlink(missing_ok=True)
+        raise StoreError(f"{file.parent}: cannot be compacted ({error}); nothing has changed") from error
+    return before, file.stat().st_size
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """Write bytes to a file, whole or not at all. Raises: StoreError if that fails."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""The options that a store was made with, in its ``config.yaml``, and whether a collection is the one it was trained on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import yaml
+
+from cas.data.collection import Collection, resolve_source, same_source
+from cas.errors import StoreMismatch
+from cas.options import TrainConfig
+from cas.store.store import Store
+from cas.training.rounds import Round
+
+# Options that say which documents are trained.
+_SOURCE = ("collection", "include", "exclude", "collection_seed", "documents", "merge")
+
+
+def save_config(config: TrainConfig, store: Store) -> None:
+    """Write the options, so that ``--config`` can give them again."""
+    options = asdict(replace(config, config=None, prune=False))
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    values["collection"] = resolve_source(str(config.collection))  # the same from whatever directory it is read
+    partial = store.folder / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(store.folder / "config.yaml")
+
+
+def records_collection(config: TrainConfig, store: Store) -> bool:
+    """Whether ``config.yaml`` names this collection."""
+    return bool(_recorded(store).get("collection") == resolve_source(str(config.collection)))
+
+
+def refuse_other_collection(config: TrainConfig, store: Store, documents: Collection, round: Round) -> None:
+    """Raise StoreMismatch if other documents were named than those that the store was trained on. Ones that only add to
+    them are welcome."""
+    if not (round.changed or round.missing):
+        return
+    before = {"include": [], "exclude": [], **_recorded(store)}  # which older stores do not record
+    now = {k: list(v) if isinstance(v, tuple) else v for k in _SOURCE for v in [getattr(config, k)]}
+    recorded = before.get("collection")
+    if recorded is None:
+        if not store.rows() or _overlap(store, documents):
+            return
+    elif same_source(recorded, str(config.collection)):
+        # One that is recorded by a relative path, as older stores do, may be another project's.
+        if resolve_source(recorded) == resolve_source(str(config.collection)) or _overlap(store, documents):
+            before["collection"] = config.collection
+    elif os.path.isabs(recorded) and not os.path.exists(recorded) and _overlap(store, documents):
+        before["collection"] = config.collection  # it was moved
+    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != now[k]]:
+        raise StoreMismatch(
+            f"{store.folder} was trained with another {', '.join(other)}: {len(round.missing)} of its documents are missing "
+            f"here and {len(round.changed)} differ; give what it was trained on, or a new --store"
+        )
+
+
+def _overlap(store: Store, documents: Collection) -> bool:
+    """Whether at least a third of the documents, of the store or given, are in both with the same text."""
+    rows = store.rows() | store.old_rows()
+    same = sum(d.id in rows and rows[d.id].hash == d.hash for d in documents.documents)
+    return same > 0 and 3 * same >= min(len(rows), len(documents))
+
+
+def _recorded(store: Store) -> dict[str, Any]:
+    file = store.folder / "config.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else {}
