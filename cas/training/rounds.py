@@ -114,9 +114,10 @@ class _Differences:
         self.renamed = _renamed(store, self.rows, given)
         self.names = {d.id: i for i, d in self.renamed.items()}
         unknown = [i for i in given if i not in self.names]
-        self.added = [i for i in unknown if i not in known]
+        self.added = [i for i in unknown if i not in known or i in self.renamed]
         # Of these, the restored ones are what they were before this round.
-        stale = [i for i in unknown if i in known and (i not in self.rows or _other(self.rows[i], given[i]))]
+        stale = [i for i in unknown if i in known and i not in self.renamed]
+        stale = [i for i in stale if i not in self.rows or _other(self.rows[i], given[i])]
         self.restored = [i for i in stale if i in self.old and not _other(self.old[i], given[i])]
         bases = {_base(d.id, d.title) for d in given.values()}
         absent = [i for i in known if i not in given and i not in self.renamed]
@@ -183,7 +184,7 @@ class _Differences:
         retire = [i for i in stale if self.rows[i].initialized and i not in self.old]
         delete = [i for i in stale if i not in retire]
         for name in self.rows:  # without a cartridge there is nothing to keep
-            unwanted = name in self.missing or (new and name in self.learning)
+            unwanted = name not in self.given or (new and name in self.learning)
             if unwanted and not self.rows[name].initialized and name not in {*delete, *self.gone}:
                 delete.append(name)
         live = [i for i in self.rows if i not in delete and i not in retire and i not in self.gone]
