@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from conftest import tiny_model
 
 from cas.data.collection import Collection, Document
 from cas.model.decoding import Generation, Prompt
@@ -101,3 +103,22 @@ class Writer:
         top = [torch.tensor([t, *(n for n in range(3, 3 + k) if n != t)][:k], dtype=torch.int32) for t in chosen]
         values = [(0.1 * torch.arange(k) + t).neg().log_softmax(-1) for t in range(len(chosen))]
         return Generation(ids, finished, {}, top, values)
+
+
+def prepare(patch: pytest.MonkeyPatch) -> None:
+    """Commands with a tiny model and nothing that needs the network or sense, as in the fixture ``manuals``."""
+    from retrieval import HashEmbedder
+
+    model = tiny_model("llama")
+
+    class Talk(Writer):
+        def question(self, prompt: Any, seed: int) -> Any:
+            return Generation(model.encode(f" of number {sum(prompt.tokens) % 97}?"), finished=True)
+
+    patch.setattr("cas.selfstudy.synthesize.generate", Talk(model))
+    patch.setattr("cas.selfstudy.synthesize.bad_question", lambda *_: None)
+    patch.setattr("cas.selfstudy.synthesize.bad_answer", lambda *_: None)
+    patch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
+    patch.setattr("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder())
+    patch.setattr("cas.training.pipeline.estimate", lambda *_: None)
+    patch.delenv("CAS_STORE", raising=False)

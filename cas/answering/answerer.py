@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from cas.answering.prompts import cartridges as cartridge_prompt
-from cas.errors import UserError
+from cas.errors import CollectionError, UserError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.store.index import open_index
@@ -20,6 +20,9 @@ from retrieval import ChunkIndex, Ranked, WordIndex, rank_documents
 
 if TYPE_CHECKING:
     from retrieval import Embedder
+
+
+_ATTEMPTS = 3  # to load what was retrieved, while documents are being dropped
 
 
 @dataclass(frozen=True)
@@ -54,40 +57,77 @@ class Answer:
         return asdict(self)
 
 
+class Loading(NamedTuple):
+    """A cartridge for an answer [L, 2, H, P, D] and its document's title."""
+
+    kv: Tensor
+    title: str
+
+
 class Answerer:
-    """Answers questions from a store. Keeps the last few cartridges it loaded in memory."""
+    """Answers questions from a store, as it is when each is asked: documents may be added, changed or dropped meanwhile, by
+    this process or another. Keeps the last few cartridges it loaded in memory."""
 
     def __init__(self, model: FrozenModel, store: Store, embedder: Embedder | None = None, keep: int = 16) -> None:
         store.check_model(model)
         self.model, self.store, self._embedder = model, store, embedder
         self._index: ChunkIndex | None = None
         self._words: WordIndex | None = None
+        self._stamp = -1  # of the store when it was last looked at
+        self._indexed: dict[str, str] = {}  # {id: hash} of what the index is of
         self._keep = keep
-        self._hot: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._hot: OrderedDict[tuple[str, int, int | None], Tensor] = OrderedDict()
 
     @property
     def index(self) -> ChunkIndex:
-        """The retrieval index, opened at first need."""
-        if self._index is None:
-            self._index = open_index(self.store, self._embedder)
+        """The retrieval index, opened at first need, of the documents that answer now."""
+        stamp = self.store.stamp
+        if self._index is None or stamp != self._stamp:
+            self.store.reload()
+            now = {name: row.hash for name, row in self.store.answering().items()}
+            if self._index is None or now != self._indexed:
+                documents = self.store.texts()
+                self._index = open_index(self.store, self._embedder, documents=documents)
+                self._words = WordIndex.open(self._index, lambda: documents, self.store.folder / "index")
+            self._stamp, self._indexed = stamp, now
         return self._index
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Ranked]]:
         """The k best documents for each question, by vectors and words: names unknown to the embedder are found by
         their spelling."""
-        if self._words is None:
-            self._words = WordIndex.open(self.index, self.store.texts, self.store.folder / "index")
         return rank_documents(self.index, questions, k, self._words)
 
     def load(self, document: str) -> Tensor:
         """A cartridge in the model's dtype on its device."""
-        key = (document, self.store.row(document).version)
+        row = self.store.answering_row(document)
+        key = (document, row.version, row.kv_hash)
         if key not in self._hot:
             self._hot[key] = self.store.cartridge(document).to(self.model.device, self.model.dtype)
             if len(self._hot) > self._keep:
                 self._hot.popitem(last=False)
         self._hot.move_to_end(key)
         return self._hot[key]
+
+    def _retrieve_and_load(
+        self, questions: Sequence[str], k: int
+    ) -> tuple[list[dict[str, float | None]], dict[str, Loading], float]:
+        """Scores by document for each question, the documents' cartridges and titles, and the seconds that ranking took.
+        Where one was dropped between the two, once more."""
+        for attempt in range(_ATTEMPTS):
+            clock = _Clock()
+            scores: list[dict[str, float | None]] = [
+                {r.document_id: r.score for r in found} for found in self.retrieve(questions, k)
+            ]
+            seconds = clock.lap()
+            try:
+                return scores, self._load(name for found in scores for name in found), seconds
+            except CollectionError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("returned or raised")
+
+    def _load(self, documents: Iterable[str]) -> dict[str, Loading]:
+        return {name: Loading(self.load(name), self.store.answering_row(name).title) for name in documents}
 
     def ask(
         self,
@@ -105,17 +145,16 @@ class Answerer:
         """
         _refuse(question, k)
         scores: dict[str, float | None] = {}
-        clock = _Clock()
+        clock, retrieve_s = _Clock(), 0.0
         if documents is not None:
             scores = dict.fromkeys(documents)
+            loaded = self._load(scores)
         else:
-            scores = {r.document_id: r.score for r in self.retrieve([question], k)[0]}
-        retrieve_s = clock.lap()
-        loaded = {name: self.load(name) for name in scores}
+            (scores,), loaded, retrieve_s = self._retrieve_and_load([question], k)
         prompt: Prompt = cartridge_prompt(self.model, question, list(loaded))
-        load_s = clock.lap()
+        load_s = clock.lap() - retrieve_s
         if on_loaded is not None:
-            on_loaded([(name, self.store.row(name).title, score) for name, score in scores.items()])
+            on_loaded([(name, loaded[name].title, score) for name, score in scores.items()])
         stream, first = self.model.stream(), 0.0
 
         def on_token(_: int, token: int) -> None:
@@ -128,7 +167,7 @@ class Answerer:
         result = generate(
             self.model,
             [prompt],
-            loaded,
+            {name: found.kv for name, found in loaded.items()},
             self.store.layout,
             max_new_tokens=max_new_tokens,
             watch=True,
@@ -152,14 +191,12 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(questions), self._keep):
             some, clock = questions[start : start + self._keep], _Clock()
-            ranked = self.retrieve(some, k)
-            scores: list[dict[str, float | None]] = [{r.document_id: r.score for r in found} for found in ranked]
-            timings = {"retrieve_s": clock.lap()}
-            loaded = {name: self.load(name) for found in scores for name in found}
-            timings["load_s"] = clock.lap()
+            scores, loaded, retrieve_s = self._retrieve_and_load(some, k)
+            timings = {"retrieve_s": retrieve_s, "load_s": clock.lap() - retrieve_s}
             prompts = [cartridge_prompt(self.model, question, list(found)) for question, found in zip(some, scores)]
             layout = self.store.layout
-            results = generate(self.model, prompts, loaded, layout, max_new_tokens=max_new_tokens, watch=True)
+            kv = {name: found.kv for name, found in loaded.items()}
+            results = generate(self.model, prompts, kv, layout, max_new_tokens=max_new_tokens, watch=True)
             timings |= {"prefill_s": 0.0, "decode_s": clock.lap()}
             for question, prompt, result, found in zip(some, prompts, results, scores):
                 answers.append(self._answer(question, prompt, result, found, loaded, timings))
@@ -171,17 +208,15 @@ class Answerer:
         prompt: Prompt,
         result: Generation,
         scores: Mapping[str, float | None],
-        loaded: Mapping[str, Tensor],
+        loaded: Mapping[str, Loading],
         timings: dict[str, float],
     ) -> Answer:
-        positions = sum(loaded[name].shape[3] for name in scores)
+        positions = sum(loaded[name].kv.shape[3] for name in scores)
         held = self.store.layout.header + positions + len(prompt.tokens) + len(result.ids)
         return Answer(
             question=question,
             answer=self.model.answer_text(result.ids),
-            cartridges=tuple(
-                Loaded(n, self.store.row(n).title, s, result.attention.get(n, 0.0)) for n, s in scores.items()
-            ),
+            cartridges=tuple(Loaded(n, loaded[n].title, s, result.attention.get(n, 0.0)) for n, s in scores.items()),
             tokens={"cartridge": positions, "prompt": len(prompt.tokens), "answer": len(result.ids)},
             bytes=self.model.geometry.elements(held) * self.model.dtype.itemsize,
             timings=timings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cas.errors import EmbedderError
@@ -30,10 +30,12 @@ def open_index(
     embedder: Embedder | None = None,
     progress: Callable[[int, int], None] | None = None,
     rebuild: bool = False,
+    documents: Sequence[tuple[str, str, str]] | None = None,
 ) -> ChunkIndex:
-    """The retrieval index beside a store, updated to the documents that have a cartridge now.
+    """The retrieval index beside a store, updated to the documents that answer questions now.
 
     Args:
+        documents: these, where they have been read already (:meth:`Store.texts`).
         progress: called with the number of chunks embedded so far and the number to embed. What is embedded is saved
             every minute, so the next call continues an interrupted one.
         rebuild: embed everything again if the index was made with another embedder, instead of raising EmbedderError.
@@ -56,7 +58,7 @@ def open_index(
         with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
             index.save(folder)
 
-    documents, before = store.texts(), index.document_ids
+    documents, before = store.texts() if documents is None else documents, index.document_ids
     if index.update(documents, progress, save) or index.document_ids != before or changed:
         save()
     return index

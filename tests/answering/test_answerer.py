@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +12,14 @@ import pytest
 from conftest import TEXTS
 from helpers_commands import TRAIN, call
 from helpers_store import make_store
+from helpers_writer import prepare
 
 from cas import train
 from cas.answering import answerer as answer
 from cas.data.collection import Collection, Document
 from cas.errors import CollectionError, EmbedderError, StoreMismatch, UserError
 from cas.model.frozen import FrozenModel
+from cas.store.changes import Change
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
 from retrieval import EmbedderUnavailable, HashEmbedder
@@ -53,6 +58,72 @@ def test_documents_without_cartridge_are_not_retrieved(
         assert retrieved == set(TEXTS)
         with pytest.raises(CollectionError, match="'bell' has no cartridge yet; go on with its training"):
             answerer.ask("Which bell?", documents=["bell"])
+
+
+def test_a_long_lived_answerer_follows_its_store(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees what another process added, changed, renamed and dropped; while nothing happens it reads nothing again."""
+    assert call(train.main, *TRAIN)[0] == 0
+    with Store.open("runs/manuals") as store:
+        answerer = answer.Answerer(manuals, store, HashEmbedder())
+
+        def found(question: str) -> set[str]:
+            one, many = (
+                answerer.ask(question, k=9, max_new_tokens=2),
+                answerer.ask_many([question], k=9, max_new_tokens=2),
+            )
+            assert [c.id for c in one.cartridges] == [c.id for c in many[0].cartridges]
+            assert one.cartridges[0].title and set(answerer.index.document_ids) == {c.id for c in one.cartridges}
+            return {c.id for c in one.cartridges}
+
+        def trained(*words: str) -> None:
+            code = "import sys, test_answerer; sys.exit(test_answerer.train_elsewhere(sys.argv[1:]))"
+            done = subprocess.run(
+                [sys.executable, "-c", code, *TRAIN, *words],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+
+        assert found("Which valve?") == {"lamp", "pump", "tide", "valve"}
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "texts", None)
+            assert found("Which valve?") == {"lamp", "pump", "tide", "valve"}
+        Path("manuals/crane.md").write_text(f"# The crane\n\n{TEXTS['crane']}\n")
+        Path("manuals/pump.md").rename("manuals/pumps.md")
+        Path("manuals/valve.txt").unlink()
+        trained("--prune")
+        assert found("Which valve?") == {"crane", "lamp", "pumps", "tide"}
+        with pytest.raises(CollectionError, match="has no cartridge 'valve'"):
+            answerer.ask("Which valve?", documents=["valve"])
+
+
+def train_elsewhere(words: list[str]) -> int:
+    """The command in a process of its own, as in the fixture ``manuals``."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        return train.main(words)
+
+
+def test_a_document_that_is_dropped_between_ranking_and_loading(
+    manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(train.main, *TRAIN)[0] == 0
+    with Store.open("runs/manuals", write=True) as store:
+        answerer = answer.Answerer(manuals, store, HashEmbedder())
+        retrieve = answerer.retrieve
+
+        def dropping(questions: list[str], k: int) -> object:
+            ranked = retrieve(questions, k)
+            if "valve" in store.rows():
+                with store.training():
+                    store.change(Change(drop=("valve",)))
+            return ranked
+
+        monkeypatch.setattr(answerer, "retrieve", dropping)
+        assert {c.id for c in answerer.ask("Which valve?", k=9, max_new_tokens=2).cartridges} == {
+            "lamp",
+            "pump",
+            "tide",
+        }
 
 
 def test_an_index_of_another_embedder_is_neither_used_nor_overwritten(

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_model
 from helpers_store import contents
-from helpers_writer import Writer
+from helpers_writer import prepare
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,8 +25,6 @@ from hypothesis.stateful import (
 )
 from test_pipeline import Recorder
 
-from cas.model.decoding import Generation
-from cas.model.frozen import FrozenModel
 from cas.options import TrainConfig
 from cas.selfstudy.conversations import read_unit
 from cas.store.index import open_index
@@ -199,23 +196,6 @@ class Folder(RuleBasedStateMachine):
 def readable(path: Path) -> str:
     data = path.read_bytes()
     return "" if b"\0" in data else data.decode()
-
-
-def prepare(patch: pytest.MonkeyPatch) -> None:
-    """Nothing that needs the network or sense, as in the fixture ``manuals``."""
-    model = tiny_model("llama")
-
-    class Talk(Writer):
-        def question(self, prompt: Any, seed: int) -> Any:
-            return Generation(model.encode(f" of number {sum(prompt.tokens) % 97}?"), finished=True)
-
-    patch.setattr("cas.selfstudy.synthesize.generate", Talk(model))
-    patch.setattr("cas.selfstudy.synthesize.bad_question", lambda *_: None)
-    patch.setattr("cas.selfstudy.synthesize.bad_answer", lambda *_: None)
-    patch.setattr(FrozenModel, "from_pretrained", classmethod(lambda cls, *_, **__: model))
-    patch.setattr("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder())
-    patch.setattr("cas.training.pipeline.estimate", lambda *_: None)
-    patch.delenv("CAS_STORE", raising=False)
 
 
 def kill_at(patch: pytest.MonkeyPatch, place: str, after: int) -> None:
