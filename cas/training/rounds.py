@@ -43,7 +43,8 @@ class Round:
         renamed: {old id: new id}. missing: not in the collection. unreadable: left out of it, though there is a file.
         change: what it takes to begin, or to go on.
         new: training of an earlier round is over, so this one is to begin.
-        postponed: an earlier round has to be finished first; the (other) differences wait.
+        going_on: this round has begun already, with the texts that the store has.
+        postponed: it has to be finished first; the (other) differences wait.
     """
 
     learners: tuple[str, ...]
@@ -56,6 +57,7 @@ class Round:
     unreadable: tuple[str, ...] = ()
     change: Change = field(default_factory=Change)
     new: bool = False
+    going_on: bool = False
     postponed: bool = False
 
     @property
@@ -105,34 +107,35 @@ def plan_round(store: Store | None, documents: Collection, prune: bool = False) 
 
 
 class _Differences:
-    """A store and a collection, compared."""
+    """A store and a collection, compared. Ids in the order of the store or the collection."""
 
     def __init__(self, store: Store, documents: Collection, prune: bool) -> None:
         self.store, self.rows, self.old = store, store.rows(), store.old_rows()
         self.given = given = {d.id: d for d in documents.documents}
         known = self.old | self.rows
         self.renamed = _renamed(store, self.rows, given)
-        self.names = {d.id: i for i, d in self.renamed.items()}
-        unknown = [i for i in given if i not in self.names]
+        self.taken = {d.id for d in self.renamed.values()}
+        unknown = [i for i in given if i not in self.taken]
         self.added = [i for i in unknown if i not in known or i in self.renamed]
-        # Of these, the restored ones are what they were before this round.
         stale = [i for i in unknown if i in known and i not in self.renamed]
         stale = [i for i in stale if i not in self.rows or _other(self.rows[i], given[i])]
+        # Of these, the restored ones are what they were before this round.
         self.restored = [i for i in stale if i in self.old and not _other(self.old[i], given[i])]
         bases = {_base(d.id, d.title) for d in given.values()}
         absent = [i for i in known if i not in given and i not in self.renamed]
         # A document that is split otherwise than before: its parts are what has changed.
-        replaced = [i for i in absent if _base(i, known[i].title) in bases]
-        self.stale = [*stale, *replaced]
-        self.changed = [i for i in self.stale if i not in self.restored]
-        absent = [i for i in absent if i not in set(replaced)]
+        replaced = {i for i in absent if _base(i, known[i].title) in bases}
+        self.stale = dict.fromkeys([*stale, *replaced])
+        self.changed = [i for i in self.stale if i not in set(self.restored)]
         left_out = {item.id for item in documents.left_out if item.kind not in _NOT_A_COPY}
         folders = tuple(
             f"{i.where.rstrip('/')}/" for i in documents.left_out if i.id is None and i.kind == "unreadable"
         )
-        self.unreadable = [i for i in absent if {i, _base(i, known[i].title)} & left_out or i.startswith(folders)]
-        self.missing = [i for i in absent if i not in set(self.unreadable)]
-        self.gone = list(self.missing) if prune else []
+        absent = [i for i in absent if i not in replaced]
+        unreadable = {i for i in absent if {i, _base(i, known[i].title)} & left_out or i.startswith(folders)}
+        self.unreadable = [i for i in absent if i in unreadable]
+        self.missing = dict.fromkeys(i for i in absent if i not in unreadable)
+        self.gone = self.missing if prune else {}
         self.learning = [i for i, row in self.rows.items() if row.round == store.round]
 
     def any(self) -> bool:
@@ -142,11 +145,12 @@ class _Differences:
 
     def leaving(self) -> list[str]:
         """Documents in training whose text is no longer that of the collection, or that are to be pruned."""
-        return [i for i in self.learning if i in self.stale or i in self.gone]
+        replaced = {*self.stale, *self.gone, *self.taken}.difference(self.renamed)
+        return [i for i in self.learning if i in replaced]
 
     def nothing_to_save(self) -> bool:
         """Whether the round that is in training has nothing that is wanted."""
-        leaving = self.leaving()
+        leaving = set(self.leaving())
         stay = [i for i in self.learning if i not in leaving]
         if not any(self.rows[i].initialized or i not in self.missing for i in stay):
             return True
@@ -154,27 +158,28 @@ class _Differences:
 
     def go_on(self) -> Round:
         """The round that is in training, without the documents that have changed again."""
-        leaving, delete, leave, restore = self.leaving(), list[str](), list[str](), list[str]()
+        leaving, before = self.leaving(), self._by_base(self.old)
+        delete, leave, restore = list[str](), list[str](), dict[str, None]()
         for name in [i for i in leaving if i not in self.gone]:
-            base = _base(name, self.rows[name].title)
-            if before := [i for i, row in self.old.items() if _base(i, row.title) == base and i not in self.gone]:
+            if old := [i for i in before.get(self._base(name), ()) if i not in self.gone]:
                 delete.append(name)
-                restore += before
+                restore |= dict.fromkeys(old)
             else:
                 (leave if self.rows[name].initialized else delete).append(name)
-        drop = [i for i in self.gone if i in leaving or i not in self.rows]
-        learners = [i for i in self.learning if i not in leaving]
-        others = [i for i in self.rows if i not in learners and i not in delete and i not in drop]
+        drop = [i for i in self.gone if i in set(leaving) or i not in self.rows]
+        learners = [i for i in self.learning if i not in set(leaving)]
+        others = {*self.rows, *restore}.difference(learners, drop, set(delete).difference(restore))
         return self._round(
             learners,
-            sorted({*others, *restore}),
+            sorted(others),
             Change(
                 withdraw=tuple(leaving),
                 delete=tuple(delete),
-                restore=tuple(dict.fromkeys(restore)),
+                restore=tuple(restore),
                 leave=tuple(leave),
                 drop=tuple(drop),
             ),
+            going_on=True,
             postponed=self.any() or bool(leaving),
         )
 
@@ -182,46 +187,52 @@ class _Differences:
         """The next round, or the one that has not begun yet."""
         stale = [i for i in self.stale if i in self.rows]
         retire = [i for i in stale if self.rows[i].initialized and i not in self.old]
-        delete = [i for i in stale if i not in retire]
-        for name in self.rows:  # without a cartridge there is nothing to keep
-            unwanted = name not in self.given or (new and name in self.learning)
-            if unwanted and not self.rows[name].initialized and name not in {*delete, *self.gone}:
-                delete.append(name)
-        live = [i for i in self.rows if i not in delete and i not in retire and i not in self.gone]
-        absent = [
-            i for i in (*self.missing, *self.unreadable) if i in self.old and i not in live and i not in self.gone
-        ]
-        restore = [*self.restored, *absent]
+        learning = set(self.learning)
+        empty = [i for i, row in self.rows.items() if not row.initialized and i not in self.gone]
+        # Without a cartridge there is nothing to keep.
+        drop = [*self.gone, *(i for i in empty if i not in self.given and i not in self.old and i not in self.stale)]
+        again = [i for i in empty if (i not in self.given or (new and i in learning)) and i not in drop]
+        delete = dict.fromkeys([*(i for i in stale if i not in set(retire)), *again])
+        live = [i for i in self.rows if i not in {*delete, *retire, *drop}]
+        absent = [i for i in (*self.missing, *self.unreadable) if i in self.old and i not in {*live, *drop}]
+        restore = dict.fromkeys([*self.restored, *absent])
         stay = {*(self.renamed[i].id if i in self.renamed else i for i in live), *restore}
-        trained = {i for i in self.learning if i in live} if not new else set()
-        learners = {*(i for i in self.given if i not in stay)}
-        learners |= {self.renamed[i].id if i in self.renamed else i for i in trained}
+        learners = {i for i in self.given if i not in stay}
+        if not new:
+            learners |= {self.renamed[i].id if i in self.renamed else i for i in live if i in learning}
         # Of an old one all parts may be there under other names: then nothing is trained in its place.
         successors = {_base(i, self.given[i].title) for i in learners if i in self.given}
-        outdated = [i for i in retire if _base(i, self.rows[i].title) not in successors]
+        outdated = [i for i in retire if self._base(i) not in successors]
         unused = [
             i
             for i, row in self.old.items()
-            if i not in {*restore, *self.gone} and _base(i, row.title) not in successors
+            if i not in restore and i not in self.gone and _base(i, row.title) not in successors
         ]
         return self._round(
             sorted(learners),
             sorted(stay - learners),
             Change(
                 delete=(*delete, *outdated),
-                retire=tuple(i for i in retire if i not in outdated),
+                retire=tuple(i for i in retire if i not in set(outdated)),
                 restore=tuple(restore),
                 forget=tuple(unused),
-                drop=tuple(self.gone),
+                drop=tuple(drop),
                 rename={i: (d.id, d.title, d.hash) for i, d in self.renamed.items()},
                 new_round=new,
             ),
             new=new,
         )
 
-    def _round(
-        self, learners: Iterable[str], frozen: Iterable[str], change: Change, new: bool = False, postponed: bool = False
-    ) -> Round:
+    def _base(self, name: str) -> str:
+        return _base(name, self.rows[name].title)
+
+    def _by_base(self, rows: Mapping[str, Row]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for i, row in rows.items():
+            found.setdefault(_base(i, row.title), []).append(i)
+        return found
+
+    def _round(self, learners: Iterable[str], frozen: Iterable[str], change: Change, **about: bool) -> Round:
         return Round(
             learners=tuple(learners),
             frozen=tuple(frozen),
@@ -232,8 +243,7 @@ class _Differences:
             missing=tuple(self.missing),
             unreadable=tuple(self.unreadable),
             change=change,
-            new=new,
-            postponed=postponed,
+            **about,
         )
 
 
@@ -292,7 +302,7 @@ def ended_untrained(store: Store) -> bool:
 
 def learning_documents(round: Round, store: Store | None, documents: Collection) -> Collection:
     """The documents of a round's self-study: those that it trains, and those that have left it since."""
-    given = {d.id: d for d in documents.documents}
+    given = {} if round.going_on else {d.id: d for d in documents.documents}
     chosen = {i: given[i] for i in round.learners if i in given}
     if store is not None:
         rows, left = store.rows(), [] if round.new else [Document(*text) for text in store.withdrawn()]

@@ -60,7 +60,7 @@ class Folder(RuleBasedStateMachine):
         self.docs.mkdir()
         self.settled: dict[str, Any] = {}  # {text: tensors} of what was trained, when last all was done
         self.names: dict[str, str] = {}  # {text: id} of the same
-        self.written: dict[str, set[str]] = {name: set() for name in NAMES}  # what each file ever held
+        self.overwritten: set[str] = set()  # texts of documents whose file holds, or held, another one
 
     def teardown(self) -> None:
         self.stack.close()
@@ -76,9 +76,16 @@ class Folder(RuleBasedStateMachine):
         return self.docs / f"{name}.md"
 
     def write(self, name: str, text: str) -> None:
+        self.overwrite(name, text)
         self.path(name).parent.mkdir(exist_ok=True)
         self.path(name).write_text(text)
-        self.written[name].add(text)
+
+    def overwrite(self, name: str, text: str) -> None:
+        """A file gets another text."""
+        lost = {known for known, place in self.names.items() if place == name}
+        if self.path(name).is_file():
+            lost.add(readable(self.path(name)))
+        self.overwritten |= lost - {text}
 
     def held(self) -> dict[str, str]:
         """{id: text} of the folder; of equal texts the first."""
@@ -101,7 +108,10 @@ class Folder(RuleBasedStateMachine):
     def rename(self, data: st.DataObject, to: str) -> None:
         self.path(to).parent.mkdir(exist_ok=True)
         name = data.draw(st.sampled_from(sorted(self.held())))
-        self.written[to].add(self.held()[name])
+        text = self.held()[name]
+        self.overwrite(to, text)
+        if text in self.names:
+            self.names[text] = to
         self.path(name).replace(self.path(to))
 
     @precondition(lambda self: len(self.held()) > 1)
@@ -183,13 +193,13 @@ class Folder(RuleBasedStateMachine):
                 if text in now:
                     assert now[text] == kv
                 else:  # it was pruned, or another text came in its place
-                    name = self.names[text]
-                    assert prune or texts.get(name) in self.written[name], (text, texts)
+                    assert prune or text in self.overwritten, (text, texts)
             index = open_index(store, HashEmbedder())
             assert set(index.document_ids) == set(rows) and not store.pending()
             if prune:
                 about = {c.document for file in store.folder.glob("conversations*/unit-*") for c in read_unit(file)[0]}
                 assert about <= set(rows)
+            self.overwritten = set()
             self.settled, self.names = now, {text: name for name, text in texts.items()}
 
 
