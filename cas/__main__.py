@@ -132,7 +132,7 @@ def compact(store: Positional[StoreArgument] = None) -> int:
     from cas.store.store import Store
 
     with Store.open(store_folder(store), write=True) as opened, opened.training():
-        before, after = compact_file(opened.records)
+        before, after = compact_file(opened.records.environment, opened.records.descriptor)
         print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
     return 0
 

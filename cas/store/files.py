@@ -5,12 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cas.errors import StoreError, StoreLocked
-
-if TYPE_CHECKING:
-    from cas.store.records import Records
 
 
 def shared_lock(file: Path, create: bool) -> int:
@@ -35,23 +32,24 @@ def shared_lock(file: Path, create: bool) -> int:
         os.close(descriptor)  # replaced in between
 
 
-def compact(records: Records) -> tuple[int, int]:
-    """Replace a store's file by one without free pages; the records must be closed afterwards.
+def compact(environment: Any, descriptor: int) -> tuple[int, int]:
+    """Replace a store's file by one without free pages; the environment must be closed afterwards.
 
+    Args: descriptor: that of :func:`shared_lock`.
     Returns: bytes before and after. Raises: StoreLocked if anyone else has the store open; StoreError if the disk is full.
     """
     import lmdb
 
-    file = Path(records.environment.path())
+    file = Path(environment.path())
     try:
         # Not only for writers: LMDB's file of readers is valid for the file that they have open.
-        fcntl.flock(records.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise StoreLocked(f"{file.parent} is open in another process; stop that one first") from error
     new, before = file.with_name(f"{file.name}.compact"), file.stat().st_size
     new.unlink(missing_ok=True)
     try:
-        records.environment.copy(str(new), compact=True)
+        environment.copy(str(new), compact=True)
         _sync(new)
         new.replace(file)
         _sync(file.parent)
