@@ -40,16 +40,17 @@ def refuse_other_collection(config: TrainConfig, store: Store, documents: Collec
         return
     before = {"include": [], "exclude": [], **_recorded(store)}  # which older stores do not record
     now = {k: list(v) if isinstance(v, tuple) else v for k in _SOURCE for v in [getattr(config, k)]}
-    recorded = before.get("collection")
+    recorded, given = before.get("collection"), str(config.collection)
     if recorded is None:
         if not store.rows() or _overlap(store, documents):
             return
-    elif same_source(recorded, str(config.collection)):
-        # One that is recorded by a relative path, as older stores do, may be another project's.
-        if resolve_source(recorded) == resolve_source(str(config.collection)) or _overlap(store, documents):
-            before["collection"] = config.collection
-    elif os.path.isabs(recorded) and not os.path.exists(recorded) and _overlap(store, documents):
-        before["collection"] = config.collection  # it was moved
+        same = False
+    elif recorded == resolve_source(given):
+        same = True
+    else:  # recorded by a relative path, as older stores do, which may mean another project's folder; or moved since
+        moved = os.path.isabs(recorded) and not os.path.exists(recorded)
+        same = (moved or same_source(recorded, given)) and _overlap(store, documents)
+    before["collection"] = now["collection"] if same else None
     if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != now[k]]:
         raise StoreMismatch(
             f"{store.folder} was trained with another {', '.join(other)}: {len(round.missing)} of its documents are missing "

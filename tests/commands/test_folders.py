@@ -9,8 +9,10 @@ import yaml
 from helpers_commands import TRAIN, call
 
 from cas import train
+from cas.data.collection import Collection
 from cas.model.frozen import FrozenModel
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
 
 
 def test_the_same_folder_however_it_is_spelled(manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +36,47 @@ def test_the_same_folder_however_it_is_spelled(manuals: FrozenModel, monkeypatch
     assert status == 2 and "was trained with another --collection" in err
     status, _, err = call(train.main, *words, "--exclude", "pump*")
     assert status == 2 and "was trained with another --exclude: 2 of its documents are missing" in err
+
+
+def test_a_store_that_was_made_in_python_or_whose_folder_has_moved(manuals: FrozenModel) -> None:
+    """It is that of the folder, if they have documents in common; any other one is refused, also under $CAS_STORE."""
+    with Store.create("runs/manuals", manuals, tokens=16) as store:
+        store.add_documents(Collection.load("manuals"), manuals.count_tokens)
+        initialize_cartridges(manuals, store)
+    Path("docs/other").mkdir(parents=True)
+    for name in ("pump", "tide", "x"):
+        Path(f"docs/other/{name}.md").write_text(f"# Another {name}\n\nThis is another text about the {name}.\n")
+    words = [*TRAIN, "--store", "runs/manuals", "--dry-run"]
+    status, _, err = call(train.main, *words, "--collection", "docs/other")
+    assert (
+        status == 2
+        and "was trained with another --collection" in err
+        and "\n" not in err.strip().rpartition("cas: ")[2]
+    )
+    Path("manuals/tide.md").write_text("# The tide\n\nIt is high at noon, and low at six.\n")
+    status, _, err = call(train.main, *words[:-1])
+    assert status == 0 and Path("runs/manuals/config.yaml").exists(), err
+    Path("manuals").rename("docs/manuals")
+    Path("docs/manuals/tide.md").write_text("# The tide\n\nIt is high at one, and low at seven.\n")
+    status, out, err = call(train.main, *words, "--collection", "docs/manuals")
+    assert status == 0 and "1 changed; the other 3" in out, err
+    assert call(train.main, *words, "--collection", "docs/other")[0] == 2
+
+
+def test_the_folder_of_another_project_is_not_that_of_the_store(
+    manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAS_STORE", str(Path("shared_store").resolve()))
+    assert call(train.main, *TRAIN)[0] == 0
+    recorded = yaml.safe_load(Path("shared_store/config.yaml").read_text(encoding="utf-8"))
+    Path("project/manuals").mkdir(parents=True)
+    Path("project/manuals/pump.md").write_text("# Our pump\n\nIt pumps water from the well.\n")
+    monkeypatch.chdir("project")
+    for spelling in (recorded["collection"], "manuals"):  # as stores record it now, and as older ones did
+        config = Path("../shared_store/config.yaml")
+        config.write_text(yaml.safe_dump(recorded | {"collection": spelling}), encoding="utf-8")
+        status, _, err = call(train.main, *TRAIN)
+        assert status == 2 and "was trained with another --collection" in err, (spelling, err)
 
 
 def test_dry_run_lists_what_is_not_read(manuals: FrozenModel) -> None:

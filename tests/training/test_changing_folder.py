@@ -4,7 +4,6 @@ holds, loses nothing that was not pruned, and leaves every other cartridge as it
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -249,7 +248,7 @@ def run(examples: int, steps: int) -> None:
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
-            derandomize="CAS_RANDOM" not in os.environ,
+            derandomize=True,
             database=None,
             phases=[Phase.generate],
             report_multiple_bugs=False,
@@ -264,4 +263,4 @@ def test_a_few_sequences() -> None:
 
 @pytest.mark.slow
 def test_many_sequences() -> None:
-    run(examples=int(os.environ.get("CAS_EX", "60")), steps=25)
+    run(examples=60, steps=25)
