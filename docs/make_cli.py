@@ -7,7 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("cas.train", "cas.query", "cas.report", "cas", "cas ls", "cas show", "cas verify", "cas export", "cas compact")
+COMMANDS = (
+    "cas.train",
+    "cas.query",
+    "cas.report",
+    "cas",
+    "cas ls",
+    "cas show",
+    "cas verify",
+    "cas export",
+    "cas compact",
+)
 
 
 def text() -> str:
