@@ -90,7 +90,7 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
         (["--conversations", "-5"], "--conversations -5: at least 1"),
         (["--steps", "-3"], "--steps -3: at least 0"),
         (["--ratio", "8"], "either as --tokens or as --ratio"),
-        (["--documents", "2"], "was trained with another --documents: it would lose 2 documents"),
+        (["--documents", "2"], "was trained with another --documents: 2 of its documents are missing"),
         (["--dry-run", "--span", "18"], "--span 18: a multiple of 4"),
     ):
         status, _, err = call(train.main, *TRAIN, *words)
