@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from cas.answering.prompts import cartridges as cartridge_prompt
+from cas.answering.prompts import room_for_answer
 from cas.errors import CollectionError, UserError
 from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
@@ -129,6 +130,10 @@ class Answerer:
     def _load(self, documents: Iterable[str]) -> dict[str, Loading]:
         return {name: Loading(self.load(name), self.store.answering_row(name).title) for name in documents}
 
+    def _room(self, prompt: Prompt, loaded: Mapping[str, Loading]) -> int:
+        sizes = [loaded[name].kv.shape[3] for name in prompt.cartridges]
+        return room_for_answer(self.model, prompt, sizes, self.store.layout)
+
     def ask(
         self,
         question: str,
@@ -141,7 +146,8 @@ class Answerer:
         """Answer one question from k retrieved cartridges, or from those of ``documents``.
 
         Args: on_loaded: called with (id, title, score) of the cartridges before decoding; on_text: with each new piece.
-        Raises: CollectionError for an unknown document, UserError for an empty question or k < 1.
+        Raises: CollectionError for an unknown document, UserError for an empty question, k < 1, or a question that does not
+            fit into the model's positions behind the cartridges; an answer ends where they end.
         """
         _refuse(question, k)
         scores: dict[str, float | None] = {}
@@ -152,6 +158,7 @@ class Answerer:
         else:
             (scores,), loaded, retrieve_s = self._retrieve_and_load([question], k)
         prompt: Prompt = cartridge_prompt(self.model, question, list(loaded))
+        most = min(max_new_tokens, self._room(prompt, loaded))
         load_s = clock.lap() - retrieve_s
         if on_loaded is not None:
             on_loaded([(name, loaded[name].title, score) for name, score in scores.items()])
@@ -169,7 +176,7 @@ class Answerer:
             [prompt],
             {name: found.kv for name, found in loaded.items()},
             self.store.layout,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             watch=True,
             on_token=on_token,
         )[0]
@@ -194,9 +201,10 @@ class Answerer:
             scores, loaded, retrieve_s = self._retrieve_and_load(some, k)
             timings = {"retrieve_s": retrieve_s, "load_s": clock.lap() - retrieve_s}
             prompts = [cartridge_prompt(self.model, question, list(found)) for question, found in zip(some, scores)]
+            most = min(max_new_tokens, *(self._room(prompt, loaded) for prompt in prompts))
             layout = self.store.layout
             kv = {name: found.kv for name, found in loaded.items()}
-            results = generate(self.model, prompts, kv, layout, max_new_tokens=max_new_tokens, watch=True)
+            results = generate(self.model, prompts, kv, layout, max_new_tokens=most, watch=True)
             timings |= {"prefill_s": 0.0, "decode_s": clock.lap()}
             for question, prompt, result, found in zip(some, prompts, results, scores):
                 answers.append(self._answer(question, prompt, result, found, loaded, timings))

@@ -13,6 +13,7 @@ from cas.data.collection import Document
 from cas.errors import UserError
 from cas.model.decoding import Prompt
 from cas.model.frozen import FrozenModel
+from cas.model.positions import Layout
 from cas.selfstudy.seed_prompts import BRIEF
 from retrieval.chunk import with_title
 
@@ -60,3 +61,18 @@ def whole_documents(model: FrozenModel, documents: Sequence[Document]) -> Tensor
 def cartridges(model: FrozenModel, question: str, ids: Sequence[str]) -> Prompt:
     """Loaded cartridges by document id, as in training (under `fixed` and `offset` their order has no effect)."""
     return Prompt(model.question_tokens(question), tuple(sorted(ids)))
+
+
+def room_for_answer(model: FrozenModel, prompt: Prompt, sizes: Sequence[int], layout: Layout) -> int:
+    """Tokens that an answer may have within the model's positions. ``sizes``: positions of each loaded cartridge.
+
+    Raises: UserError if the question does not fit behind the cartridges.
+    """
+    window, tokens = model.geometry.max_positions, len(prompt.tokens)
+    room = window - layout.token_start(sizes)
+    if tokens >= room:
+        rest = f"the loaded cartridges leave room for {max(0, room)} of the model's {window} positions"
+        raise UserError(
+            f"the question takes {tokens} tokens and {rest}; ask a shorter one, or load fewer (--retrieve-k)"
+        )
+    return room - tokens

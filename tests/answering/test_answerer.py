@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,27 @@ def test_an_embedder_that_is_not_there_is_one_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EmbedderError, match=r"^none/such: no such embedder$") as caught:
         load_embedder("none/such")
     assert caught.value.exit_status == 2
+
+
+def test_what_does_not_fit_into_the_window_is_refused_in_one_line(
+    manuals: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next question is answered; an answer of any length asked for ends at the model's last position."""
+    assert call(train.main, *TRAIN)[0] == 0
+    with Store.open("runs/manuals") as store:
+        answerer = answer.Answerer(manuals, store, HashEmbedder())
+        window = manuals.geometry.max_positions
+        for refused in (
+            lambda: answerer.ask("valve " * window, 1),
+            lambda: answerer.ask_many(["Which valve?", "valve " * window], 1),
+        ):
+            with pytest.raises(
+                UserError, match=rf"the question takes \d+ tokens and the loaded cartridges leave room for .* {window}"
+            ):
+                refused()
+        monkeypatch.setattr(manuals, "template", replace(manuals.template, stop_ids=frozenset()))
+        found = answerer.ask("Which valve?", 1, max_new_tokens=10_000_000)
+        held = store.layout.token_start([1]) + found.tokens["prompt"] + found.tokens["answer"]
+        assert held == window
+        [many] = answerer.ask_many(["Which valve?"], 1, max_new_tokens=10_000_000)
+        assert many.answer == found.answer
