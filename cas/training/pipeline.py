@@ -163,7 +163,8 @@ def plan(config: TrainConfig, folder: Path, store: Store | None, view: View) -> 
     limited = with_limits(model, config, folder / "conversations")
     needed = plan_memory(limited, model, learning, ratio, pool, frozen) if round.learners else None
     load_embedder(config.embedder)  # refused now, not after hours of training
-    cost = estimate(limited, model, learning, max(_sizes(config, model, learning, ratio)), store) if needed else None
+    begun = None if round.new else store
+    cost = estimate(limited, model, learning, max(_sizes(config, model, learning, ratio)), begun) if needed else None
     return Setup(config, folder, model, ratio, learning, round, needed, cost)
 
 
@@ -345,7 +346,7 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
     view.line(
         f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, "
-        f"{trainer.steps} steps planned"
+        f"{'' if finished else f'{trainer.state.step} of '}{trainer.steps} steps"
     )
     if not finished:
         raise Stopped
