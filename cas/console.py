@@ -94,7 +94,10 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping at the next safe place; again to stop at once", file=sys.stderr)
+        print(
+            "\nstopping at the next safe place, in self-study after a minute or more; again to stop at once",
+            file=sys.stderr,
+        )
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interrupt]:

@@ -217,7 +217,7 @@ class Training(_Checked):  # those of the schedule are explained in cas.training
     lr: float = 2e-2
     """Peak learning rate of Adam."""
     warmup: int = 20
-    """Steps of a cartridge's own until its learning rate peaks."""
+    """Steps of a cartridge's own until its learning rate peaks; at most half of its steps."""
     final_lr: float = 0.02
     """Where the linear decay of the learning rate ends, as a share of its peak."""
     pool: int | None = None

@@ -271,6 +271,10 @@ def _read(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) 
         known = f"known are {', '.join(known_names())} (examples: in a source checkout only); a path works too"
         if near := difflib.get_close_matches(str(path), known_names(), n=1):
             known = f"did you mean {near[0]}? {known}"
+        if path.is_file():
+            raise CollectionError(
+                f"{one_line(str(path))}: a single file is no collection; give its folder, or --include {path.name}"
+            )
         raise CollectionError(f"{one_line(str(path))}: no folder, .jsonl[.gz], .json or known name; {known}")
     reading = read_documents(source, include, exclude)
     collection = Collection(

@@ -37,8 +37,8 @@ def load_questions(config: Config, model: FrozenModel, store: Store) -> tuple[Co
     if not name:
         raise ConfigError(f"{store.folder} does not say what it was trained on; give --collection")
     seed = trained.get("collection_seed", 0) if config.collection_seed is None else config.collection_seed
-    chosen = {key: tuple(trained.get(key) or ()) for key in ("include", "exclude")}
-    now = Collection.load(name, seed=seed, **chosen)
+    include, exclude = (tuple(trained.get(key) or ()) for key in ("include", "exclude"))
+    now = Collection.load(name, seed=seed, include=include, exclude=exclude)
     if trained.get("span") and trained.get("tokens") is None:
         longest = int(trained["span"] * (trained.get("ratio") or 16.0))
         now = split_long(now, longest, lambda text: len(model.encode(text)))

@@ -24,9 +24,11 @@ from cas.options import EFFORTS, SelfStudy
 from cas.selfstudy.conversations import Conversation
 from cas.selfstudy.prompt_styles import PromptStyle, token_limits
 from cas.selfstudy.seed_prompts import BRIEF, SeedPrompt, is_english, normal
+from cas.selfstudy.windows import grow_window, sentence_windows
 from retrieval.chunk import split_sentences, with_title
 
 MAX_RETRIES_PER_DOCUMENT = 5
+MAX_QUESTIONS_EACH = 8  # for every conversation that a document is to get: then it is given up
 MAX_QUESTIONS_PER_SENTENCE = 24  # of a kind: then its document is exhausted; English has some eight openings of a kind
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -238,12 +240,12 @@ class SentencePlanner:
 
 
 class CoveragePlanner:
-    """Samples until enough conversations are kept or every document is exhausted, then retries documents about which
-    none is.
+    """Samples until every document has its conversations or is exhausted, or until ``settings.conversations`` are kept in
+    all; then retries documents about which none is.
 
-    A point walks evenly (by the golden ratio) over all tokens of the collection, so that documents get calls in
-    proportion to their length. A document is exhausted after :data:`MAX_QUESTIONS_PER_SENTENCE`: its text does not allow
-    more conversations than were kept until then.
+    A point walks evenly (by the golden ratio) over the tokens of all documents that lack some, so that these get calls in
+    proportion to their length. A document is exhausted after :data:`MAX_QUESTIONS_PER_SENTENCE` or
+    :data:`MAX_QUESTIONS_EACH`: model and text do not allow more conversations than were kept until then.
     """
 
     every_sentence = False
@@ -259,7 +261,7 @@ class CoveragePlanner:
     def plan(self, unit: int, history: History) -> list[Call]:
         """The calls of a unit; a pair is tried again only when every pair of its window was tried."""
         open_ends = self._open_ends(history)
-        done = history.kept >= self._target(history) or not any(open_ends)
+        done = not any(open_ends) or (self.settings.conversations is not None and history.kept >= self.target)
         silent = self._silent(history) if done else []
         hopeless = not done and history.asked_about.total() > 12 * self.target + 1000
         if hopeless or (done and not silent):
@@ -314,23 +316,37 @@ class CoveragePlanner:
             source, point = self.sources[index], point - (ends[index] - self.lengths[index])
         center = bisect_right(list(accumulate(source.lengths)), point)
         random = Random(f"{self.settings.seed}/window/{number}")
-        return source, _grow_window(source.lengths, center, self.settings.chunk_tokens, random)
+        return source, grow_window(source.lengths, center, self.settings.chunk_tokens, random)
 
     def progress(self, history: History) -> tuple[int, int]:
-        """(conversations kept, conversations wanted)."""
-        target = self._target(history)
-        return min(history.kept, target), target
+        """(conversations kept of those wanted, conversations wanted), without those that exhausted documents fail to
+        give."""
+        if self.settings.conversations is not None:
+            return min(history.kept, self.target), self.target
+        pairs = [
+            (min(self._kept(s, history), self._owed(s)), self._owed(s), self._open(s, history)) for s in self.sources
+        ]
+        return sum(kept for kept, _, _ in pairs), sum(owed if is_open else kept for kept, owed, is_open in pairs)
 
     def most_questions(self, history: History) -> int:
         """What exhausts all documents."""
-        return sum(max(0, self._most(source) - history.asked_about[source.document.id]) for source in self.sources)
+        open_sources = [s for s in self.sources if self._open(s, history)]
+        return sum(self._most(s) - history.asked_about[s.document.id] for s in open_sources)
 
     def _open_ends(self, history: History) -> list[int]:
-        """Where each document ends on the walk; exhausted ones take no part of it."""
+        """Where each document ends on the walk; those that get no more calls take no part of it."""
         lengths = [
-            0 if self._exhausted(s, history) else length for s, length in zip(self.sources, self.lengths, strict=True)
+            length if self._open(s, history) else 0 for s, length in zip(self.sources, self.lengths, strict=True)
         ]
         return list(accumulate(lengths))
+
+    def _open(self, source: SplitDocument, history: History) -> bool:
+        """Whether a document is to get further calls, retries aside."""
+        enough = self.settings.conversations is None and self._kept(source, history) >= self._owed(source)
+        return not enough and not self._exhausted(source, history)
+
+    def _kept(self, source: SplitDocument, history: History) -> int:
+        return len(history.questions.get(source.document.id, ()))
 
     def _owed(self, source: SplitDocument) -> int:
         """Conversations that a document gets unless its text or the settings allow fewer."""
@@ -338,19 +354,11 @@ class CoveragePlanner:
         return max(effort.least, int(sum(source.lengths) * effort.per_token))
 
     def _most(self, source: SplitDocument) -> int:
-        return len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
+        most = len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
+        return most if self.settings.conversations is not None else min(most, MAX_QUESTIONS_EACH * self._owed(source))
 
     def _exhausted(self, source: SplitDocument, history: History) -> bool:
         return history.asked_about[source.document.id] >= self._most(source)
-
-    def _target(self, history: History) -> int:
-        """The conversations wanted, without those that exhausted documents fail to give."""
-        if self.settings.conversations:
-            return self.target
-        exhausted = [s for s in self.sources if self._exhausted(s, history)]
-        return self.target - sum(
-            max(0, self._owed(s) - len(history.questions.get(s.document.id, ()))) for s in exhausted
-        )
 
     def _silent(self, history: History) -> list[SplitDocument]:
         """Documents about which nothing is kept and which have retries left."""
@@ -361,38 +369,3 @@ class CoveragePlanner:
             and not self._exhausted(source, history)
             and history.retries[source.document.id] < MAX_RETRIES_PER_DOCUMENT
         ]
-
-
-def _grow_window(lengths: Sequence[int], center: int, most: int, random: Random) -> range:
-    """Sentences around one, of at most ``most`` tokens in all (or that sentence alone), extended to random sides."""
-    low, high, used = center, center + 1, lengths[center]
-    while True:
-        left = low > 0 and used + lengths[low - 1] <= most
-        right = high < len(lengths) and used + lengths[high] <= most
-        if not (left or right):
-            return range(low, high)
-        if left and (not right or random.random() < 0.5):
-            low -= 1
-            used += lengths[low]
-        else:
-            used += lengths[high]
-            high += 1
-
-
-def sentence_windows(lengths: Sequence[int], most: int) -> list[tuple[range, range]]:
-    """Windows of sentences with these lengths, of at most ``most`` tokens (or one sentence), and which of its sentences
-    each window is for: together, every sentence once. Later windows begin earlier, so that a pronoun comes after its
-    name."""
-    windows, start = [], 0
-    while start < len(lengths):
-        end, used = start + 1, lengths[start]
-        while end < len(lengths) and used + lengths[end] <= (most * 3 // 4 if start else most):
-            used += lengths[end]
-            end += 1
-        low = start
-        while low > 0 and used + lengths[low - 1] <= most:
-            low -= 1
-            used += lengths[low]
-        windows.append((range(low, end), range(start, end)))
-        start = end
-    return windows

@@ -24,9 +24,9 @@ from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import SelfStudy
 from cas.selfstudy.conversations import Conversation
-from cas.selfstudy.planners import sentence_windows
 from cas.selfstudy.prompt_styles import token_limits
 from cas.selfstudy.seed_prompts import is_english
+from cas.selfstudy.windows import sentence_windows
 from retrieval.chunk import split_sentences, truncate, with_title
 
 KIND = "reconstruction"

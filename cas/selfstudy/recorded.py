@@ -34,6 +34,8 @@ def made_with(
     texts = hashlib.sha256("\n".join(f"{d.id}\t{d.hash}" for d in documents.documents).encode()).hexdigest()
     fields = {name: value for name, value in vars(settings).items() if name not in _NOT_STORED}
     fields["questions_per_call"], fields["calls_per_unit"] = style.sizes(settings)
+    if not style.every_sentence:
+        fields["wordings"] = SelfStudy.wordings  # of the reader's questions alone
     if style.lists:
         fields["writer"] = "list"
     elif style.likeliest and every_sentence:

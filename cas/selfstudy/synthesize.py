@@ -13,6 +13,7 @@ first units need no writer: their answers are the text itself (:mod:`cas.selfstu
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ from cas.selfstudy.share import KeptShare, reasons
 from cas.selfstudy.subjects import Subjects
 from cas.store.store import Store
 
-_ALWAYS = ", or give --writer none, which always works (reconstruction alone)"
+_ALWAYS = ", or go on without a writer: --writer none (from reconstruction alone, fewer questions are answered)"
 ROWS = 128  # questions or answers about a chunk that are decoded side by side
 
 AskedQuestion = tuple[Call, str]
@@ -114,7 +115,7 @@ def synthesize(
             file, part = folder / f"unit-{unit:06d}.parquet", parts[unit] if unit < len(parts) else ()
             calls = [] if part else planner.plan(unit - len(parts), history)
             done, wanted = planner.progress(history)
-            written = file.exists() and settings.conversations is None and not alone
+            written = file.exists() and settings.conversations is None
             if not (part or calls or written):
                 break
             if file.exists():
@@ -161,8 +162,10 @@ def _read(file: Path, made_with: str) -> tuple[list[Conversation], Counter[str]]
     """Conversations and drop counts of a finished unit."""
     conversations, dropped, unit_made_with = read_unit(file)
     if unit_made_with != made_with:
+        then, now = json.loads(unit_made_with), json.loads(made_with)
+        changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         raise ConfigError(
-            f"{file.parent} was made with other settings, documents or model; use the same ones or give another --store"
+            f"{file.parent} was made with another {', '.join(changed)}; use the same one or give another --store"
         )
     return conversations, dropped
 

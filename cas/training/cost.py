@@ -21,14 +21,17 @@ from cas.options import TrainConfig
 from cas.selfstudy.planners import History, NoQuestions, Planner, fit_window, make_planner
 from cas.selfstudy.prompt_styles import prompt_style, token_limits
 from cas.selfstudy.reconstruction import FIRST_WORDS, SHORTEST
+from cas.selfstudy.reconstruction import KIND as RECONSTRUCTION
 from cas.selfstudy.recorded import reconstructs
 from cas.store.store import Store
+from cas.training.initialization import TOKENS
 from cas.training.loss import distillation_mean
 from cas.training.micro_batches import kept_bytes, most_kept
 
 PROBE_SECONDS = 1.5  # of each of the three measurements; the first, of a few tokens, decides how many it may take
 SHARE_KEPT = 0.5  # of the questions
 SHARE_USED = 0.35, 0.2  # of the longest question and answer, that they have on average: all of them, and those kept
+MATCHING = 5.0  # what attention matching takes, in readings of a document and of conversations about it
 RANGE = 0.7, 1.5  # of the estimate
 
 
@@ -45,7 +48,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of self-study and of training; ``share``: of the questions that are assumed to be kept."""
+    """Seconds of self-study, and of initialization and training; ``share``: of the questions that are assumed to be kept."""
 
     self_study: float
     training: float
@@ -55,7 +58,9 @@ class Cost:
         """The estimate in words, as ranges."""
         condition = " if half of the questions are kept" if self.share else ""
         study = f"{_range(self.self_study)} of self-study{condition} and " if self.self_study else ""
-        return f"time        {study}{_range(self.training)} of training on this machine (from a probe)"
+        return (
+            f"time        {study}{_range(self.training)} of initialization and training on this machine (from a probe)"
+        )
 
 
 def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: int, store: Store | None) -> Cost | None:
@@ -70,7 +75,9 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
     planner: Planner = NoQuestions() if config.writer == "none" else make_planner(sources, style, settings)
     question, answer = (max(1, int(SHARE_USED[0] * limit)) for limit in limits)
     written = sorted(store.conversations.glob("unit-*.parquet")) if store is not None else []
-    kept = sum(pyarrow.parquet.read_metadata(file).num_rows for file in written)
+    kinds = [pyarrow.parquet.read_table(file, columns=["kind"])["kind"].to_pylist() for file in written]
+    kept = sum(kind != RECONSTRUCTION for unit in kinds for kind in unit)
+    begun = any(RECONSTRUCTION in unit for unit in kinds)
     per_call, per_unit = style.sizes(settings)
     if planner.every_sentence:
         asked = planner.most_questions(History())
@@ -91,14 +98,18 @@ def estimate(config: TrainConfig, model: FrozenModel, texts: Collection, size: i
     # Reconstruction reads the text and its passages, half of it once more as ends of sentences, and decodes nothing.
     lengths = [length for s in sources for length in s.lengths] if reconstructs(model, config, {}) else []
     rebuilt = 1.5 * sum(lengths) + sum(length >= SHORTEST for length in lengths) * (template + FIRST_WORDS)
-    writing += (sum(lengths) + rebuilt) * speed.read
+    rereading = 0 if begun else (sum(lengths) + rebuilt) * speed.read
     rows = min(config.targets, len(sources)) * config.per_target
-    taught = config.steps * rows if config.steps is not None else config.epochs * wanted
-    learned = taught * (template + SHARE_USED[1] * sum(limits)) + (
-        0 if config.steps is not None else config.epochs * rebuilt
-    )
+    once = wanted * (template + SHARE_USED[1] * sum(limits)) + rebuilt  # tokens of all conversations
+    learned = once * config.epochs
+    if config.steps is not None:
+        learned = config.steps * rows * (template + SHARE_USED[1] * sum(limits))
+    starts = 0.0
+    if config.initialization == "matched":
+        of_documents = sum(sum(source.lengths) for source in sources)
+        starts = MATCHING * (of_documents + min(once, TOKENS * len(sources))) * speed.read
     share = SHARE_KEPT if asked and not planner.every_sentence else None
-    return Cost(writing * (1 - done), learned * speed.trained, share)
+    return Cost(writing * (1 - done) + rereading, starts + learned * speed.trained, share)
 
 
 def measure(model: FrozenModel, size: int, rows: int) -> Speed:

@@ -342,7 +342,7 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
     view.line(
         f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, "
-        f"{trainer.steps} steps planned"
+        f"{'' if finished else f'{trainer.state.step} of '}{trainer.steps} steps"
     )
     if not finished:
         raise Stopped

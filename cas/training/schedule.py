@@ -74,6 +74,12 @@ class Schedule:
             return t.steps
         return max(1, round(t.epochs * sum(self.conversations.values()) / (self.targets * t.per_target)))
 
+    @property
+    def warmup(self) -> int:
+        """Steps of a cartridge's own until its learning rate peaks: at most half of those that it gets."""
+        each = self.steps * self.targets // len(self.conversations)
+        return min(self.training.warmup, max(1, each // 2))
+
     def _random(self, *purpose: object) -> Random:
         return Random(
             "/".join(map(str, (self.training.seed, *purpose)))

@@ -62,5 +62,5 @@ def refuse_other_settings(store: Store, settings: Mapping[str, Any]) -> None:
     begun = (store.run_state() or {}).get("settings", {})
     if changed := [f"{k} {begun[k]} (now {v})" for k, v in settings.items() if k in begun and begun[k] != v]:
         raise ConfigError(
-            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings or give a new --store"
+            f"{store.folder} was begun with {', '.join(changed)}; go on with the same settings, --effort included, or give a new --store"
         )

@@ -148,7 +148,7 @@ class Trainer:
                 slot.pending = grad
             else:
                 own_step = self.state.rows[name].steps + 1
-                lr = learning_rate(t.lr, own_step, t.warmup, step, self.steps, t.final_lr)
+                lr = learning_rate(t.lr, own_step, self.schedule.warmup, step, self.steps, t.final_lr)
                 adam_step(slot.kv, grad, slot.exp_avg, slot.exp_avg_sq, own_step, lr)
                 slot.pending = None
             self.manager.touch(name)

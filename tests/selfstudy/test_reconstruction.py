@@ -166,7 +166,7 @@ def test_where_nothing_can_be_written_the_advice_works(
     """In the same store, whose finished units stay as they are."""
     writer.question = lambda prompt, seed: Generation(model.encode(" is it"), finished=True)  # type: ignore[method-assign]
     store, settings = new_store(), {"chunk_tokens": 120, "top_k": 5}
-    with pytest.raises(RunError, match=r"use a larger model, or give --writer none, which always works \(recon"):
+    with pytest.raises(RunError, match=r"use a larger model, or go on without a writer: --writer none \(from recon"):
         synthesize(model, wells(10), store, **settings)
     before = {file: file.read_bytes() for file in store.conversations.glob("unit-*")}
     conversations = synthesize(model, wells(10), store, **ALONE)

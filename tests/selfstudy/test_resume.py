@@ -137,7 +137,7 @@ def test_other_settings_are_refused(
     synthesize(model, wells(10, 8), store, **(SMALL | {"conversations": 20}))
     files = {file: file.read_bytes() for file in (store.folder / "conversations").iterdir()}
     with pytest.raises(
-        ConfigError, match="was made with other settings, documents or model; use the same ones or give another --store"
+        ConfigError, match=f"was made with another {next(iter(changed))}; use the same one or give another --store"
     ) as caught:
         synthesize(model, wells(10, 8), store, **(SMALL | changed))
     assert "\n" not in str(caught.value)
@@ -151,7 +151,7 @@ def test_other_documents_are_refused(new_store: Callable[..., Store], model: Fro
     renamed = Collection("wells", tuple(dataclasses.replace(d, id=f"new-{d.id}") for d in documents.documents))
     assert renamed.hash == documents.hash
     for other in (wells(10, 8, 9), renamed):
-        with pytest.raises(ConfigError, match="other settings, documents or model"):
+        with pytest.raises(ConfigError, match="made with another documents"):
             synthesize(model, other, store, **SMALL)
 
 

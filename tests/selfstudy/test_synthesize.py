@@ -163,7 +163,7 @@ def test_the_share_kept_of_the_first_hundred_questions(
         return
     with pytest.raises(
         RunError,
-        match=r"everything kept; use a larger model, or give --writer none, which always works .*, or go on with --keep-going",
+        match=r"everything kept; use a larger model, or go on without a writer: --writer none .*, or go on with --keep-going",
     ):
         synthesize(model, wells(10, 8, 9), store, say=lines.append, **settings)
     units = {file: file.read_bytes() for file in store.conversations.glob("unit-*")}

@@ -64,8 +64,8 @@ def test_reconstruction_reads_the_text_and_decodes_nothing(estimated: Callable[.
     ("times", "line"),
     [
         (Cost(3600, 60, 0.5), "42 minutes to 1.5 hours of self-study if half of the questions are kept and 42 seconds to 2 minutes"),
-        (Cost(0, 6000, None), "70 minutes to 2.5 hours of training on this machine"),
-        (Cost(10, 10, None), "7 to 15 seconds of self-study and 7 to 15 seconds of training"),
+        (Cost(0, 6000, None), "70 minutes to 2.5 hours of initialization and training on this machine"),
+        (Cost(10, 10, None), "7 to 15 seconds of self-study and 7 to 15 seconds of initialization and training"),
     ],
 )  # fmt: skip
 def test_the_line_is_a_range_in_words(times: Cost, line: str) -> None:
