@@ -102,7 +102,8 @@ class WordIndex:
 
 def _key(index: ChunkIndex) -> str:
     """Changes with the documents, their chunks, and how terms are made."""
-    return body_hash({"terms": _TERMS_VERSION, "index": index.body()})
+    body = {key: value for key, value in index.body().items() if key != "source"}
+    return body_hash({"terms": _TERMS_VERSION, "index": body})
 
 
 def fuse(dense: np.ndarray, words: np.ndarray) -> np.ndarray:

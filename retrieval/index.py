@@ -42,8 +42,11 @@ class ChunkIndex:
 
     Attributes: ``embedder``; ``words`` and ``overlap`` of the chunks; ``limit``, their tokens, None where the embedder
     has no limit; ``entries``, ``{document id: Entry}`` in row order; ``document_ids``; ``bounds`` int64
-    [documents + 1], document d has the rows bounds[d] to bounds[d + 1]; ``vectors`` float32 [rows, dimension].
+    [documents + 1], document d has the rows bounds[d] to bounds[d + 1]; ``vectors`` float32 [rows, dimension];
+    ``source``, what the caller says that the documents were, saved with them.
     """
+
+    source = ""
 
     def __init__(
         self, documents: Iterable[tuple[str, str, str]], embedder: Embedder, words: int = 120, overlap: int = 1
@@ -145,6 +148,8 @@ class ChunkIndex:
                 chunks, fresh[document_id] = self._chunks(document_id, title, text)
                 entry = Entry(content_hash(title, text), tuple((chunk.start, len(chunk.text)) for chunk in chunks))
             entries[document_id] = entry
+        if list(entries) == self.document_ids and not fresh:
+            return []
         rows = {name: self.vectors[start:end] for name, start, end in zip(self.entries, self.bounds, self.bounds[1:])}
         rows = {name: vectors for name, vectors in rows.items() if name in entries and name not in fresh}
         total, done = sum(map(len, fresh.values())), 0
@@ -217,6 +222,7 @@ class ChunkIndex:
             "words": self.words,
             "overlap": self.overlap,
             "limit": self.limit,
+            "source": self.source,
             "documents": [
                 {"id": name, "hash": entry.hash, "spans": entry.spans} for name, entry in self.entries.items()
             ],
@@ -246,6 +252,7 @@ class ChunkIndex:
             raise IndexBroken(folder, f"its chunks have at most {body['limit']} tokens, not {index.limit}")
         if entries:
             index._set(entries, stored.reconstruct_n(0, stored.ntotal), stored)
+        index.source = body.get("source", "")
         return index
 
 

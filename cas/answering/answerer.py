@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -87,9 +88,9 @@ class Answerer:
             self.store.reload()
             now = {name: row.hash for name, row in self.store.answering().items()}
             if self._index is None or now != self._indexed:
-                documents = self.store.texts()
-                self._index = open_index(self.store, self._embedder, documents=documents)
-                self._words = WordIndex.open(self._index, lambda: documents, self.store.folder / "index")
+                texts = cache(self.store.texts)  # read where an index is not of them yet, and then once for both
+                self._index = open_index(self.store, self._embedder, texts=texts)
+                self._words = WordIndex.open(self._index, texts, self.store.folder / "index")
             self._stamp, self._indexed = stamp, now
         return self._index
 

@@ -5,19 +5,22 @@ Training reads them from one memory-mapped Arrow file made of all units, so memo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from cas.errors import RunError
 from cas.model.frozen import FrozenModel
 
+_JOINED = "units.arrow"
 _COLUMNS = ("document", "kind", "question", "prompt", "answer", "top_ids", "top_logprobs")
 
 
@@ -40,6 +43,24 @@ class Conversation:
         return [*template.footer_ids, *self.prompt.tolist(), *template.suffix_ids, *self.answer[:-1].tolist()]
 
 
+class Asked(Protocol):
+    """What a plan has to know of a conversation."""
+
+    @property
+    def document(self) -> str: ...
+
+    @property
+    def question(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A conversation without its tokens."""
+
+    document: str
+    question: str
+
+
 class Conversations:
     """All conversations of a store, by document; ``dropped`` counts dropped questions and answers by reason."""
 
@@ -60,14 +81,19 @@ class Conversations:
         conversation is read from disk when it is used. Raises: RunError for a damaged unit, or when the disk is
         full."""
         files = sorted(folder.glob("unit-*.parquet"))[:units]
-        joined = folder / "units.arrow"
-        conversations = cls((), dict(_join(files, joined)))  # rebuilt every time: only the units have checksums
-        rows: dict[str, list[tuple[int, int]]] = {}
+        joined = folder / _JOINED
+        dropped = _joined_before(files, joined)
+        conversations = cls((), dict(_join(files, joined) if dropped is None else dropped))
+        rows: dict[str, array[int]] = {}
         batches = [_Batch(batch) for batch in _batches(joined)]
         for number, batch in enumerate(batches):
             for row, document in enumerate(batch.columns["document"].to_pylist()):
-                rows.setdefault(document, []).append((number, row))
-        conversations.by_document |= {name: _Lazy(batches, np.array(at, np.int32)) for name, at in rows.items()}
+                if (places := rows.get(document)) is None:
+                    places = rows[document] = array("i")
+                places.extend((number, row))
+        conversations.by_document |= {
+            name: _Lazy(batches, np.frombuffer(places, np.int32).reshape(-1, 2)) for name, places in rows.items()
+        }
         return conversations
 
 
@@ -132,12 +158,45 @@ def _join(files: Sequence[Path], joined: Path) -> Counter[str]:
                 dropped.update(counts)
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
+        about = {"units": _stamps(files), "dropped": dropped, "checksum": _checksum(partial)}
+        _about(joined).unlink(missing_ok=True)  # of the file that is replaced
         partial.replace(joined)
+        written = _about(joined).with_suffix(".partial.json")
+        written.write_text(json.dumps(about))
+        written.replace(_about(joined))
     except OSError as error:
         raise RunError(
             f"{joined}: {error.strerror or error}; free some space and run the same command again"
         ) from error
     return dropped
+
+
+def _joined_before(files: Sequence[Path], joined: Path) -> Counter[str] | None:
+    """The drop counts if the joined file is of these units as they are, and whole; else it has to be made again."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        about = json.loads(_about(joined).read_text())
+        if about["units"] == _stamps(files) and about["checksum"] == _checksum(joined):
+            return Counter(about["dropped"])
+    return None
+
+
+def _about(joined: Path) -> Path:
+    return joined.with_suffix(".json")
+
+
+def _stamps(files: Sequence[Path]) -> list[list[str | int]]:
+    """Name, size and time of the last change (ns) of every unit: a unit is replaced as a whole, never written into."""
+    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+
+
+def _checksum(file: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _schema() -> Any:
@@ -178,21 +237,29 @@ def read_unit(file: Path) -> tuple[list[Conversation], Counter[str], str]:
     return items, dropped, made_with
 
 
+def read_outlines(file: Path) -> tuple[list[Outline], Counter[str], str]:
+    """As :func:`read_unit`, without reading any tokens."""
+    table, dropped, made_with = _read_table(file, ("document", "question"))
+    return list(map(Outline, *(column.to_pylist() for column in table.columns))), dropped, made_with
+
+
 def recorded_settings(folder: Path) -> dict[str, Any]:
     """What the first unit of a folder was made with; nothing if there is none. Raises RunError for a damaged file."""
     first = folder / "unit-000000.parquet"
-    return dict(json.loads(read_unit(first)[2])) if first.exists() else {}
+    return dict(json.loads(_read_table(first, ())[2])) if first.exists() else {}
 
 
-def _read_table(file: Path) -> tuple[Any, Counter[str], str]:
+def _read_table(file: Path, columns: Sequence[str] = _COLUMNS) -> tuple[Any, Counter[str], str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file, page_checksum_verification=True)
-        metadata = table.schema.metadata or {}
-        if table.schema.names != list(_COLUMNS):
-            raise KeyError("columns")
-        return table.cast(_schema()), Counter(json.loads(metadata[b"dropped"])), metadata[b"made_with"].decode()
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            if schema.names != list(_COLUMNS):
+                raise KeyError("columns")
+            table = parquet.read(list(columns)).cast(pa.schema([_schema().field(name) for name in columns]))
+        metadata = schema.metadata or {}
+        return table, Counter(json.loads(metadata[b"dropped"])), metadata[b"made_with"].decode()
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{file} is damaged; delete it and run the same command again") from error

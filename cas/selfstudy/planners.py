@@ -17,11 +17,14 @@ from itertools import accumulate
 from random import Random
 from typing import Protocol
 
+import numpy as np
+
 from cas.data.collection import Collection, Document
 from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
 from cas.options import EFFORTS, SelfStudy
-from cas.selfstudy.conversations import Conversation
+from cas.selfstudy.conversations import Asked
+from cas.selfstudy.coverage import Coverage
 from cas.selfstudy.prompt_styles import PromptStyle, token_limits
 from cas.selfstudy.seed_prompts import BRIEF, SeedPrompt, is_english, normal
 from cas.selfstudy.windows import grow_window, sentence_windows
@@ -132,9 +135,11 @@ class History:
     tried: dict[Topic, AbstractSet[Pair]] = field(default_factory=dict)
     retries: Counter[str] = field(default_factory=Counter)  # document id: calls made because nothing was kept
     dropped: Counter[str] = field(default_factory=Counter)  # reason: questions and answers
+    changed: list[str] = field(default_factory=list)  # document ids in the order of units: what counts may have changed
 
-    def add(self, calls: Sequence[Call], conversations: Sequence[Conversation], dropped: Counter[str]) -> None:
+    def add(self, calls: Sequence[Call], conversations: Sequence[Asked], dropped: Counter[str]) -> None:
         """Count a finished unit."""
+        self.changed += dict.fromkeys(call.document.id for call in calls)
         for call in calls:
             self.asked += len(call.pairs)
             self.asked_about[call.document.id] += call.listed or len(call.pairs) * len(call.temperatures)
@@ -257,19 +262,20 @@ class CoveragePlanner:
         self.target = settings.conversations or sum(map(self._owed, sources))
         self._ends = list(accumulate(self.lengths))
         self._start = Random(f"{settings.seed}/walk").random()
+        self._coverage: Coverage | None = None
 
     def plan(self, unit: int, history: History) -> list[Call]:
         """The calls of a unit; a pair is tried again only when every pair of its window was tried."""
-        open_ends = self._open_ends(history)
-        done = not any(open_ends) or (self.settings.conversations is not None and history.kept >= self.target)
-        silent = self._silent(history) if done else []
-        hopeless = not done and history.asked_about.total() > 12 * self.target + 1000
+        coverage = self.coverage(history)
+        done = not coverage.length or (self.settings.conversations is not None and history.kept >= self.target)
+        silent = [self.sources[i] for i in coverage.silent] if done else []
+        hopeless = not done and coverage.asked > 12 * self.target + 1000
         if hopeless or (done and not silent):
             return []
         calls, size = list[Call](), self.per_unit
         tried = ChainMap[Topic, AbstractSet[Pair]]({}, history.tried)
         for number in range(unit * size, (unit + 1) * size):
-            call = self.call(number, tried, silent, open_ends)
+            call = self.call(number, tried, silent, coverage.ends)
             tried[call.topic] = {*tried.get(call.topic, ()), *call.pairs}
             calls.append(call)
         return calls
@@ -279,7 +285,7 @@ class CoveragePlanner:
         number: int,
         tried: Mapping[Topic, AbstractSet[Pair]],
         silent: Sequence[SplitDocument] = (),
-        ends: Sequence[int] | None = None,
+        ends: Sequence[int] | np.ndarray | None = None,
     ) -> Call:
         """What call ``number`` asks, given the pairs that earlier calls tried, in retries which documents, and where
         documents end on the walk."""
@@ -301,7 +307,7 @@ class CoveragePlanner:
         return Call(number, source, window, prompt, tuple(chosen[: self.per_call]), (temperature,), bool(silent))
 
     def window(
-        self, number: int, silent: Sequence[SplitDocument] = (), ends: Sequence[int] | None = None
+        self, number: int, silent: Sequence[SplitDocument] = (), ends: Sequence[int] | np.ndarray | None = None
     ) -> tuple[SplitDocument, range]:
         """The document and sentences that call ``number`` reads, at most ``chunk_tokens`` tokens around a point of the
         walk, which passes documents that end at ``ends``, or over the silent documents in turn."""
@@ -323,30 +329,22 @@ class CoveragePlanner:
         give."""
         if self.settings.conversations is not None:
             return min(history.kept, self.target), self.target
-        pairs = [
-            (min(self._kept(s, history), self._owed(s)), self._owed(s), self._open(s, history)) for s in self.sources
-        ]
-        return sum(kept for kept, _, _ in pairs), sum(owed if is_open else kept for kept, owed, is_open in pairs)
+        coverage = self.coverage(history)
+        return coverage.kept, coverage.wanted
 
     def most_questions(self, history: History) -> int:
         """What exhausts all documents."""
-        open_sources = [s for s in self.sources if self._open(s, history)]
-        return sum(self._most(s) - history.asked_about[s.document.id] for s in open_sources)
+        return self.coverage(history).questions_left
 
-    def _open_ends(self, history: History) -> list[int]:
-        """Where each document ends on the walk; those that get no more calls take no part of it."""
-        lengths = [
-            length if self._open(s, history) else 0 for s, length in zip(self.sources, self.lengths, strict=True)
-        ]
-        return list(accumulate(lengths))
-
-    def _open(self, source: SplitDocument, history: History) -> bool:
-        """Whether a document is to get further calls, retries aside."""
-        enough = self.settings.conversations is None and self._kept(source, history) >= self._owed(source)
-        return not enough and not self._exhausted(source, history)
-
-    def _kept(self, source: SplitDocument, history: History) -> int:
-        return len(history.questions.get(source.document.id, ()))
+    def coverage(self, history: History) -> Coverage:
+        """What a history says about every document: brought up to date where it is the history of the last call, so that
+        a unit costs as much as its own documents and not as all of them."""
+        if self._coverage is None or self._coverage.history is not history:
+            ids, most = [s.document.id for s in self.sources], [self._most(s) for s in self.sources]
+            owed = None if self.settings.conversations is not None else [self._owed(s) for s in self.sources]
+            self._coverage = Coverage(history, ids, self.lengths, most, owed, MAX_RETRIES_PER_DOCUMENT)
+        self._coverage.update()
+        return self._coverage
 
     def _owed(self, source: SplitDocument) -> int:
         """Conversations that a document gets unless its text or the settings allow fewer."""
@@ -356,16 +354,3 @@ class CoveragePlanner:
     def _most(self, source: SplitDocument) -> int:
         most = len(source.sentences) * len(self.settings.kinds) * MAX_QUESTIONS_PER_SENTENCE
         return most if self.settings.conversations is not None else min(most, MAX_QUESTIONS_EACH * self._owed(source))
-
-    def _exhausted(self, source: SplitDocument, history: History) -> bool:
-        return history.asked_about[source.document.id] >= self._most(source)
-
-    def _silent(self, history: History) -> list[SplitDocument]:
-        """Documents about which nothing is kept and which have retries left."""
-        return [
-            source
-            for source in self.sources
-            if not history.questions.get(source.document.id)
-            and not self._exhausted(source, history)
-            and history.retries[source.document.id] < MAX_RETRIES_PER_DOCUMENT
-        ]

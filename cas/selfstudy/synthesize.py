@@ -33,7 +33,7 @@ from cas.model.decoding import Generation, Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.options import SelfStudy
-from cas.selfstudy.conversations import Conversation, Conversations, read_unit, recorded_settings, write_unit
+from cas.selfstudy.conversations import Asked, Conversation, Conversations, read_outlines, recorded_settings, write_unit
 from cas.selfstudy.endpoint import EndpointWriter, list_writer
 from cas.selfstudy.likeliest import Silent, likeliest
 from cas.selfstudy.list_style import instruction, read_list
@@ -118,6 +118,7 @@ def synthesize(
             written = file.exists() and settings.conversations is None
             if not (part or calls or written):
                 break
+            conversations: Sequence[Asked]
             if file.exists():
                 conversations, dropped = _read(file, made)
             elif store.run_state() is not None:
@@ -130,13 +131,14 @@ def synthesize(
             else:
                 started = time.monotonic()
                 if part:
-                    conversations, dropped = reconstruct(model, part, settings.top_k), Counter()
+                    written_now, dropped = reconstruct(model, part, settings.top_k), Counter[str]()
                 else:
                     share.check(wanted - done, planner.most_questions(history))
                     teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents), writer)
-                    conversations, dropped = teacher.converse(calls, history.questions)
+                    written_now, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
-                write_unit(file, conversations, dropped, made)
+                write_unit(file, written_now, dropped, made)
+                conversations = written_now
                 store.log_duration("self-study", time.monotonic() - started)
                 if not part:
                     share.add(len(conversations), dropped)
@@ -158,9 +160,9 @@ def synthesize(
         return Conversations.load(folder, unit)
 
 
-def _read(file: Path, made_with: str) -> tuple[list[Conversation], Counter[str]]:
-    """Conversations and drop counts of a finished unit."""
-    conversations, dropped, unit_made_with = read_unit(file)
+def _read(file: Path, made_with: str) -> tuple[Sequence[Asked], Counter[str]]:
+    """What was asked in a finished unit, and drop counts. All else is read, and checked, when all units are joined."""
+    conversations, dropped, unit_made_with = read_outlines(file)
     if unit_made_with != made_with:
         then, now = json.loads(unit_made_with), json.loads(made_with)
         changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,12 @@ def open_index(
     embedder: Embedder | None = None,
     progress: Callable[[int, int], None] | None = None,
     rebuild: bool = False,
-    documents: Sequence[tuple[str, str, str]] | None = None,
+    texts: Callable[[], Sequence[tuple[str, str, str]]] | None = None,
 ) -> ChunkIndex:
     """The retrieval index beside a store, updated to the documents that answer questions now.
 
     Args:
-        documents: these, where they have been read already (:meth:`Store.texts`).
+        texts: reads the documents (default :meth:`Store.texts`); called only where they are not those of the index.
         progress: called with the number of chunks embedded so far and the number to embed. What is embedded is saved
             every minute, so the next call continues an interrupted one.
         rebuild: embed everything again if the index was made with another embedder, instead of raising EmbedderError.
@@ -54,11 +56,22 @@ def open_index(
     except (IndexBroken, OSError):
         index, changed = ChunkIndex([], embedder), True
 
+    source = _source(store)
+    if not changed and index.source == source:
+        return index
+
     def save() -> None:
         with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
             index.save(folder)
 
-    documents, before = store.texts() if documents is None else documents, index.document_ids
-    if index.update(documents, progress, save) or index.document_ids != before or changed:
-        save()
+    index.source = ""  # of no state of the store while it is being updated
+    index.update((texts or store.texts)(), progress, save)
+    index.source = source
+    save()
     return index
+
+
+def _source(store: Store) -> str:
+    """Changes with the documents that answer questions, their titles and texts."""
+    rows = {name: row.hash for name, row in store.answering().items()}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ class StoredDocuments:
 
     def __init__(self, folder: Path, records: Records) -> None:
         self.folder, self.records = folder, records
+        self._parsed: dict[str, tuple[int, dict[str, Row]]] = {}  # by space: number of the transaction, and its rows
         self.reload()
 
     @property
@@ -30,12 +31,20 @@ class StoredDocuments:
     def rows(self) -> dict[str, Row]:
         """All documents by id, in order of id, as of the last checkpoint."""
         with self.records.read() as txn:
-            return self.records.rows(txn)
+            return self._rows(txn)
 
     def old_rows(self) -> dict[str, Row]:
         """What changed documents were: they answer until their successors are trained."""
         with self.records.read() as txn:
-            return self.records.rows(txn, OLD)
+            return self._rows(txn, OLD)
+
+    def _rows(self, txn: Any, space: str = "") -> dict[str, Row]:
+        """All rows, parsed once for every state of the store: a start asks for them twenty times."""
+        number, parsed = self._parsed.get(space, (-1, {}))
+        if number != txn.id():
+            parsed = self.records.rows(txn, space)
+            self._parsed[space] = txn.id(), parsed
+        return dict(parsed)
 
     def answering(self) -> dict[str, Row]:
         """The documents that answer questions, by id: those with a cartridge, changed ones as they were."""
@@ -43,7 +52,7 @@ class StoredDocuments:
             return self._answering(txn)
 
     def _answering(self, txn: Any) -> dict[str, Row]:
-        rows = {i: row for i, row in self.records.rows(txn).items() if row.initialized} | self.records.rows(txn, OLD)
+        rows = {i: row for i, row in self._rows(txn).items() if row.initialized} | self._rows(txn, OLD)
         return dict(sorted(rows.items()))
 
     def answering_row(self, document: str) -> Row:
@@ -75,7 +84,7 @@ class StoredDocuments:
     def texts(self) -> list[tuple[str, str, str]]:
         """(id, title, text) of every document that answers questions, in order of id: what retrieval indexes."""
         with self.records.read() as txn:
-            rows, old = self._answering(txn), self.records.rows(txn, OLD)
+            rows, old = self._answering(txn), self._rows(txn, OLD)
             return [(i, row.title, self.records.text(txn, row, OLD if i in old else "")) for i, row in rows.items()]
 
     def withdrawn(self) -> list[tuple[str, str, str]]:

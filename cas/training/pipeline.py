@@ -27,8 +27,16 @@ from cas.training.cost import Cost, estimate
 from cas.training.initialization import initialize_cartridges
 from cas.training.memory_sizes import plan_memory
 from cas.training.metrics_log import Report
-from cas.training.recorded_options import records_collection, refuse_other_collection, save_config
-from cas.training.rounds import Round, begin_round, end_untrained, ended_untrained, learning_documents, plan_round
+from cas.training.recorded_options import nothing_to_train, records_collection, refuse_other_collection, save_config
+from cas.training.rounds import (
+    Round,
+    begin_round,
+    end_untrained,
+    ended_untrained,
+    finished,
+    learning_documents,
+    plan_round,
+)
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
 
@@ -94,6 +102,8 @@ def run(config: TrainConfig, view: View) -> None:
                         train(setup, store, conversations, view, stop)
                     else:
                         end_untrained(store)
+            elif setup.memory is None and finished(store):
+                view.line(_trained(store, f"{(store.run_state() or {})['settings']['total_steps']} steps"))
             index(setup, store, view)
             if not setup.round.postponed:
                 return
@@ -158,6 +168,8 @@ def plan(
         frozen = [rows[i].p for i in round.frozen]
         if not round.new:  # the pool that this training was begun with
             pool = pool or (store.run_state() or {}).get("settings", {}).get("pool")
+    if store is not None and nothing_to_train(config, store, round):
+        return Setup(config, folder, model, ratio, documents, round, None)
     learning = learning_documents(round, store, documents)
     if round.learners:
         _warn_of_windows(config, model, learning, ratio, store, view)
@@ -331,21 +343,24 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
     )
     with view.progress("training") as bar:
         trainer.on_step = _show_steps(bar)
-        finished = trainer.run(stop=stop)
+        done = trainer.run(stop=stop)
     trim_host_memory()  # the index is made beside what the allocator has not given back
-    guard, rows = trainer.state.loss_guard, store.rows().values()
+    guard = trainer.state.loss_guard
     if guard.skipped:
         view.line(
             f"skipped     {guard.skipped} steps with a non-finite loss or gradient, or a loss above 2 log V; "
             f"{guard.back} times a cartridge was restored from its last checkpoint (a lower --lr may help)"
         )
-    tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
-    view.line(
-        f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, "
-        f"{'' if finished else f'{trainer.state.step} of '}{trainer.steps} steps"
-    )
-    if not finished:
+    view.line(_trained(store, f"{'' if done else f'{trainer.state.step} of '}{trainer.steps} steps"))
+    if not done:
         raise Stopped
+
+
+def _trained(store: Store, steps: str) -> str:
+    """What the store's training has done so far, in so many steps."""
+    rows = store.rows().values()
+    tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
+    return f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {steps}"
 
 
 def _show_steps(bar: Progress) -> Callable[[Report], None]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import yaml
 
 from cas.data.collection import Collection, resolve_source, same_source
 from cas.errors import StoreMismatch
-from cas.options import TrainConfig
+from cas.options import SelfStudy, TrainConfig, Training
 from cas.store.store import Store
-from cas.training.rounds import Round
+from cas.training.rounds import Round, finished
 
 # Options that say which documents are trained.
 _SOURCE = ("collection", "include", "exclude", "collection_seed", "documents", "merge")
@@ -21,7 +21,7 @@ _SOURCE = ("collection", "include", "exclude", "collection_seed", "documents", "
 def save_config(config: TrainConfig, store: Store) -> None:
     """Write the options, so that ``--config`` can give them again."""
     options = asdict(replace(config, config=None, prune=False))
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    values = {k: _plain(v) for k, v in options.items()}
     values["collection"] = resolve_source(str(config.collection))  # the same from whatever directory it is read
     partial = store.folder / "config.yaml.partial"
     partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -33,13 +33,32 @@ def records_collection(config: TrainConfig, store: Store) -> bool:
     return bool(_recorded(store).get("collection") == resolve_source(str(config.collection)))
 
 
+def nothing_to_train(config: TrainConfig, store: Store, round: Round) -> bool:
+    """Whether the round is trained to its end, of these documents and with these options: then self-study, which goes over
+    all its units, need not even be planned. Other options are for those to judge who plan with them."""
+    if round.change or round.differs or round.postponed or not finished(store) or store.pending():
+        return False
+    now, recorded = asdict(config), _recorded(store)
+    same = all(
+        field.name in recorded and recorded[field.name] == _plain(now[field.name])
+        for part in (SelfStudy, Training)
+        for field in fields(part)
+    )
+    return same and all(row.initialized for row in store.rows().values())
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def refuse_other_collection(config: TrainConfig, store: Store, documents: Collection, round: Round) -> None:
     """Raise StoreMismatch if other documents were named than those that the store was trained on. Ones that only add to
     them are welcome."""
     if not (round.changed or round.missing):
         return
     before = {"include": [], "exclude": [], **_recorded(store)}  # which older stores do not record
-    now = {k: list(v) if isinstance(v, tuple) else v for k in _SOURCE for v in [getattr(config, k)]}
+    now = {k: _plain(getattr(config, k)) for k in _SOURCE}
     recorded, given = before.get("collection"), str(config.collection)
     if recorded is None:
         if not store.rows() or _overlap(store, documents):
