@@ -39,6 +39,7 @@ from cas.training.rounds import (
 )
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
+from retrieval import WordIndex
 
 DEFAULT_RATIO = 16.0
 
@@ -386,4 +387,5 @@ def _show_steps(bar: Progress) -> Callable[[Report], None]:
 def index(setup: Setup, store: Store, view: View) -> None:
     """Bring the retrieval index up to date with the store's documents."""
     with view.progress("index") as bar:
-        open_index(store, load_embedder(setup.config.embedder), progress=bar.show, rebuild=True)
+        found = open_index(store, load_embedder(setup.config.embedder), progress=bar.show, rebuild=True)
+    WordIndex.open(found, store.texts, store.folder / "index")  # made now, not by the first question

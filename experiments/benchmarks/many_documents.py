@@ -5,8 +5,8 @@ python -m experiments.benchmarks.many_documents --documents 10000 --output DIR
 The store is made by the pipeline as it is, but for what would take hours: the model is tiny and random, conversations
 are made up in place of self-study, and training ends after one step. Then every measurement is a process of its own:
 
-- ``start``: the same training once more, which finds nothing to do; ``replay``: once more after its end was taken from
-  the run's record, so that self-study is gone over again, as after any interruption;
+- ``start``: the same training once more, which finds nothing to do; ``replay``: once more with the last step still to be
+  done, for which all of self-study is gone over again, as after any interruption;
 - ``query``: the first question; ``ls``: the list of cartridges.
 
 Seconds and CPU seconds are without imports, without the model and without the embedder. Memory is the growth of the
@@ -29,7 +29,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
 from cas import console
@@ -59,7 +59,9 @@ class Config:
     documents: int = 10_000
     """Documents of the store; a tenth of them are measured as well."""
     output: str | None = None
-    """Folder of the collections, stores and results; default one that goes away."""
+    """Folder of the collections, stores and results; default one that goes away. Stores that it has are not made again."""
+    embedder: Literal["minilm", "hash"] = "minilm"
+    """hash: hashed words in as many dimensions, where embedding all documents would take too long."""
 
 
 # -- the collection and its store ----------------------------------------------------------------------------------------
@@ -148,11 +150,12 @@ def options(folder: Path) -> list[str]:
 
 
 def build(folder: Path, count: int) -> None:
-    """A finished store of so many documents, with its index, in ``folder``."""
+    """A finished store of so many documents, with its index, in ``folder``; goes on where an earlier call stopped."""
     from cas import train
 
-    write_documents(folder / "documents", count)
-    write_model(folder / "model")
+    if not (folder / "model").exists():
+        write_documents(folder / "documents", count)
+        write_model(folder / "model")
     with (
         patch("cas.selfstudy.synthesize.Teacher", InventedTeacher),
         patch("cas.selfstudy.synthesize.reconstruct", invented_reconstruction),
@@ -209,7 +212,7 @@ def train_again(folder: Path) -> dict[str, float]:
     from cas.store import index
     from cas.training import pipeline
 
-    loading, model, embedder = Loading(), pipeline.FrozenModel.from_pretrained(str(folder / "model")), None
+    loading, model = Loading(), pipeline.FrozenModel.from_pretrained(str(folder / "model"))
     embedder = index.load_embedder()
     loaded = loading(lambda *_, **__: embedder)
     with (
@@ -226,17 +229,13 @@ def train_again(folder: Path) -> dict[str, float]:
 
 
 def replay(folder: Path) -> dict[str, float]:
-    """The same where the run's record says that a step is missing: nothing of it is trained, for it is put back."""
+    """The same where the run's record says that the last step is missing."""
     from cas.store.store import Store
 
-    def last_step(change: int) -> None:
-        with Store.open(folder / "store", write=True) as store:
-            run = store.run_state()
-            assert run is not None
-            run["step"] += change
-            store.commit({}, run)
-
-    last_step(-1)
+    with Store.open(folder / "store", write=True) as store:
+        run = store.run_state()
+        assert run is not None
+        store.commit({}, {**run, "step": run["step"] - 1})
     return train_again(folder)
 
 
@@ -275,9 +274,9 @@ def own_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def measured(folder: Path) -> dict[str, dict[str, float]]:
+def measured(folder: Path, embedder: str) -> dict[str, dict[str, float]]:
     """All figures of a folder, each from a process of its own."""
-    return {step: json.loads(_child(step, folder).splitlines()[-1]) for step in STEPS}
+    return {step: json.loads(_child(embedder, step, folder).splitlines()[-1]) for step in STEPS}
 
 
 def _child(*words: str | Path) -> str:
@@ -293,12 +292,16 @@ def _child(*words: str | Path) -> str:
     return done.stdout
 
 
-def child(step: str, folder: Path, *rest: str) -> int:
+def child(embedder: str, step: str, folder: Path, *rest: str) -> int:
     """Measure one step, and print the figures as JSON in the last line."""
-    if step == "build":
-        build(folder, int(rest[0]))
-    else:
-        print(json.dumps(MEASURES[step](folder)))
+    from retrieval import HashEmbedder
+
+    hashed = patch("retrieval.SentenceEmbedder", lambda *_, **__: HashEmbedder(384))
+    with hashed if embedder == "hash" else contextlib.nullcontext():
+        if step == "build":
+            build(folder, int(rest[0]))
+        else:
+            print(json.dumps(MEASURES[step](folder)))
     return 0
 
 
@@ -325,8 +328,8 @@ def run(config: Config) -> int:
             place = folder / str(count)
             if not (place / "store" / "index").exists():
                 print(f"building a store of {count} documents", file=sys.stderr, flush=True)
-                _child("build", place, str(count))
-            figures[str(count)] = {**measured(place), "own_bytes": own_bytes(place)}
+                _child(config.embedder, "build", place, str(count))
+            figures[str(count)] = {**measured(place, config.embedder), "own_bytes": own_bytes(place)}
         for line in table(figures):
             print(line)
         if config.output is not None:
@@ -356,4 +359,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    sys.exit(child(given[0], Path(given[1]), *given[2:]) if given and not given[0].startswith("-") else main())
+    sys.exit(child(*given[:2], Path(given[2]), *given[3:]) if given and not given[0].startswith("-") else main())

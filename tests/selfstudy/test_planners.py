@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -163,3 +164,32 @@ def test_a_short_document_is_exhausted_by_lists(model: FrozenModel) -> None:
         units += 1
     assert units == -(-24 * 5 // (20 * 8)) and planner.progress(history) == (0, 0)
     assert planner.most_questions(history) == 0
+
+
+def test_a_unit_costs_as_much_among_many_documents_as_among_few(model: FrozenModel) -> None:
+    """What is counted of a document is counted again only where a unit asked about it."""
+    counted = dict[int, int]()
+    for copies in (2, 40):
+        documents = tuple(
+            Document(f"{d.id}-{n}", f"{d.title} {n}", d.text) for n in range(copies) for d in wells(5, 5).documents
+        )
+        planner = CoveragePlanner(split_documents(model, Collection("many", documents)), INSTRUCT, SelfStudy())
+        history, events = History(), 0
+        for unit in range(3):
+            calls = planner.plan(unit, history)
+            history.add(calls, [], Counter())
+        before = len(calls)
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal events
+            events += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            calls = planner.plan(3, history)
+            planner.progress(history), planner.most_questions(history)
+        finally:
+            sys.setprofile(None)
+        assert len(calls) == before
+        counted[copies] = events
+    assert counted[40] < 2 * counted[2]
