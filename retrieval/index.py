@@ -245,6 +245,7 @@ class ChunkIndex:
             for document in body["documents"]
         }
         stored = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+        del data  # as large as the vectors
         if (stored.d, stored.ntotal) != (embedder.dimension, sum(len(entry.spans) for entry in entries.values())):
             raise IndexBroken(folder, "index.faiss and chunks.json have different row counts")
         index = cls([], embedder, body["words"], body["overlap"])

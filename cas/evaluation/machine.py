@@ -57,10 +57,13 @@ def versions() -> dict[str, str | None]:
 
 
 class PeakMemory:
-    """Peak anonymous memory of this process inside the context, in bytes, sampled twice a second; the peak resident
-    size where the system does not report anonymous memory."""
+    """Peak anonymous memory of this process inside the context, in bytes, sampled every so many ``seconds``; the peak
+    resident size where the system does not report anonymous memory."""
 
     peak = 0
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        self._seconds = seconds
 
     def __enter__(self) -> PeakMemory:
         self._done = threading.Event()
@@ -71,7 +74,7 @@ class PeakMemory:
     def _watch(self) -> None:
         while True:
             self.peak = max(self.peak, self.now())
-            if self._done.wait(0.5):
+            if self._done.wait(self._seconds):
                 return
 
     @staticmethod

@@ -103,7 +103,7 @@ def test_the_command_measures_stores_it_finds_and_writes_results(
         if step == "build":
             (folder / "store" / "index").mkdir(parents=True)
             (folder / "documents").mkdir()
-        return '{"seconds": 1.5, "cpu_seconds": 1.25, "bytes": 1048576}\n'
+        return '{"seconds": 1.5, "cpu_seconds": 1.25, "bytes": 1048576, "anonymous_bytes": 1048576}\n'
 
     monkeypatch.setattr(many_documents, "_child", child)
     assert many_documents.main(["--documents", "20", "--output", str(tmp_path)]) == 0
