@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cas.selfstudy.reconstruction import Passage
 
 ROOT = Path(__file__).parents[2]
+EMBEDDERS = ("minilm", "hash")
 STEPS = ("start", "replay", "query", "ls")
 TARGETS = {"start": 20.0, "query": 3.0}  # seconds, for 10,000 documents
 OPTIONS = ("--tokens", "16", "--initialization", "random", "--effort", "quick", "--steps", "1", "--pool", "4")
@@ -371,4 +372,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    sys.exit(child(*given[:2], Path(given[2]), *given[3:]) if given and not given[0].startswith("-") else main())
+    sys.exit(child(given[0], given[1], Path(given[2]), *given[3:]) if given and given[0] in EMBEDDERS else main())
