@@ -165,7 +165,7 @@ def _read(file: Path, made_with: str) -> tuple[Sequence[Asked], Counter[str]]:
     conversations, dropped, unit_made_with = read_outlines(file)
     if unit_made_with != made_with:
         then, now = json.loads(unit_made_with), json.loads(made_with)
-        changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        changed = ["conversations" if n == "once" else n for n in {**then, **now} if then.get(n) != now.get(n)]
         raise ConfigError(
             f"{file.parent} was made with another {', '.join(changed)}; use the same one or give another --store"
         )

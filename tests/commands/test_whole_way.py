@@ -106,7 +106,7 @@ def test_another_effort_than_the_store_was_trained_with_is_refused(manuals: Froz
     assert call(train.main, "--config", "runs/manuals/config.yaml")[0] == 0
     status, _, err = call(train.main, *words, "--effort", "thorough")
     assert status == 2 and err.count("cas: ") == 1 and "was begun with epochs 1.0 (now 8.0)" in err
-    assert "go on with the same settings or give a new --store" in err
+    assert "go on with the same settings, --effort included, or give a new --store" in err
 
 
 def test_matched_starts_from_the_command_line(manuals: FrozenModel) -> None:

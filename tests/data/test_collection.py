@@ -218,7 +218,7 @@ def test_bad_sources(tmp_path: Path, folder: Path) -> None:
     fails("nowhere: no folder.*known are.* examples.*a path works too", lambda: Collection.load("nowhere"))
     for source in ("", "\0", "x" * 5000, "nowhere+examples"):
         fails("", lambda source=source: Collection.load(source or "a\nb"))
-    fails("no folder, .jsonl", lambda: Collection.load(folder / "pump.md"))
+    fails("a single file is no collection; give its folder", lambda: Collection.load(folder / "pump.md"))
     fails("gone.jsonl: No such file", lambda: Collection.load(folder, folder / "gone.jsonl"))
     fails("broken gzip", lambda: Collection.load(write(tmp_path / "broken.jsonl.gz", b"{}")))
     whole = gzip.compress(lines(row("a")).encode())

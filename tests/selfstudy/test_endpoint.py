@@ -353,7 +353,7 @@ def test_an_interrupted_run_takes_finished_units_as_they_are(
     assert plain(synthesize(model, documents, store, **elsewhere)) == plain(conversations)
     assert served.requests == []
     for changed in ({"writer_model": "other"}, {"writer_url": None, "writer": "list"}, {"writer_url": None}):
-        with pytest.raises(ConfigError, match="was made with other settings"):
+        with pytest.raises(ConfigError, match="was made with another"):
             synthesize(model, documents, store, **(options(served) | changed))
 
 

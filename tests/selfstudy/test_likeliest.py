@@ -160,5 +160,5 @@ def test_a_store_that_was_begun_with_samples_goes_on_with_them(
     (begun.conversations / "unit-000000.parquet").write_bytes(
         (fresh.conversations / "unit-000000.parquet").read_bytes()
     )
-    with pytest.raises(ConfigError, match="was made with other settings"):
+    with pytest.raises(ConfigError, match="was made with another"):
         synthesize(model, small, begun, **options)

@@ -187,7 +187,7 @@ def test_stores_of_earlier_versions_go_on_without(
         synthesize(model, wells(10), store, **ALONE)
     with_it = new_store("with")
     synthesize(model, wells(10), with_it, **on)
-    with pytest.raises(ConfigError, match="was made with other settings"):
+    with pytest.raises(ConfigError, match="was made with another"):
         synthesize(model, wells(10), with_it, **SMALL)
 
 
