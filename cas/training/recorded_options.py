@@ -10,7 +10,7 @@ import yaml
 
 from cas.data.collection import Collection, resolve_source, same_source
 from cas.errors import StoreMismatch
-from cas.options import SelfStudy, TrainConfig, Training
+from cas.options import CartridgeOptions, SelfStudy, TrainConfig, Training
 from cas.store.store import Store
 from cas.training.rounds import Round, finished
 
@@ -41,7 +41,7 @@ def nothing_to_train(config: TrainConfig, store: Store, round: Round) -> bool:
     now, recorded = asdict(config), _recorded(store)
     same = all(
         field.name in recorded and recorded[field.name] == _plain(now[field.name])
-        for part in (SelfStudy, Training)
+        for part in (CartridgeOptions, SelfStudy, Training)
         for field in fields(part)
     )
     return same and all(row.initialized for row in store.rows().values())

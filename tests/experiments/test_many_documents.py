@@ -58,8 +58,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         (Records, "parse_row"),
         (WordIndex, "__init__"),
     ):
+        original = getattr(owner, name)
 
-        def watched(*arguments: Any, _name: str = name, _call: Any = getattr(owner, name), **named: Any) -> Any:
+        def watched(*arguments: Any, _name: str = name, _call: Any = original, **named: Any) -> Any:
             found[_name] += 1
             return _call(*arguments, **named)
 
