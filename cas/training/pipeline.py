@@ -88,6 +88,8 @@ def run(config: TrainConfig, view: View) -> None:
         documents, model = _load_documents(config, view), _load_model(config, store, view)
         while True:
             setup = plan(config, folder, store, view, documents, model)
+            if store is not None:
+                _refuse(setup, store)
             for text in setup.lines():
                 view.line(text)
             if config.dry_run:
@@ -281,8 +283,8 @@ def _create_store(setup: Setup) -> Store:
     return store
 
 
-def _begin(setup: Setup, store: Store) -> None:
-    """Refuse what contradicts the store, then take out of it what is gone or changed."""
+def _refuse(setup: Setup, store: Store) -> None:
+    """Raise StoreMismatch or ConfigError for what contradicts the store. Writes nothing."""
     store.check_model(setup.model)
     settings = _store_settings(setup)
     if setup.config.span is not None:
@@ -293,6 +295,10 @@ def _begin(setup: Setup, store: Store) -> None:
         )
     if setup.memory is not None and not setup.round.new:
         refuse_other_settings(store, asdict(_training(setup)))
+
+
+def _begin(setup: Setup, store: Store) -> None:
+    """Bring the store to the collection as it is now, before self-study."""
     begin_round(store, setup.round)
     if (setup.round.differs and not setup.round.postponed) or not records_collection(setup.config, store):
         save_config(setup.config, store)

@@ -92,6 +92,8 @@ def test_a_refused_run_changes_nothing(manuals: FrozenModel) -> None:
         (["--ratio", "8"], "either as --tokens or as --ratio"),
         (["--documents", "2"], "was trained with another --documents: 2 of its documents are missing"),
         (["--dry-run", "--span", "18"], "--span 18: a multiple of 4"),
+        (["--dry-run", "--span", "32"], "span 16 (now 32)"),
+        (["--dry-run", "--lr", "0.5"], "lr 0.01 (now 0.5)"),
     ):
         status, _, err = call(train.main, *TRAIN, *words)
         assert (status, err.count("cas: ")) == (2, 1) and told in err, (words, err)
