@@ -37,7 +37,7 @@ class Comparison:
 
     def __init__(self, config: Config, model: FrozenModel, store: Store, collection: Collection, rag: Rag) -> None:
         self.config, self.model, self.store, self.collection, self.rag = config, model, store, collection, rag
-        self.sizes = {name: row.p for name, row in store.rows().items()}
+        self.sizes = {name: row.p for name, row in store.answering().items()}
         self.index = open_index(store, rag.embedder)
         self.words = WordIndex.open(self.index, store.texts, store.folder / "index")
         self.room = model.geometry.max_positions - model.layout_header - QUESTION_ROOM - config.max_new_tokens

@@ -172,7 +172,7 @@ def write(
         published["model"] = "MODEL"
     if config.collection is not None and Path(config.collection).exists():
         published["collection"] = _public(config.collection)
-    rows = store.rows().values()
+    rows = store.answering().values()
     run = write_run(
         Path(config.output),
         name="rag_vs_cas",

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cas.data.collection import Collection, Question, split_long
+from cas.data.collection import Collection, Question
 from cas.data.documents import Document
 from cas.errors import ConfigError
 from cas.report.config import Config
+from cas.training.rounds import split_as_stored
 
 if TYPE_CHECKING:
     from cas.model.frozen import FrozenModel
@@ -39,9 +40,7 @@ def load_questions(config: Config, model: FrozenModel, store: Store) -> tuple[Co
     seed = trained.get("collection_seed", 0) if config.collection_seed is None else config.collection_seed
     include, exclude = (tuple(trained.get(key) or ()) for key in ("include", "exclude"))
     now = Collection.load(name, seed=seed, include=include, exclude=exclude)
-    if trained.get("span") and trained.get("tokens") is None:
-        longest = int(trained["span"] * (trained.get("ratio") or 16.0))
-        now = split_long(now, longest, lambda text: len(model.encode(text)))
+    now = split_as_stored(now, store, model.count_tokens)
     documents = tuple(Document(*text) for text in store.texts())
     if not documents:
         raise ConfigError(f"{store.folder} has no cartridges yet; go on with its training")
@@ -91,6 +90,6 @@ def parts_folder(output: Path, model: FrozenModel, stores: Iterable[Store], coll
     """Where the parts of a report are kept: a folder for every state of model, cartridges, texts and questions, so that
     nothing computed about another state is used."""
     state: list[Any] = [model.describe()["fingerprint"], str(model.dtype)]
-    state += [[[i, row.hash, row.version] for i, row in sorted(store.rows().items())] for store in stores]
+    state += [[[i, row.hash, row.version] for i, row in sorted(store.answering().items())] for store in stores]
     state += [[q.id, q.document_ids, q.question, q.answers, q.choices, q.kind] for q in collection.questions]
     return output / "parts" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]

@@ -36,6 +36,7 @@ from cas.training.rounds import (
     finished,
     learning_documents,
     plan_round,
+    split_as_stored,
 )
 from cas.training.state import refuse_other_settings
 from cas.training.trainer import Trainer
@@ -196,10 +197,10 @@ def _split(
     span = store.meta["span"] if store is not None else config.span
     if span is None or ratio is None:
         return documents
-    stored = store.rows() | store.old_rows() if store is not None else {}
-    whole = {d.text for d in documents.documents if d.id in stored and stored[d.id].hash == d.hash}
-    split = split_long(documents, int(span * ratio), lambda text: 0 if text in whole else model.count_tokens(text))
-    if store is not None and (more := len(split) - len(documents)):
+    if store is None:
+        return split_long(documents, int(span * ratio), model.count_tokens)
+    split = split_as_stored(documents, store, model.count_tokens)
+    if more := len(split) - len(documents):
         view.warn(
             f"cartridges of {store.folder} have {span} positions at most: {more} more, for parts of long documents"
         )

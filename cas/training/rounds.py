@@ -16,13 +16,13 @@ overtaken by the next, ends in the same state as any other:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import pyarrow.parquet
 
-from cas.data.collection import Collection, Document
+from cas.data.collection import Collection, Document, split_long
 from cas.data.folder import names
 from cas.errors import ConfigError
 from cas.store.changes import Change, ends_round
@@ -276,6 +276,16 @@ def _renamed(store: Store, rows: Mapping[str, Row], given: Mapping[str, Document
 def _conversations(store: Store) -> int:
     """How many conversations the round has."""
     return sum(pyarrow.parquet.read_metadata(file).num_rows for file in store.conversations.glob("unit-*.parquet"))
+
+
+def split_as_stored(documents: Collection, store: Store, count_tokens: Callable[[str], int]) -> Collection:
+    """The documents, those in parts that are too long for the store's largest cartridge; those that are stored whole stay
+    whole."""
+    span, ratio, stored = store.meta["span"], store.meta["ratio"], store.rows() | store.old_rows()
+    if span is None or ratio is None:
+        return documents
+    whole = {d.text for d in documents.documents if d.id in stored and stored[d.id].hash == d.hash}
+    return split_long(documents, int(span * ratio), lambda text: 0 if text in whole else count_tokens(text))
 
 
 def begun(store: Store) -> bool:
