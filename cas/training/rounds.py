@@ -126,7 +126,8 @@ class _Differences:
         # A document that is split otherwise than before: its parts are what has changed.
         replaced = {i for i in absent if _base(i, known[i].title) in bases}
         self.stale = dict.fromkeys([*stale, *replaced])
-        self.changed = [i for i in self.stale if i not in set(self.restored)]
+        restored = set(self.restored)
+        self.changed = [i for i in self.stale if i not in restored]
         left_out = {item.id for item in documents.left_out if item.kind not in _NOT_A_COPY}
         folders = tuple(
             f"{i.where.rstrip('/')}/" for i in documents.left_out if i.id is None and i.kind == "unreadable"
@@ -166,8 +167,9 @@ class _Differences:
                 restore |= dict.fromkeys(old)
             else:
                 (leave if self.rows[name].initialized else delete).append(name)
-        drop = [i for i in self.gone if i in set(leaving) or i not in self.rows]
-        learners = [i for i in self.learning if i not in set(leaving)]
+        left = set(leaving)
+        drop = [i for i in self.gone if i in left or i not in self.rows]
+        learners = [i for i in self.learning if i not in left]
         others = {*self.rows, *restore}.difference(learners, drop, set(delete).difference(restore))
         return self._round(
             learners,
@@ -186,15 +188,17 @@ class _Differences:
     def begin(self, new: bool) -> Round:
         """The next round, or the one that has not begun yet."""
         stale = [i for i in self.stale if i in self.rows]
-        retire = [i for i in stale if self.rows[i].initialized and i not in self.old]
+        retire = dict.fromkeys(i for i in stale if self.rows[i].initialized and i not in self.old)
         learning = set(self.learning)
         empty = [i for i, row in self.rows.items() if not row.initialized and i not in self.gone]
         # Without a cartridge there is nothing to keep.
-        drop = [*self.gone, *(i for i in empty if i not in self.given and i not in self.old and i not in self.stale)]
+        nothing = (i for i in empty if i not in self.given and i not in self.old and i not in self.stale)
+        drop = dict.fromkeys([*self.gone, *nothing])
         again = [i for i in empty if (i not in self.given or (new and i in learning)) and i not in drop]
-        delete = dict.fromkeys([*(i for i in stale if i not in set(retire)), *again])
-        live = [i for i in self.rows if i not in {*delete, *retire, *drop}]
-        absent = [i for i in (*self.missing, *self.unreadable) if i in self.old and i not in {*live, *drop}]
+        delete = dict.fromkeys([*(i for i in stale if i not in retire), *again])
+        going = {*delete, *retire, *drop}
+        live = dict.fromkeys(i for i in self.rows if i not in going)
+        absent = [i for i in (*self.missing, *self.unreadable) if i in self.old and i not in live and i not in drop]
         restore = dict.fromkeys([*self.restored, *absent])
         stay = {*(self.renamed[i].id if i in self.renamed else i for i in live), *restore}
         learners = {i for i in self.given if i not in stay}
@@ -202,7 +206,7 @@ class _Differences:
             learners |= {self.renamed[i].id if i in self.renamed else i for i in live if i in learning}
         # Of an old one all parts may be there under other names: then nothing is trained in its place.
         successors = {_base(i, self.given[i].title) for i in learners if i in self.given}
-        outdated = [i for i in retire if self._base(i) not in successors]
+        outdated = dict.fromkeys(i for i in retire if self._base(i) not in successors)
         unused = [
             i
             for i, row in self.old.items()
@@ -213,7 +217,7 @@ class _Differences:
             sorted(stay - learners),
             Change(
                 delete=(*delete, *outdated),
-                retire=tuple(i for i in retire if i not in set(outdated)),
+                retire=tuple(i for i in retire if i not in outdated),
                 restore=tuple(restore),
                 forget=tuple(unused),
                 drop=tuple(drop),
