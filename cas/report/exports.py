@@ -12,6 +12,7 @@ from cas.data.collection import Question
 from cas.evaluation.arms import Arm
 from cas.evaluation.recording import Prediction
 from cas.report.arms import Comparison
+from cas.store.files import write_atomically
 
 
 def write_trec(
@@ -68,6 +69,4 @@ def _word(name: str) -> str:
 
 def _write(file: Path, lines: Sequence[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())

@@ -12,6 +12,7 @@ from cas.data.collection import Collection
 from cas.model.frozen import FrozenModel
 from cas.options import SelfStudy
 from cas.selfstudy.prompt_styles import PromptStyle
+from cas.store.files import write_atomically
 from cas.store.store import Store
 
 # As they are given. What of the writer decides the text is recorded, and whether there is reconstruction.
@@ -71,7 +72,5 @@ def record_without(store: Store, documents: Collection, having: Names[str]) -> l
     without = {d.id: d.hash for d in documents.documents if d.id not in having}
     now = {name: text for name, text in before.items() if name not in having} | without
     if now != before:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(now, ensure_ascii=False, sort_keys=True, indent=1), encoding="utf-8")
-        partial.replace(file)
+        write_atomically(file, json.dumps(now, ensure_ascii=False, sort_keys=True, indent=1).encode())
     return list(without)

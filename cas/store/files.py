@@ -59,15 +59,20 @@ def compact(environment: Any, descriptor: int) -> tuple[int, int]:
     return before, file.stat().st_size
 
 
-def write_whole(file: Path, content: Any) -> None:
-    """Write bytes to a file, whole or not at all. Raises: StoreError if that fails."""
+def write_atomically(file: Path, content: Any) -> None:
+    """Write bytes to a file, whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
+    with partial.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """:func:`write_atomically` for an export. Raises: StoreError if that fails."""
     try:
-        with partial.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
+        write_atomically(file, content)
     except OSError as error:
         raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cas.errors import RunError
+from cas.store.files import write_atomically
 
 
 def erase(folder: Path, changes: Sequence[Mapping[str, Any]]) -> None:
@@ -45,7 +46,7 @@ def erase(folder: Path, changes: Sequence[Mapping[str, Any]]) -> None:
         entries = json.loads(file.read_text(encoding="utf-8"))
         if touched & entries.keys():
             kept = {new: text_hash for id, text_hash in entries.items() if (new := now(id)) is not None}
-            _write(file, json.dumps(kept, ensure_ascii=False, sort_keys=True, indent=1).encode())
+            write_atomically(file, json.dumps(kept, ensure_ascii=False, sort_keys=True, indent=1).encode())
 
 
 def _unit(file: Path, touched: set[str], now: Callable[[str], str | None], mark: bytes) -> bool:
@@ -81,13 +82,4 @@ def _log(file: Path, touched: set[str], now: Callable[[str], str | None]) -> Non
             line, different = json.dumps(step).encode() + b"\n", True
         lines.append(line)
     if different:
-        _write(file, b"".join(lines))
-
-
-def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(file)
+        write_atomically(file, b"".join(lines))

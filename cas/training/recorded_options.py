@@ -11,6 +11,7 @@ import yaml
 from cas.data.collection import Collection, resolve_source, same_source
 from cas.errors import StoreMismatch
 from cas.options import CartridgeOptions, SelfStudy, TrainConfig, Training
+from cas.store.files import write_atomically
 from cas.store.store import Store
 from cas.training.rounds import Round, finished
 
@@ -23,9 +24,8 @@ def save_config(config: TrainConfig, store: Store) -> None:
     options = asdict(replace(config, config=None, prune=False))
     values = {k: _plain(v) for k, v in options.items()}
     values["collection"] = resolve_source(str(config.collection))  # the same from whatever directory it is read
-    partial = store.folder / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(store.folder / "config.yaml")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_atomically(store.folder / "config.yaml", text.encode())
 
 
 def records_collection(config: TrainConfig, store: Store) -> bool:
