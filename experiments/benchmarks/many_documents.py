@@ -20,7 +20,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from unittest.mock import patch
 from cas import console
 from cas.evaluation.machine import PeakMemory
 from cas.options import parse
+from experiments.benchmarks.child import run_child
 
 if TYPE_CHECKING:
     from cas.model.frozen import FrozenModel
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from cas.selfstudy.planners import Call
     from cas.selfstudy.reconstruction import Passage
 
-ROOT = Path(__file__).parents[2]
 EMBEDDERS = ("minilm", "hash")
 STEPS = ("start", "replay", "query", "ls")
 TARGETS = {"start": 20.0, "query": 3.0}  # seconds, for 10,000 documents
@@ -288,20 +287,7 @@ def own_bytes(folder: Path) -> int:
 
 def measured(folder: Path, embedder: str) -> dict[str, dict[str, float]]:
     """All figures of a folder, each from a process of its own."""
-    return {step: json.loads(_child(embedder, step, folder).splitlines()[-1]) for step in STEPS}
-
-
-def _child(*words: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.many_documents", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
+    return {step: json.loads(run_child("many_documents", embedder, step, folder).splitlines()[-1]) for step in STEPS}
 
 
 def child(embedder: str, step: str, folder: Path, *rest: str) -> int:
@@ -340,7 +326,7 @@ def run(config: Config) -> int:
             place = folder / str(count)
             if not (place / "store" / "index").exists():
                 print(f"building a store of {count} documents", file=sys.stderr, flush=True)
-                _child(config.embedder, "build", place, str(count))
+                run_child("many_documents", config.embedder, "build", place, str(count))
             figures[str(count)] = {**measured(place, config.embedder), "own_bytes": own_bytes(place)}
         for line in table(figures):
             print(line)

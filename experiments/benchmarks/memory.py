@@ -7,8 +7,6 @@ initialization and training; ratios are of the whole plan, so phases that take l
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,8 +16,8 @@ from typing import Any
 from budget.memory_plan import size
 from cas.data.named import million_tokens
 from cas.options import DEFAULT_MODEL, READER
+from experiments.benchmarks.child import run_child
 
-ROOT = Path(__file__).parents[2]
 PHASES = ("self_study", "initialize", "train")
 CASES = {  # name: documents, characters of each
     "two sentences": (2, 100),
@@ -35,16 +33,7 @@ def measure(folder: Path, case: str, model: str, *options: str) -> Figures:
     collection = folder / "documents"
     write_documents(collection, *CASES[case])
     words = ["--collection", str(collection), "--model", model, "--store", str(folder / "store"), *options]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.memory", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    figures: Figures = json.loads(run_child("memory", *words).splitlines()[-1])
     return figures
 
 

@@ -100,13 +100,13 @@ def test_work_grows_no_faster_than_the_documents(stores: list[Path], measure: Ca
 def test_the_command_measures_stores_it_finds_and_writes_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def child(embedder: str, step: str, folder: Path, *rest: str) -> str:
+    def child(benchmark: str, embedder: str, step: str, folder: Path, *rest: str) -> str:
         if step == "build":
             (folder / "store" / "index").mkdir(parents=True)
             (folder / "documents").mkdir()
         return '{"seconds": 1.5, "cpu_seconds": 1.25, "bytes": 1048576, "anonymous_bytes": 1048576}\n'
 
-    monkeypatch.setattr(many_documents, "_child", child)
+    monkeypatch.setattr(many_documents, "run_child", child)
     assert many_documents.main(["--documents", "20", "--output", str(tmp_path)]) == 0
     assert {"2", "20", "results.json"} == {path.name for path in tmp_path.iterdir()}
     printed = capsys.readouterr().out.splitlines()
