@@ -12,10 +12,10 @@ from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 def run(lab: ClaimContext) -> list[Prediction]:
     """Gradients for distractors, on and off; a small pool with and without frozen distractors."""
     predictions: list[Prediction] = []
-    small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 21}
+    small: dict[str, Any] = {"pool": 6, "targets": 6, "per_target": 11}
     for name, settings in (
         ("joint", {}),
-        ("distractor_gradients", {"distractor_gradients": True}),
+        ("own_gradients", {"distractor_gradients": False}),
         ("pool6", small),
         ("pool6_guests10", small | {"guests": 10}),
     ):
@@ -32,29 +32,29 @@ CLAIM = Claim(
         "is loaded later."
     ),
     ours=(
-        "Distractors' gradients wait for their next turn as target, or are not taken. A pool of 6 has at most 5 "
-        "distractors; 10 frozen distractors are more."
+        "A cartridge learns from every conversation that sees it, or only from those about its own document. A pool of 6 "
+        "has at most 5 distractors; 10 frozen distractors are more."
     ),
     run=run,
     table=[
         (f"{label}, {'own cartridge' if arm == 'oracle' else 'ten loaded'}", f"{name}_{arm}")
         for name, label in (
-            ("joint", "without gradients"),
-            ("distractor_gradients", "with gradients"),
+            ("own_gradients", "only from its own conversations"),
+            ("joint", "from every conversation that sees it"),
             ("pool6", "pool of 6"),
             ("pool6_guests10", "pool of 6 and 10 frozen distractors"),
         )
         for arm in ("oracle", "loaded10")
     ],
     compare=[
-        ("distractor_gradients_loaded10", "joint_loaded10"),
-        ("distractor_gradients_oracle", "joint_oracle"),
+        ("joint_loaded10", "own_gradients_loaded10"),
+        ("joint_oracle", "own_gradients_oracle"),
         ("pool6_guests10_loaded10", "pool6_loaded10"),
     ],
     criteria=[
         Criterion(
             "gradients of distractors help when ten are loaded",
-            "distractor_gradients_loaded10_minus_joint_loaded10",
+            "joint_loaded10_minus_own_gradients_loaded10",
             "least",
             0,
         ),

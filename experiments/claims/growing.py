@@ -10,7 +10,7 @@ from cas.evaluation.recording import Prediction
 from cas.evaluation.resume import cached_json
 from cas.selfstudy.conversations import Conversations
 from cas.training import rounds
-from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
+from experiments.claims.lab import BATCH, Claim, ClaimContext, Criterion, main_of
 
 OLD, NEW = 20, 2
 
@@ -33,7 +33,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
         rounds.update(store, after)
     predictions: list[Prediction] = earlier["answers"]
     items = [c for i in fresh for c in lab.conversations.by_document[i]]
-    with lab.trained("grown", after, Conversations(items, {}), pool=NEW, targets=NEW, per_target=64) as store:
+    with lab.trained("grown", after, Conversations(items, {}), pool=NEW, targets=NEW, per_target=BATCH // NEW) as store:
         rows = store.rows()
         lab.measure("cost.share", [sum(rows[i].trained_tokens for i in fresh) / earlier["tokens"]])
         predictions += lab.ask(store, "grown_old_", ["loaded10"], old, after)

@@ -19,11 +19,10 @@ from cas.model.frozen import FrozenModel
 from cas.selfstudy.conversations import Conversation, Conversations
 from cas.training.loss import distillation_loss
 from cas.training.optim import learning_rate
-from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
+from experiments.claims.lab import BATCH, FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 from retrieval import with_title
 
 DOCUMENTS = 4
-BATCH = 64  # conversations a step
 RATES = {"prefix": (0.02, 0.05, 0.1), "lora": (0.001, 0.003, 0.01)}
 
 

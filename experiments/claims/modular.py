@@ -8,7 +8,7 @@ from typing import Any
 
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
+from experiments.claims.lab import BATCH, Claim, ClaimContext, Criterion, main_of
 
 K = 4
 
@@ -22,7 +22,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
         span, total = store.layout.span, sum(row.p for row in store.rows().values())
     for name, tokens in (("monolithic", K * span), ("monolithic_total", total)):
         options = {"tokens": tokens, "initialisation": "first"}
-        alone: dict[str, Any] = {"lr": 0.1, "pool": 1, "targets": 1, "per_target": 128, "isolation": 1.0}
+        alone: dict[str, Any] = {"lr": 0.1, "pool": 1, "targets": 1, "per_target": BATCH, "isolation": 1.0}
         with lab.trained(name, lab.collection.merged(), conversations, options=options, **alone) as store:
             predictions += lab.ask(store, f"{name}_", ["loaded"])
     return predictions

@@ -9,11 +9,11 @@ from cas.evaluation.recording import Prediction
 from experiments.claims.lab import Claim, ClaimContext, Criterion, main_of
 
 POOLS: dict[str, dict[str, Any]] = {  # as many conversations a step under all
-    "pool6": {"pool": 6, "targets": 6, "per_target": 21},
-    "pool12": {"pool": 12, "targets": 12, "per_target": 11},
-    "pool12_every2": {"pool": 12, "targets": 12, "per_target": 11, "rotate_every": 2},
-    "pool12_every40": {"pool": 12, "targets": 12, "per_target": 11, "rotate_every": 40},
-    "pool24": {"pool": 24, "targets": 16, "per_target": 8},
+    "pool6": {"pool": 6, "targets": 6, "per_target": 11},
+    "pool12": {"pool": 12, "targets": 12, "per_target": 5},
+    "pool12_every2": {"pool": 12, "targets": 12, "per_target": 5, "rotate_every": 2},
+    "pool12_every40": {"pool": 12, "targets": 12, "per_target": 5, "rotate_every": 40},
+    "pool24": {"pool": 24, "targets": 16, "per_target": 4},
 }
 LABELS = {
     "pool6": "6 resident, rotated every 10 steps",

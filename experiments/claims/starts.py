@@ -10,7 +10,7 @@ from cas.data.worlds import world
 from cas.evaluation.recording import Prediction
 from cas.store.store import Store
 from cas.training.initialization import initialize
-from experiments.claims.lab import FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
+from experiments.claims.lab import BATCH, FIRST_TOKENS, SMALL, Claim, ClaimContext, Criterion, main_of
 
 INITIALIZATIONS = {
     "matched": "attention matching (ours)",
@@ -47,7 +47,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
         }
         settings["prepare"] = unrelated(lab) if start == "unrelated" else None
         name = f"start_{start}"
-        steps = len(lab.conversations) * FIRST_TOKENS["epochs"] / 128
+        steps = len(lab.conversations) * FIRST_TOKENS["epochs"] / BATCH
         for quarter in QUARTERS:
             with lab.trained(name, until=round(steps * quarter / 4) if quarter < 4 else None, **settings) as store:
                 predictions += lab.ask(store, f"{start}_at{25 * quarter}_", ["oracle"])
