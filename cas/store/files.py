@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 from cas.errors import StoreError, StoreLocked
+
+_PAGE = struct.Struct("<Q2xHH2x")  # number, flags (1: branch, 2: leaf), end of the list of nodes
+# After magic, version, address and size: depth and root of both trees; last page, number of the transaction.
+_META = struct.Struct("<24x6xH32xQ6xH32xQ8xQ")
 
 
 def shared_lock(file: Path, create: bool) -> int:
@@ -30,6 +36,36 @@ def shared_lock(file: Path, create: bool) -> int:
         if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
             return descriptor
         os.close(descriptor)  # replaced in between
+
+
+def broken_page(file: Path, txn: int, page_size: int) -> int | None:
+    """The number of a page of LMDB's trees, as of a transaction, that is none; None if all are whole.
+
+    LMDB ends the process at a page that was zeroed, as by a copy that was cut short and has its full size all the same.
+    Only the headers of leaves are read: what records and tensors say has checksums. Layout: MDB_meta and MDB_page of
+    LMDB 0.9.
+    """
+    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        metas = (_META.unpack_from(data, n * page_size + _PAGE.size) for n in (0, 1))
+        found = next((m for m in metas if m[-1] == txn), None)
+        if found is None:
+            return 0
+        # Depth and root of the tree of free pages and of the main one.
+        pending = [(root, depth) for depth, root in (found[:2], found[2:4]) if depth]
+        while pending:
+            number, depth = pending.pop()
+            at = number * page_size
+            if at + page_size > len(data):
+                return number
+            its_number, flags, lower = _PAGE.unpack_from(data, at)
+            if its_number != number or flags & 0x3 != (0x2 if depth == 1 else 0x1):
+                return number
+            if depth > 1:
+                for n in range((lower - _PAGE.size) // 2):
+                    (node,) = struct.unpack_from("<H", data, at + _PAGE.size + 2 * n)
+                    low, high, top = struct.unpack_from("<HHH", data, at + node)
+                    pending.append((low | high << 16 | top << 32, depth - 1))
+    return None
 
 
 def compact(environment: Any, descriptor: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cas.errors import CollectionError, StoreError, StoreLocked
 from cas.store.blobs import dump_tensors, parse_tensors
-from cas.store.files import shared_lock
+from cas.store.files import broken_page, shared_lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,15 @@ class Records:
             )
         if lock:
             environment.reader_check()  # a killed reader would keep the pages it was reading from being used again
-        return cls(file, environment, descriptor)
+        records = cls(file, environment, descriptor)
+        while True:
+            with records.read() as txn:
+                number, broken = txn.id(), broken_page(file, txn.id(), environment.stat()["psize"])
+            if broken is None:
+                return records
+            if records.stamp == number:  # else someone has written meanwhile, over what we were looking at
+                records.close()
+                raise StoreError(f"{file}: page {broken} is damaged; copy it again whole, or train into a new --store")
 
     def close(self) -> None:
         """Release the file."""
@@ -170,6 +178,7 @@ class Records:
 
         try:
             self.environment.sync(True)
+            self.environment.reader_check()  # one that was killed meanwhile would make the file grow until we close it
         except lmdb.Error as error:
             raise StoreError(f"{self.folder}: cannot be written ({error})") from error
 

@@ -87,7 +87,7 @@ class Store(StoredDocuments):
             tokens, ratio: size of a cartridge, as positions or as document tokens per position; exactly one of them.
             span: the largest size; where it is not given, the first documents added fix it.
             positions, initialisation: see :class:`cas.model.positions.Layout` and :mod:`cas.training.initialization`.
-        Raises: StoreExists if the folder holds a store; ConfigError for impossible settings.
+        Raises: StoreExists if the folder holds a store or is a file; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
         if positions not in get_args(Positions) or initialisation not in get_args(Initialization):
@@ -97,10 +97,7 @@ class Store(StoredDocuments):
             raise StoreExists(
                 f"{folder} holds a store already; give another --store (or open this one with Store.open)"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise StoreExists(f"{error.filename} is a file; give a folder as --store") from error
+        folder.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
             "positions": positions, "initialisation": initialisation, "seed": seed,
@@ -117,14 +114,18 @@ class Store(StoredDocuments):
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
-        """Whether a folder holds a store."""
-        return (Path(folder) / _FILE).exists()
+        """Whether a folder holds a store. Raises: StoreExists for a file in its place."""
+        folder = Path(folder)
+        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+            raise StoreExists(f"{file} is a file; give a folder as --store")
+        return (folder / _FILE).exists()
 
     @classmethod
     def open(cls, folder: str | Path, *, write: bool = False) -> Store:
         """Open an existing store, for reading or (``write``) for training.
 
-        Raises: StoreMissing; StoreMismatch for another format; StoreLocked if this process has it open.
+        Raises: StoreMissing, or StoreExists for a file; StoreMismatch for another format; StoreLocked if this process
+            has it open; StoreError for damage.
         """
         folder = Path(folder)
         if not cls.exists(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_commands import call
+from helpers_commands import TRAIN, call
 from helpers_store import contents, forked, make_store, many_documents
 
 from cas import __main__ as tool
+from cas import query, train
 from cas.data.collection import Collection
 from cas.errors import StoreError, StoreExists, StoreLocked
 from cas.model.frozen import FrozenModel
@@ -53,23 +55,113 @@ def test_a_file_that_was_cut_short_is_refused_and_ends_no_process(folder: Path, 
         assert store.verify() == []
 
 
+@pytest.mark.parametrize("damage", [bytes, random.Random(1).randbytes])
+def test_pages_that_were_never_written_are_refused_and_end_no_process(
+    folder: Path, damage: Callable[[int], bytes]
+) -> None:
+    """As in a copy that was cut short and has its full size all the same: LMDB would abort at such a page."""
+    file = folder / "cartridges.lmdb"
+    whole = file.read_bytes()
+
+    def read() -> None:
+        try:
+            with Store.open(folder) as store:
+                broken = store.verify()
+                store.rows(), store.texts(), store.run_state()
+        except StoreError as error:
+            assert "\n" not in str(error)
+            os._exit(3)
+        os._exit(4 if broken else 5)
+
+    ends = set()
+    for start in range(0, len(whole), 4096):
+        for pages in (1, len(whole) // 4096):
+            damaged = bytearray(whole)
+            damaged[start : start + 4096 * pages] = damage(len(damaged[start : start + 4096 * pages]))
+            file.write_bytes(damaged)
+            status = forked(read)
+            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) in (3, 4, 5), (start, pages, status)
+            ends.add(os.WEXITSTATUS(status))
+            assert os.WEXITSTATUS(status) != 5 or pages == 1  # a page that nothing uses
+    assert {3, 4} <= ends
+
+
+def growth(store: Store) -> int:
+    """Bytes by which a store's file grows in sixty checkpoints, of some four pages each."""
+    file = store.folder / "cartridges.lmdb"
+    size = file.stat().st_size
+    for value in range(60):
+        store.write_tensors("pump", {"kv": torch.full((3, 2, 2, 16, 12), float(value))})
+        store.commit(store.rows(), None)
+    return file.stat().st_size - size
+
+
+@contextlib.contextmanager
+def reading_elsewhere(folder: Path, read: Callable[[Store], object]) -> Iterator[int]:
+    """The id of a process that has opened a store, read and stopped, as by SIGSTOP; it ends afterwards."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            store = Store.open(folder)
+            kept = read(store)  # noqa: F841  # alive while we are stopped
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(1)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def in_transaction(store: Store) -> object:
+    held = store.records.environment.begin()
+    assert held.id()
+    return held
+
+
 def test_a_reader_that_was_killed_keeps_no_pages(folder: Path) -> None:
-    """Even while another one, which reads nothing, keeps LMDB's list of readers alive."""
-
-    def read_and_die() -> None:
-        store = Store.open(folder)
-        held = store.records.environment.begin()
-        assert held.id()
-        os.kill(os.getpid(), signal.SIGKILL)
-
+    """Whether before a training or in the middle of one, and while another one keeps LMDB's list of readers alive."""
     with open_elsewhere(folder):
-        assert os.WIFSIGNALED(forked(read_and_die))
-        with Store.open(folder, write=True) as store:
-            size = os.path.getsize(folder / "cartridges.lmdb")
-            for value in range(60):
-                store.write_tensors("pump", {"kv": torch.full((3, 2, 2, 16, 12), float(value))})
-                store.commit(store.rows(), None)
-            assert os.path.getsize(folder / "cartridges.lmdb") < size + 60 * 4096
+        with reading_elsewhere(folder, in_transaction) as before:
+            os.kill(before, signal.SIGKILL)
+        with Store.open(folder, write=True) as store, store.training():
+            assert growth(store) < 60 * 4096
+
+
+def test_a_reader_that_is_killed_during_a_training_keeps_no_pages(folder: Path) -> None:
+    released = os.pipe()
+
+    def read(store: Store) -> object:
+        os.read(released[0], 1)  # until the other one trains
+        return in_transaction(store)
+
+    pid = os.fork()
+    if pid == 0:
+        held = read(Store.open(folder))  # noqa: F841
+        os.kill(os.getpid(), signal.SIGKILL)
+    with Store.open(folder, write=True) as store, store.training():
+        os.write(released[1], b"x")
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert growth(store) < 60 * 4096
+
+
+def test_a_reader_that_is_stopped_between_reads_keeps_no_pages(folder: Path) -> None:
+    """Nothing that reads leaves a transaction open. One that is stopped within holds pages: the file grows."""
+
+    def read(store: Store) -> object:
+        index = open_index(store, HashEmbedder())
+        rows = store.rows(), store.answering(), store.old_rows(), store.withdrawn(), store.run_state(), store.pending()
+        values = [store.cartridge(name) for name in store.rows()], [store.read_tensors(name) for name in store.rows()]
+        store.export("pump", folder / "pump.safetensors")
+        return index, rows, values, store.texts(), store.text("pump"), store.verify(), store.stamp
+
+    with reading_elsewhere(folder, read), Store.open(folder, write=True) as store, store.training():
+        assert growth(store) < 60 * 4096
+    with reading_elsewhere(folder, in_transaction), Store.open(folder, write=True) as store, store.training():
+        assert growth(store) > 60 * 4096  # or the tests above would show nothing
 
 
 @contextlib.contextmanager
@@ -180,8 +272,22 @@ def test_a_full_disk_leaves_the_store_as_it_was(folder: Path, monkeypatch: pytes
     assert (folder / "cartridges.lmdb").read_bytes() == before and not list(folder.glob("*.compact"))
 
 
-def test_a_file_in_the_place_of_a_store_is_said_so(tmp_path: Path, tiny: Callable[..., FrozenModel]) -> None:
+def test_a_file_in_the_place_of_a_store_is_said_so(
+    tmp_path: Path, manuals: FrozenModel, tiny: Callable[..., FrozenModel]
+) -> None:
+    """By every command, and by a training before it plans anything."""
     (tmp_path / "x").write_text("")
+    expected = f"{tmp_path / 'x'} is a file; give a folder as --store"
     for folder in (tmp_path / "x", tmp_path / "x" / "store"):
-        with pytest.raises(StoreExists, match="is a file; give a folder as --store"):
-            Store.create(folder, tiny("llama"), tokens=16)
+        for use in (lambda f: Store.create(f, tiny("llama"), tokens=16), Store.open):
+            with pytest.raises(StoreExists) as caught:
+                use(folder)
+            assert str(caught.value) == expected
+        for main, words in (
+            (train.main, TRAIN),
+            (train.main, [*TRAIN, "--dry-run"]),
+            (query.main, ["Which?"]),
+            (tool.main, ["ls"]),
+            (tool.main, ["verify"]),
+        ):
+            assert call(main, *words, "--store", str(folder)) == (2, "", f"cas: {expected}\n")
