@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cas.errors import ConfigError
+from cas.store.files import write_atomically
 
 
 def write(file: Path, value: object) -> None:
-    """Write a value as JSON, atomically."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(file)
+    """Write a value as JSON, atomically. Raises: StoreError if that fails."""
+    write_atomically(file, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def cached_json(file: Path, compute: Callable[[], Any]) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -77,18 +79,23 @@ def _time_answer(
     return retrieved - started, (first_token or ended) - started, ended - started
 
 
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log, without lines that were cut short: a disk was full, or whoever wrote them was killed."""
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def training_cost(store: Store) -> dict[str, Any]:
     """What a store cost: seconds of self-study, of initialization (None where its folder does not say) and of training,
     and training's conversation tokens and steps."""
     durations: dict[str, float] = {}
     file = store.folder / "seconds.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        entry = json.loads(line)
+    for entry in _lines(file) if file.exists() else ():
         durations[entry["what"]] = durations.get(entry["what"], 0.0) + entry["seconds"]
     steps, seconds = 0, 0.0
     for log in store.folder.glob("metrics*.jsonl"):  # of every round
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
+        for entry in _lines(log):
             steps, seconds = steps + 1, seconds + entry["tokens"] / entry["tokens_per_s"]
     rows = store.rows().values()
     spent = {

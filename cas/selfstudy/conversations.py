@@ -19,6 +19,7 @@ import numpy as np
 
 from cas.errors import RunError
 from cas.model.frozen import FrozenModel
+from cas.store.files import write_atomically, writing
 
 _JOINED = "units.arrow"
 _COLUMNS = ("document", "kind", "question", "prompt", "answer", "top_ids", "top_logprobs")
@@ -78,8 +79,8 @@ class Conversations:
     @classmethod
     def load(cls, folder: Path, units: int | None = None) -> Conversations:
         """Open all finished units of a store's ``conversations`` folder, or the first ``units`` of them. Each
-        conversation is read from disk when it is used. Raises: RunError for a damaged unit, or when the disk is
-        full."""
+        conversation is read from disk when it is used. Raises: RunError for a damaged unit, StoreError when
+        the disk is full."""
         files = sorted(folder.glob("unit-*.parquet"))[:units]
         joined = folder / _JOINED
         dropped = _joined_before(files, joined)
@@ -151,7 +152,7 @@ def _join(files: Sequence[Path], joined: Path) -> Counter[str]:
 
     dropped: Counter[str] = Counter()
     partial = joined.with_suffix(".partial")
-    try:
+    with writing(joined):
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
             for file in files:
                 table, counts, _ = _read_table(file)
@@ -161,13 +162,7 @@ def _join(files: Sequence[Path], joined: Path) -> Counter[str]:
         about = {"units": _stamps(files), "dropped": dropped, "checksum": _checksum(partial)}
         _about(joined).unlink(missing_ok=True)  # of the file that is replaced
         partial.replace(joined)
-        written = _about(joined).with_suffix(".partial.json")
-        written.write_text(json.dumps(about))
-        written.replace(_about(joined))
-    except OSError as error:
-        raise RunError(
-            f"{joined}: {error.strerror or error}; free some space and run the same command again"
-        ) from error
+    write_atomically(_about(joined), json.dumps(about).encode())
     return dropped
 
 
@@ -209,7 +204,7 @@ def _schema() -> Any:
 
 def write_unit(file: Path, items: Sequence[Conversation], dropped: Counter[str], made_with: str) -> None:
     """Write one unit's conversations, completely or not at all. ``made_with``: JSON of everything that must be the same
-    for the unit to be used again."""
+    for the unit to be used again. Raises: StoreError if that fails."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -224,10 +219,11 @@ def write_unit(file: Path, items: Sequence[Conversation], dropped: Counter[str],
     }
     schema = _schema().with_metadata({"made_with": made_with, "dropped": json.dumps(dropped, sort_keys=True)})
     partial = file.with_suffix(".partial")
-    pq.write_table(pa.table(columns, schema=schema), partial, write_page_checksum=True)
-    with open(partial, "rb+") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(file)
+    with writing(file):
+        pq.write_table(pa.table(columns, schema=schema), partial, write_page_checksum=True)
+        with open(partial, "rb+") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(file)
 
 
 def read_unit(file: Path) -> tuple[list[Conversation], Counter[str], str]:

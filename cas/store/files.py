@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +98,26 @@ def compact(environment: Any, descriptor: int) -> tuple[int, int]:
     return before, file.stat().st_size
 
 
-def write_atomically(file: Path, content: Any) -> None:
-    """Write bytes to a file, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(file)
-
-
-def write_whole(file: Path, content: Any) -> None:
-    """:func:`write_atomically` for an export. Raises: StoreError if that fails."""
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Work that writes a file. Raises: StoreError, with its name and what to do, if the disk is full or refuses it."""
     try:
-        write_atomically(file, content)
+        yield
     except OSError as error:
-        raise StoreError(f"{file}: {error.strerror}; nothing was exported") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to that"
+        raise StoreError(f"{file}: {reason}; {advice} and run the same command again") from error
+
+
+def write_atomically(file: Path, content: Any) -> None:
+    """Write bytes to a file, whole or not at all. Raises: StoreError if that fails."""
+    with writing(file):
+        partial = file.with_name(f"{file.name}.partial")
+        with partial.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cas.errors import EmbedderError
+from cas.store.files import writing
 from cas.store.store import Store
 from retrieval import ChunkIndex, IndexBroken, OtherEmbedder
 
@@ -32,6 +33,7 @@ def open_index(
     embedder: Embedder | None = None,
     progress: Callable[[int, int], None] | None = None,
     rebuild: bool = False,
+    must_save: bool = False,
     texts: Callable[[], Sequence[tuple[str, str, str]]] | None = None,
 ) -> ChunkIndex:
     """The retrieval index beside a store, updated to the documents that answer questions now.
@@ -41,6 +43,8 @@ def open_index(
         progress: called with the number of chunks embedded so far and the number to embed. What is embedded is saved
             every minute, so the next call continues an interrupted one.
         rebuild: embed everything again if the index was made with another embedder, instead of raising EmbedderError.
+        must_save: raise StoreError where the index cannot be written. Without it, a store that may only be read, or
+            whose disk is full, answers all the same, and embeds again next time.
     """
     embedder = embedder or load_embedder()
     folder = store.folder / "index"
@@ -61,7 +65,7 @@ def open_index(
         return index
 
     def save() -> None:
-        with contextlib.suppress(OSError):  # a read-only store still answers; it only has to embed again next time
+        with writing(folder) if must_save else contextlib.suppress(OSError):
             index.save(folder)
 
     index.source = ""  # of no state of the store while it is being updated

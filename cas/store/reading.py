@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas.model.positions import Layout
-from cas.store.files import write_whole
+from cas.store.files import write_atomically
 from cas.store.records import OLD, WITHDRAWN, Records, Row, row_key
 
 if TYPE_CHECKING:
@@ -141,4 +141,4 @@ class StoredDocuments:
         with self.records.read() as txn:
             row, space = self._answering_row(txn, document)
             blob = self.records.blob(txn, "kv", document, row.version, row.kv_hash, space)
-        write_whole(Path(file), blob)
+        write_atomically(Path(file), blob)

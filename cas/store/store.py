@@ -23,6 +23,7 @@ from cas.errors import CollectionError, ConfigError, StoreExists, StoreLocked, S
 from cas.model.positions import MULTIPLE, Positions, cartridge_size
 from cas.options import Initialization
 from cas.store import changes
+from cas.store.files import writing
 from cas.store.reading import StoredDocuments
 from cas.store.records import (
     FORMAT,
@@ -330,7 +331,8 @@ class Store(StoredDocuments):
 
     def log_duration(self, what: str, seconds: float) -> None:
         """Append to ``seconds.jsonl`` what work on this store took; reports add it up. Steps have :attr:`metrics`."""
-        with (self.folder / "seconds.jsonl").open("a") as log:
+        file = self.folder / "seconds.jsonl"
+        with writing(file), file.open("a") as log:
             log.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")
 
     def _delete_uncommitted(self) -> None:

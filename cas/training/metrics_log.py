@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cas.store.files import writing
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,7 +32,7 @@ class StepLog:
 
     def __init__(self, file: Path, step: int) -> None:
         """Drop lines from ``step`` on, which a killed run wrote after its last checkpoint, and an incomplete one."""
-        self._log = file.open("a+b")
+        self._file, self._log = file, file.open("a+b")
         self._log.seek(0)
         end = 0
         for line in self._log:
@@ -43,13 +45,15 @@ class StepLog:
         """Add a step; a loss that is not finite is written as null."""
         loss = report.loss if math.isfinite(report.loss) else None
         line = {**asdict(report), "loss": loss, "pool": len(report.pool), "targets": targets}
-        self._log.write(json.dumps(line).encode() + b"\n")
-        self._log.flush()
+        with writing(self._file):
+            self._log.write(json.dumps(line).encode() + b"\n")
+            self._log.flush()
 
     def sync(self) -> None:
         """Wait until it is on the disk."""
-        self._log.flush()
-        os.fsync(self._log.fileno())
+        with writing(self._file):
+            self._log.flush()
+            os.fsync(self._log.fileno())
 
     def close(self) -> None:
         self._log.close()

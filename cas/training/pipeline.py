@@ -394,5 +394,6 @@ def _show_steps(bar: Progress) -> Callable[[Report], None]:
 def index(setup: Setup, store: Store, view: View) -> None:
     """Bring the retrieval index up to date with the store's documents."""
     with view.progress("index") as bar:
-        found = open_index(store, load_embedder(setup.config.embedder), progress=bar.show, rebuild=True)
+        embedder = load_embedder(setup.config.embedder)
+        found = open_index(store, embedder, progress=bar.show, rebuild=True, must_save=True)
     WordIndex.open(found, store.texts, store.folder / "index")  # made now, not by the first question

@@ -769,13 +769,13 @@ def test_export_replaces_whole_or_not_at_all(store: Store, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(StoreError, match="No space left on device; nothing was exported") as caught:
+        with pytest.raises(StoreError, match="No space left on device; free some space and run the same command again") as caught:
             store.export("pump", file)
         one_line(caught)
     assert file.read_bytes() == b"before"
     store.export("pump", file)
     assert load_file(file).keys() == {"kv"}
-    with pytest.raises(StoreError, match="No such file or directory; nothing was exported"):
+    with pytest.raises(StoreError, match="No such file or directory; see to that and run"):
         store.export("pump", tmp_path / "none" / "pump.safetensors")
     with pytest.raises(CollectionError, match="has no cartridge 'nobody'"):
         store.export("nobody", file)
