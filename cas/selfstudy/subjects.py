@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import regex
 
+from cas.data.collection import Collection
 from cas.data.documents import Document
 from cas.selfstudy.seed_prompts import content_units, spaceless, units
 
@@ -16,6 +18,17 @@ TITLE_LETTERS = 80  # of a title that is put before a question
 _CODE_NAME = regex.compile(
     r"(?<![\p{L}\p{N}])(?:--?\p{L}[\w-]*|\w+(?:(?:\.|::|/)\w+)+|\w*\p{L}_\w+|\p{Ll}\w*\p{Lu}\w*|\p{L}+\p{N}\w*|\p{N}+\p{L}\w*)"
 )
+
+
+def told_apart(documents: Collection, others: Mapping[str, str] | None = None) -> Collection:
+    """The documents as self-study calls them: one that shares its title is called by its id, with the title behind it.
+
+    Args: others: titles of further documents that answer beside them, by id.
+    """
+    titles = {**(others or {}), **{d.id: d.title for d in documents.documents}}
+    shared = Counter(titles.values())
+    named = tuple(replace(d, title=f"{d.id} ({d.title})") if shared[d.title] > 1 else d for d in documents.documents)
+    return replace(documents, documents=named)
 
 
 class Subjects:

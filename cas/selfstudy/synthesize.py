@@ -52,7 +52,7 @@ from cas.selfstudy.seed_prompts import (
     units,
 )
 from cas.selfstudy.share import KeptShare, reasons
-from cas.selfstudy.subjects import Subjects
+from cas.selfstudy.subjects import Subjects, told_apart
 from cas.store.store import Store
 
 _ALWAYS = ", or go on without a writer: --writer none (from reconstruction alone, fewer questions are answered)"
@@ -91,8 +91,9 @@ def synthesize(
         raise ConfigError(f"--writer none: {folder} was begun without reconstruction; give a new --store")
     writer = None if alone else list_writer(model, style, settings, recorded.get("writer_model"))
     planner: Planner = NoQuestions()
+    called = told_apart(documents, {i: row.title for i, row in store.answering().items()})
     if not alone:
-        fitting, sources = fit_window(model, style, settings, documents)
+        fitting, sources = fit_window(model, style, settings, called)
         planner = make_planner(sources, style, fitting)
     writer_model = writer.endpoint.model if isinstance(writer, EndpointWriter) else None
     writer_model = recorded.get("writer_model") if alone else writer_model
@@ -103,7 +104,7 @@ def synthesize(
         raise ConfigError(
             f"{store.folder} was trained on conversations that are no longer in {folder}; give another --store"
         )
-    asked = passages(model, documents, settings) if rebuild else []
+    asked = passages(model, called, settings) if rebuild else []
     parts = [asked[i : i + PASSAGES_PER_UNIT] for i in range(0, len(asked), PASSAGES_PER_UNIT)]
     store.add_documents(documents, model.count_tokens)
     folder.mkdir(exist_ok=True)
@@ -134,7 +135,7 @@ def synthesize(
                     written_now, dropped = reconstruct(model, part, settings.top_k), Counter[str]()
                 else:
                     share.check(wanted - done, planner.most_questions(history))
-                    teacher = teacher or Teacher(model, style, settings, Subjects(documents.documents), writer)
+                    teacher = teacher or Teacher(model, style, settings, Subjects(called.documents), writer)
                     written_now, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
                 write_unit(file, written_now, dropped, made)

@@ -15,6 +15,7 @@ from cas.options import TrainConfig, memory
 from cas.selfstudy.planners import fit_window
 from cas.selfstudy.prompt_styles import prompt_style, token_limits
 from cas.selfstudy.seed_prompts import BRIEF
+from cas.selfstudy.subjects import told_apart
 from cas.selfstudy.synthesize import ROWS
 from cas.training.initialization import LONGEST, PADDED_TOKENS, SCORES_AT_ONCE
 from cas.training.loss import rows_at_once
@@ -117,6 +118,7 @@ def _self_study(
     Args: question, answer: the most tokens of each.
     """
     style = prompt_style(model, config)
+    documents = told_apart(documents)
     study, sources = fit_window(model, style, config, documents)
     per_call, per_unit = style.sizes(study)
     title = max(model.count_tokens(d.title) for d in documents.documents)

@@ -33,6 +33,8 @@ from cas.selfstudy.prompt_styles import INSTRUCT, token_limits, with_limits
 from cas.selfstudy.seed_prompts import SEED_PROMPTS, normal
 from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize
 from cas.store.store import Store
+from cas.training.initialization import initialize_cartridges
+from cas.training.rounds import begin_round, end_untrained, plan_round
 from retrieval.chunk import with_title
 
 
@@ -65,6 +67,41 @@ def test_conversations(new_store: Callable[..., Store], model: FrozenModel, writ
             expected = [*template.footer_ids, *c.prompt, *template.suffix_ids, *c.answer]
             assert [*tokens, c.answer[-1]] == expected
     assert {c.kind for items in conversations.by_document.values() for c in items} == {s.kind for s in SEED_PROMPTS}
+
+
+def test_documents_that_share_a_title_are_called_by_their_ids(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    """Seven pages called "Overview": what is asked, and what is repeated, says which one is meant. An eighth that comes
+    in a later round is told apart from those that are there."""
+    rooms = ("boiler", "crane", "dock", "engine", "forge", "galley", "hold")
+    pages = tuple(
+        Document(f"{room}/README", "Overview", " ".join(f"The {room} {deed}." for deed in DEEDS[n : n + 3]))
+        for n, room in enumerate(rooms)
+    )
+    plan = Document("plan", "The plan", "The plan hangs in the hall. It was drawn in 1950 by two sisters.")
+    documents, store = Collection("rooms", (*pages, plan)), new_store()
+
+    def question(prompt: Prompt, seed: int) -> Generation:
+        sentence = model.tokenizer.decode(list(prompt.tokens)).split("Sentence: ")[1].split(".")[0]
+        return Generation(model.encode(f" {sentence.split()[-1]} of it, {seed % 7}?"), True)
+
+    writer.question = question  # type: ignore[method-assign]
+    settings = SMALL | {"reconstruction": "on", "keep_going": True}
+    conversations = synthesize(model, documents, store, **settings)
+    for name, items in conversations.by_document.items():
+        asked = [c.question for c in items]
+        assert {c.kind for c in items} > {"reconstruction"}, conversations.dropped
+        assert all(name in question for question in asked if "Overview" in question)
+        assert ("Overview" in " ".join(asked)) == (name != "plan")
+    assert {row.title for row in store.rows().values()} == {"Overview", "The plan"}  # as they are called themselves
+    initialize_cartridges(model, store, conversations)
+    end_untrained(store)
+    later = Collection("later", (Document("hall/README", "Overview", "The hall has four doors and a clock."),))
+    begin_round(store, plan_round(store, Collection("all", (*documents.documents, *later.documents))))
+    questions = [c.question for c in synthesize(model, later, store, **settings).by_document["hall/README"]]
+    assert questions and all("hall/README (Overview)" in q for q in questions if "Overview" in q)
+    assert any("Overview" in q for q in questions)
 
 
 def test_what_is_dropped_is_counted_by_reason(
