@@ -233,7 +233,8 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
         reading.left_out.append(LeftOut(where, "that cannot be converted", f"cannot be converted ({error})", id))
         return None
     text = without_data_uris(text)
-    return Document(id, title_in(text, ".md") or declared or _title_of(entry.name), text)
+    heading = None if suffix == ".pdf" else title_in(text, ".md")  # in a PDF, "# " begins a comment in a listing
+    return Document(id, heading or declared or _title_of(entry.name), text)
 
 
 def _title_of(name: str) -> str:
