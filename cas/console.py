@@ -119,27 +119,30 @@ SECONDS_BETWEEN_LINES = 30.0  # of progress where stderr is no terminal
 
 
 class Display:
-    """Progress on stderr with rate and time left: a bar in a terminal, elsewhere a plain line every half minute."""
+    """Progress on stderr with rate and time left: a bar in a terminal, elsewhere a plain line every half minute.
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    ``passing``: the bar shows what is waited for and how long, and leaves nothing behind.
+    """
+
+    def __init__(self, title: str, passing: bool = False) -> None:
+        self.title, self.passing = title, passing
         self._state: tuple[int, int, str] | None = None  # as given to show()
         self._first = 0  # what was done when the rate began to be measured
         self._end = threading.Event()
 
     def __enter__(self) -> Display:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._progress = Progress(  # fits into 80 columns
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+        columns = [progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[note]}")]
+        columns += [progress.TimeRemainingColumn(compact=True), progress.TextColumn("left")]
+        self._progress = progress.Progress(  # fits into 80 columns
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=8),
+            *([progress.TimeElapsedColumn()] if self.passing else columns),
             console=console,
+            transient=self.passing,
             disable=not console.is_terminal,
         )
         self._progress.start()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cas.errors import ConfigError
 
+_FILE = "cartridges.lmdb"  # by which a folder is a store
+
 
 def memory(text: str, option: str) -> int:
     """Bytes of "6GiB", "500MB", "2G" (1024 based for GiB, MiB and bare G, M; 1000 based for GB, MB) or a plain number."""
@@ -23,14 +25,18 @@ def memory(text: str, option: str) -> int:
 def store_folder(given: str | None, collection: str | None = None) -> Path:
     """The store that a command means: its option, else $CAS_STORE, else runs/<collection>; to query, the newest of runs/.
 
-    Raises: ConfigError when there is none.
+    Raises: ConfigError when there is none, or to query, for a folder of stores.
     """
     if given or os.environ.get("CAS_STORE"):
-        return Path(given or os.environ["CAS_STORE"])
+        folder = Path(given or os.environ["CAS_STORE"])
+        inside = [file.parent.name for file in sorted(folder.glob(f"*/{_FILE}"))]
+        if collection is None and inside and not (folder / _FILE).exists():
+            raise ConfigError(f"{folder} is a folder of stores; give one of them: {', '.join(inside)}")
+        return folder
     if collection is not None:
         name = Path(collection).absolute().resolve().name.removesuffix(".gz")
         return Path("runs") / (name.removesuffix(".jsonl").removesuffix(".json") or "collection")
-    stores = sorted(Path("runs").glob("*/cartridges.lmdb"), key=lambda p: p.stat().st_mtime)
+    stores = sorted(Path("runs").glob(f"*/{_FILE}"), key=lambda p: p.stat().st_mtime)
     if not stores:
         raise ConfigError(
             "there is no store under runs/; give --store, or train one: python -m cas.train --collection DIR"

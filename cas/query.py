@@ -8,47 +8,61 @@ from typing import TYPE_CHECKING
 
 from cas import console
 from cas.errors import CasError, UserError
-from cas.options import QueryConfig, parse, store_folder
 
 if TYPE_CHECKING:
     from cas.answering.answerer import Answer, Answerer
+    from cas.options import QueryConfig
+    from cas.store.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, open, answer. Returns the exit status."""
-    return console.run(lambda: query(parse(QueryConfig, "python -m cas.query", arguments)))
+
+    def run() -> int:
+        from cas.options import QueryConfig, parse  # here, so that Ctrl-C ends the imports as it ends the rest
+
+        return query(parse(QueryConfig, "python -m cas.query", arguments))
+
+    return console.run(run)
 
 
 def query(config: QueryConfig) -> int:
     """Answer one question, or those typed at a prompt."""
-    from cas.answering.answerer import Answerer
-    from cas.model.frozen import FrozenModel
-    from cas.store.index import load_embedder
+    from cas.options import store_folder
     from cas.store.store import Store
-    from cas.training.rounds import finished
 
     folder = store_folder(config.store)
     with Store.open(folder) as store:
         rows = store.rows().values()
         if not any(row.initialized for row in rows):
             raise UserError(f"{folder} has no cartridges yet; go on with its training")
+        if config.question is not None and not config.question.strip():
+            raise UserError("the question is empty")
+        with console.Display("loading", passing=True):
+            answerer, finished = _load(store, config)
         # Where training is finished, these had no conversations, or no steps were asked for.
-        if (untrained := sum(row.steps == 0 for row in rows)) and not finished(store):
+        if (untrained := sum(row.steps == 0 for row in rows)) and not finished:
             print(
                 f"warning: {untrained} of {len(rows)} cartridges are not trained yet; go on with cas.train",
                 file=sys.stderr,
             )
-        if config.question is not None and not config.question.strip():
-            raise UserError("the question is empty")
-        model = FrozenModel.from_store(store, config.model, config.revision, config.dtype, config.device)
-        if config.dtype == "auto" and str(model.dtype) == "torch.float16":
+        if config.dtype == "auto" and str(answerer.model.dtype) == "torch.float16":
             print("computing in float16: this GPU has no bfloat16; see --dtype", file=sys.stderr)
-        embedder = None if config.documents else load_embedder(config.embedder)
-        answerer = Answerer(model, store, embedder)
         if config.question is not None:
             _answer(answerer, config, config.question)
             return 0
         return _prompt(answerer, config)
+
+
+def _load(store: Store, config: QueryConfig) -> tuple[Answerer, bool]:
+    """What answers, and whether the store's training is finished."""
+    from cas.answering.answerer import Answerer
+    from cas.model.frozen import FrozenModel
+    from cas.store.index import load_embedder
+    from cas.training.rounds import finished
+
+    model = FrozenModel.from_store(store, config.model, config.revision, config.dtype, config.device)
+    return Answerer(model, store, None if config.documents else load_embedder(config.embedder)), finished(store)
 
 
 def _prompt(answerer: Answerer, config: QueryConfig) -> int:

@@ -6,16 +6,25 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from cas import console
-from cas.options import TrainConfig, parse, store_folder
+
+if TYPE_CHECKING:
+    from cas.options import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the options and train. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    again = shlex.join(["python", "-m", "cas.train", *arguments])
-    return console.run(lambda: train(parse(TrainConfig, "python -m cas.train", arguments), again))
+
+    def run() -> int:
+        from cas.options import TrainConfig, parse  # here, so that Ctrl-C ends the imports as it ends the rest
+
+        config = parse(TrainConfig, "python -m cas.train", arguments)
+        return train(config, shlex.join(["python", "-m", "cas.train", *arguments]))
+
+    return console.run(run)
 
 
 def train(config: TrainConfig, again: str) -> int:
@@ -23,9 +32,10 @@ def train(config: TrainConfig, again: str) -> int:
 
     ``again``: the command that goes on, to print when interrupted. Returns the exit status.
     """
-    from cas.training import pipeline
-
     view = _Console()
+    with view.waiting("loading"):
+        from cas.options import store_folder
+        from cas.training import pipeline
     try:
         pipeline.run(config, view)
     except pipeline.Stopped:
@@ -53,6 +63,9 @@ class _Console:
 
     def progress(self, title: str) -> console.Display:
         return console.Display(title)
+
+    def waiting(self, title: str) -> console.Display:
+        return console.Display(title, passing=True)
 
     def listening(self) -> AbstractContextManager[console.Interrupt]:
         return self.interrupt.listening()

@@ -72,6 +72,7 @@ class Collection:
         seed: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Collection:
         """Read a collection; CollectionError for an unknown source, no usable document, or a malformed line.
 
@@ -84,6 +85,7 @@ class Collection:
                 not there are counted and left out.
             seed: of a generated collection, ``million_tokens`` or ``niah``; ``niah:8000`` has at least so many words a document.
             include, exclude: globs of a folder's files to read, or not to read.
+            progress: called with (files read, files) of a folder.
         """
         names = source.split("+") if isinstance(source, str) else []
         include, exclude = ((globs,) if isinstance(globs, str) else globs for globs in (include, exclude))
@@ -93,7 +95,7 @@ class Collection:
                 raise CollectionError(
                     f"{source}: --include and --exclude choose files of a folder, not of a known name"
                 )
-            collection = _load_named(names, seed) if known else _read(_path(source), include, exclude)
+            collection = _load_named(names, seed) if known else _read(_path(source), include, exclude, progress)
             if questions is not None:
                 collection = collection.with_questions(Path(questions))
         except OSError as error:
@@ -264,7 +266,12 @@ def same_source(recorded: str, source: str) -> bool:
     return elsewhere and Path(new).parts[-len(old.parts) :] == old.parts
 
 
-def _read(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Collection:
+def _read(
+    path: Path,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Collection:
     """The collection in a folder or a file of JSON."""
     source = find_source(path)
     if source is None:
@@ -276,7 +283,7 @@ def _read(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) 
                 f"{one_line(str(path))}: a single file is no collection; give its folder, or --include {path.name}"
             )
         raise CollectionError(f"{one_line(str(path))}: no folder, .jsonl[.gz], .json or known name; {known}")
-    reading = read_documents(source, include, exclude)
+    reading = read_documents(source, include, exclude, progress)
     collection = Collection(
         name_of(path), tuple(reading.documents), (), tuple(reading.lines()), tuple(reading.left_out)
     )

@@ -23,7 +23,8 @@ FORMATS = {
     ".epub": ("EpubConverter", "EPUB"),
     ".ipynb": ("IpynbConverter", "Jupyter notebook"),
 }
-AS_TEXT = (".html", ".htm", ".xhtml", ".ipynb")  # whose bytes are text in some encoding
+PAGES = (".html", ".htm", ".xhtml")
+AS_TEXT = (*PAGES, ".ipynb")  # whose bytes are text in some encoding
 
 
 class NotConverted(ValueError):
@@ -40,16 +41,12 @@ def to_markdown(data: bytes, suffix: str) -> tuple[str, str | None]:
 
     Raises: NotConverted with the reason in one line, whatever the libraries below raise.
     """
-    from markitdown import StreamInfo
-
-    # The converter of the ending, not whichever of markitdown's takes the file: its last resort passes bytes as text.
-    info = StreamInfo(extension=suffix, charset="utf-8" if suffix in AS_TEXT else None)
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # pdfminer warns of every odd font
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = _converter(suffix).convert(io.BytesIO(data), info)
+            text, title = (_pdf_text(data), None) if suffix == ".pdf" else _convert(data, suffix)
     except MemoryError:
         raise
     except Exception as error:
@@ -57,8 +54,45 @@ def to_markdown(data: bytes, suffix: str) -> tuple[str, str | None]:
         raise NotConverted(reason[:200]) from error
     finally:
         logging.disable(quiet)
-    text = re.sub(r"<!-- Slide number: \d+ -->\n?", "", result.markdown or "").replace("\r\n", "\n").replace("\0", "")
-    return text.encode(errors="replace").decode(), result.title
+    text = text.replace("\r\n", "\n").replace("\0", "")
+    return text.encode(errors="replace").decode(), title
+
+
+def _pdf_text(data: bytes) -> str:
+    """The text of a PDF, without glyphs that no character is known of. By pdfminer itself: markitdown takes paragraphs
+    set in columns or justified for tables, and then joins the words of whole pages."""
+    from pdfminer.high_level import extract_text
+
+    return re.sub(r"\(cid:\d+\)", "", extract_text(io.BytesIO(data))).replace("\f", "\n")
+
+
+def _convert(data: bytes, suffix: str) -> tuple[str, str | None]:
+    from markitdown import StreamInfo
+
+    if suffix in PAGES:
+        data = _readable(data)
+    # The converter of the ending, not whichever of markitdown's takes the file: its last resort passes bytes as text.
+    info = StreamInfo(extension=suffix, charset="utf-8" if suffix in AS_TEXT else None)
+    result = _converter(suffix).convert(io.BytesIO(data), info)
+    return re.sub(r"<!-- Slide number: \d+ -->\n?", "", result.markdown or ""), result.title
+
+
+def _readable(page: bytes) -> bytes:
+    """A web page with what it says: without navigation, the sign behind a heading that links to it, and the addresses of
+    images and of other pages of the same site. Addresses elsewhere stay."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(page.decode(errors="replace"), "html.parser")
+    for part in soup.find_all(lambda tag: tag.name == "nav" or tag.get("role") == "navigation"):
+        part.decompose()
+    for image in soup.find_all("img"):
+        image.replace_with(image.get("alt") or "")
+    for link in soup.find_all("a"):
+        if not re.search(r"\w", link.get_text()):
+            link.decompose()
+        elif not re.match(r"\w+:", link.get("href") or ""):
+            link.unwrap()
+    return str(soup).encode()
 
 
 @cache

@@ -18,13 +18,14 @@ MAX_NAMED = 3  # files that one line names
 CLASSIC = (".txt", ".md")  # their ids have no ending
 _LEFTOVER = re.compile(r"~\$.*|.+~|desktop\.ini|Thumbs\.db", re.IGNORECASE)  # of office programs, editors and Windows
 _GENERATED = ("node_modules", "__pycache__")
+_LOCK = re.compile(r".+\.lock|package-lock\.json|pnpm-lock\.yaml|go\.sum", re.IGNORECASE)  # of package managers: hashes
 # Files that mark the folder they lie in.
 _MARKS = {"pyvenv.cfg": "virtual environment", "conda-meta": "virtual environment", "cartridges.lmdb": "CAS store"}
 # Kinds that are counted as nouns, and those of which the summary names some.
 _NOUNS = (
     "image", "video", "sound", "archive", "font", "program", "database", "array file", "virtual environment",
     "CAS store", "node_modules folder", "__pycache__ folder", "linked folder", "broken link", "special file",
-    "JSON lines file", "other binary file",
+    "JSON lines file", "lock file", "other binary file",
 )  # fmt: skip
 _NAMED = (
     "empty", "with the text of another", "unreadable", "linked folder", "broken link", "JSON lines file",
@@ -176,6 +177,8 @@ def _kind_left_out(
         if plain in _GENERATED and not _is_named(plain, named):
             return f"{plain} folder"
         return "linked folder" if item.is_symlink() and not _is_named(plain, named) else None
+    if _LOCK.fullmatch(plain) and not _is_named(plain, named):
+        return "lock file"
     if item.is_symlink() and not os.path.exists(item.path):
         return "broken link"
     if not stat.S_ISREG(item.stat().st_mode):

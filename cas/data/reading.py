@@ -97,17 +97,23 @@ def name_of(path: Path) -> str:
     return _JSON.sub("", os.path.basename(os.path.abspath(path)))
 
 
-def read_documents(source: Source, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Reading:
+def read_documents(
+    source: Source,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Reading:
     """The documents of a folder or of its file.
 
     Args:
         include, exclude: globs of files to read or not, for a folder of files.
+        progress: called with (files read, files) of a folder.
 
     Raises: CollectionError if none can be used, or a row is malformed.
     """
     reading = Reading()
     if source.packed is None:
-        candidates = _read_files(source.path, include, exclude, reading)
+        candidates = _read_files(source.path, include, exclude, reading, progress)
     else:
         if include or exclude:
             raise CollectionError(
@@ -144,11 +150,19 @@ def _suffix(name: str) -> str:
 # -- the files of a folder ---------------------------------------------------------------------------------------------
 
 
-def _read_files(folder: Path, include: Sequence[str], exclude: Sequence[str], reading: Reading) -> dict[str, Document]:
+def _read_files(
+    folder: Path,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    reading: Reading,
+    progress: Callable[[int, int], None],
+) -> dict[str, Document]:
     """{path below the folder: document} of the files that are text or can be converted, in the order of reading."""
     found: dict[str, Document] = {}
     taken: dict[str, str] = {}
-    for entry in list_files(folder, include, exclude, reading.left_out):
+    entries = list_files(folder, include, exclude, reading.left_out)
+    for done, entry in enumerate(entries):
+        progress(done, len(entries))
         where = one_line(entry.name)
         try:
             id = checked_id(_free_id(entry, taken))
@@ -233,7 +247,8 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
         reading.left_out.append(LeftOut(where, "that cannot be converted", f"cannot be converted ({error})", id))
         return None
     text = without_data_uris(text)
-    return Document(id, title_in(text, ".md") or declared or _title_of(entry.name), text)
+    heading = None if suffix == ".pdf" else title_in(text, ".md")  # in a PDF, "# " begins a comment in a listing
+    return Document(id, heading or declared or _title_of(entry.name), text)
 
 
 def _title_of(name: str) -> str:

@@ -48,8 +48,9 @@ _DATA_START = r"data:(?:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+(?:=[\w.+-]+)?)*|;base64),"
 _DATA_QUOTED = r"data:(?:(?:image|font)/[\w.+-]+(?:;[\w.+=-]+)*|(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64),"
 _DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_QUOTED}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
 _UNDERLINED = r"^(?=.*\w)(\S.*)\n([=\-~^\"'`#*+.:_])\2{2,}[ \t]*$"
+_HEADING = r"^#[ \t]+(\S.*)"
 _TITLES = {
-    ".txt": r"^#[ \t]+(\S.*)",
+    ".txt": r"(?:\A|^(?!#\s).*\n)#[ \t]+(\S.*)$(?!\n#(?:\s|\Z))",  # not in a block of comments
     ".rst": _UNDERLINED,
     "": r"^(?=.*\w)(\S.*)\n=+[ \t]*$",
     ".adoc": r"^=[ \t]+(\S.*)",
@@ -197,7 +198,7 @@ def title_in(text: str, suffix: str) -> str | None:
 def _markdown_title(text: str) -> str | None:
     """The first ``# heading``, or line underlined with ``===``, outside code fences and comments."""
     if not any(mark in text for mark in ("```", "~~~", "<!--", "\n==", "\n =")):
-        heading = re.search(_TITLES[".txt"], text, re.MULTILINE)
+        heading = re.search(_HEADING, text, re.MULTILINE)
         return heading[1] if heading else None
     text = re.sub(r"<!--.*?(?:-->|\Z)", lambda comment: re.sub(r"[^\n]", " ", comment[0]), text, flags=re.DOTALL)
     fence = ""
@@ -208,7 +209,7 @@ def _markdown_title(text: str) -> str | None:
                 fence = ""
         elif mark and not ("`" in mark[1] and "`" in mark[2]):
             fence = mark[1]
-        elif heading := re.match(_TITLES[".txt"], line):
+        elif heading := re.match(_HEADING, line):
             return heading[1]
         elif re.search(r"\w", line) and re.fullmatch(r" {0,3}=+[ \t]*", below):
             return line

@@ -76,7 +76,7 @@ def initialize_cartridges(
     In a ``matched`` store, documents with conversations are matched, even those that have values of ``first`` already;
     other documents, and those of more than ``LONGEST`` tokens, get ``first``. Trained cartridges stay as they are.
 
-    Args: stop: asked before each cartridge; progress: called with (done, total) after each.
+    Args: stop: asked before each cartridge; progress: called with (done, total) before each and at the end.
     Returns: whether all are done; False after ``stop()``.
     Raises: StoreMismatch for another model than the store's; StoreLocked if a trainer holds the store.
     """
@@ -96,6 +96,7 @@ def initialize_cartridges(
         for row in todo:
             if stop():
                 break
+            progress(done, len(todo))
             ids, seed = model.encode(store.text(row.id)), int(row.hash[:15], 16) ^ store.meta["seed"]
             if matchable(row):
                 kv = matched(model, store.layout, ids, row.p, by_document[row.id], seed)
@@ -104,10 +105,10 @@ def initialize_cartridges(
                 kv = initialize(model, ids, row.p, how, seed)
                 store.write_tensors(row.id, {"kv": kv.cpu()}, version=0)
             done += 1
-            progress(done, len(todo))
             if done % 64 == 0:
                 store.commit(rows, None)
         store.commit(rows, None)
+        progress(done, len(todo))
     if by_document:
         store.log_duration("starts", time.monotonic() - started)
     return done == len(todo)

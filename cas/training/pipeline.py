@@ -67,6 +67,9 @@ class View(Protocol):
     def progress(self, title: str) -> AbstractContextManager[Progress]:
         """A bar for one step."""
 
+    def waiting(self, title: str) -> AbstractContextManager[Progress]:
+        """A bar that leaves nothing behind, for what comes before the plan."""
+
     def listening(self) -> AbstractContextManager[Stop]:
         """Something that tells whether to stop at the next safe place."""
 
@@ -86,9 +89,12 @@ def run(config: TrainConfig, view: View) -> None:
         store = None
         if Store.exists(folder):
             store = stack.enter_context(Store.open(folder, write=not config.dry_run))
-        documents, model = _load_documents(config, view), _load_model(config, store, view)
+        documents = _load_documents(config, view)
+        with view.waiting("model"):
+            model = _load_model(config, store, view)
         while True:
-            setup = plan(config, folder, store, view, documents, model)
+            with view.waiting("planning"):
+                setup = plan(config, folder, store, view, documents, model)
             if store is not None:
                 _refuse(setup, store)
             for text in setup.lines():
@@ -132,17 +138,10 @@ class Setup:
     def lines(self) -> list[str]:
         """For the user, before anything starts."""
         source, dtype = self.model.source, str(self.model.dtype).removeprefix("torch.")
-        first = f"model       {source.name} ({source.kind}, {dtype}, {self.model.device})"
-        return [
-            first,
-            *self._writer(),
-            *self.round.lines(),
-            *(self.memory.lines() if self.memory else ()),
-            *self._time(),
-        ]
-
-    def _time(self) -> list[str]:
-        return [self.cost.line()] if self.cost else []
+        name = source.name.removeprefix("package:")
+        first = f"model       {name} ({source.kind}, {dtype}, {self.model.device})"
+        memory, time = self.memory.lines() if self.memory else (), [self.cost.line()] if self.cost else ()
+        return [first, *self._writer(), *self.round.lines(), *memory, *time]
 
     def _writer(self) -> list[str]:
         """Who writes the questions, if not the model."""
@@ -225,9 +224,9 @@ def _check(config: TrainConfig) -> None:
 
 def _load_documents(config: TrainConfig, view: View) -> Collection:
     assert config.collection is not None
-    documents = Collection.load(
-        config.collection, seed=config.collection_seed, include=config.include, exclude=config.exclude
-    )
+    with view.waiting("reading") as bar:
+        chosen = config.include, config.exclude
+        documents = Collection.load(config.collection, None, config.collection_seed, *chosen, bar.show)
     for text in (*documents.skipped, *(map(str, documents.left_out) if config.dry_run else ())):
         view.warn(text)
     if config.documents is not None:

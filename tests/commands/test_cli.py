@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def test_help_and_listing_need_no_torch(command: str, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["cas.train", "cas.query", "cas report", "cas ls"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    words = [sys.executable, "-m", *command.split()]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (130, "cas: interrupted\n")
 
 
 def test_flags_over_yaml_over_defaults(tmp_path: Path) -> None:
@@ -271,10 +281,11 @@ def test_store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         file = tmp_path / "runs" / name / "cartridges.lmdb"
         file.parent.mkdir(parents=True)
         file.touch()
-        import os
-
         os.utime(file, (n, n))
     assert store_folder(None) == Path("runs/new") and "newest" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"^runs is a folder of stores; give one of them: new, old$"):
+        store_folder("runs")
+    assert store_folder("runs", "manuals") == Path("runs")
     monkeypatch.setenv("CAS_STORE", "elsewhere")
     assert store_folder(None) == Path("elsewhere") and store_folder("given", "c") == Path("given")
 

@@ -16,7 +16,12 @@ NEEDED = pytest.mark.skipif(not convert.available(), reason="needs pip install '
 
 def pdf(text: str = "") -> bytes:
     """A PDF of one page with this line, or with none."""
-    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode() if text else b""
+    return pdf_of(f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET" if text else "")
+
+
+def pdf_of(drawing: str) -> bytes:
+    """A PDF of one page with what these operators draw."""
+    content = drawing.encode()
     bodies = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
@@ -114,13 +119,48 @@ def test_every_format(tmp_path: Path) -> None:
         "no_ending": ("no_ending", "A PDF by its content."),
         "pump.docx": ("The Pump", "# The Pump\n\nSie fördert Öl."),
         "book.epub": ("The Book", "**Title:** The Book\n\nOnce."),
-        "page.html": ("Café", "# Café\n\n\n\nFermé à midi, très tôt."),
+        "page.html": ("Café", "# Café\n\nFermé à midi, très tôt."),
         "untitled.htm": ("From the head", "Text."),
         "n.ipynb": ("Note", "# Note\n\n\n```python\nx = 1\n```"),
         "parts_list.xlsx": ("parts list", "## Sheet\n| part | bar |\n| --- | --- |\n| valve | 15 |"),
         "deck.pptx": ("Deck", "# Deck"),
     }
     assert collection.skipped == ("read as cp1252: 1 (page.html)",)
+
+
+@NEEDED
+def test_a_pdf_with_aligned_words_keeps_its_sentences_and_the_spaces_between_words(tmp_path: Path) -> None:
+    """Typesetters move on by a distance instead of writing a space; words below each other are no table."""
+    lines = ["# The valve opens at", "15 bar and closes at", "12 bar by its spring."]
+    columns = [72, 140, 220, 300, 380]
+    drawing = "".join(
+        f"BT /F1 9 Tf {x} {700 - 12 * y} Td ({word}) Tj ET\n"
+        for y in range(4)
+        for x, word in zip(columns, ("Part", str(y), "bar", "steel", "ok"))
+    )
+    for y, line in enumerate(lines):
+        words = " -280 ".join(f"({word})" for word in line.split())
+        drawing += f"BT /F1 8 Tf 72 {600 - 10 * y} Td [{words}] TJ ET\n"
+    (tmp_path / "valve_sheet.pdf").write_bytes(pdf_of(drawing))
+    document = Collection.load(tmp_path)["valve_sheet.pdf"]
+    assert "\n".join(lines) in document.text and "|" not in document.text
+    assert document.title == "valve sheet"  # "#" is no mark of a heading here
+
+
+@NEEDED
+def test_a_web_page_is_read_without_navigation_and_addresses_on_its_site(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        "<html><head><title>Site</title></head><body><nav><a href='b.html'>Next</a></nav>"
+        "<div role='navigation'><h1>Menu</h1></div><h1>The <code>Pump</code><a href='#pump' title='Link here'>¶</a></h1>"
+        "<p>See <a href='b.html#x' title='B'>the valve</a>, <a href='https://example.org/v'>its maker</a> and "
+        "<a href='c.html'><img src='c.png' alt='the plan'></a>.<img src='d.png'></p>"
+        "<pre>[kept](b.html)</pre></body></html>"
+    )
+    document = Collection.load(tmp_path)["a.html"]
+    assert document.title == "The `Pump`"
+    assert " ".join(document.text.split()) == (
+        "# The `Pump` See the valve, [its maker](https://example.org/v) and the plan. ``` [kept](b.html) ```"
+    )
 
 
 @NEEDED

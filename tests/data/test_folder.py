@@ -115,6 +115,9 @@ def test_generated_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
     assert Collection.load(tmp_path).skipped[0].startswith("not read: 6 hidden, ")
     assert ids(tmp_path, include=[".github/**"]) == [".github/flow.yml"]
     assert ids(tmp_path, include=["node_modules/"]) == ["x/node_modules/p/README"]
+    texts(tmp_path, "tool.lock", "x/package-lock.json")
+    assert " 2 lock files, " in Collection.load(tmp_path).skipped[0]
+    assert ids(tmp_path, include=["tool.lock"]) == ["tool.lock"]
     assert ids(tmp_path, include=[".*"]) == [".env", ".git/config", ".github/flow.yml"]
 
 

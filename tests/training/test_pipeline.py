@@ -44,6 +44,10 @@ class Recorder:
         yield self
 
     @contextlib.contextmanager
+    def waiting(self, title: str) -> Iterator[Recorder]:
+        yield self
+
+    @contextlib.contextmanager
     def listening(self) -> Iterator[Callable[[], bool]]:
         yield self.stop
 

@@ -1,0 +1,133 @@
+"""``python -m cas ls|show|verify|export|compact``: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from cas import console
+from cas.errors import UserError
+from cas.options import store_folder
+
+if TYPE_CHECKING:
+    from cas.store.store import Store
+
+_DEFAULT_STORE = "The store; default $CAS_STORE, else the newest under runs/."
+StoreOption = Annotated[str | None, arg(help=_DEFAULT_STORE)]
+StoreArgument = Annotated[str | None, arg(metavar="[STORE]", help=_DEFAULT_STORE)]
+JsonOption = Annotated[bool, arg(name="json", help="Print JSON.")]
+Id = Annotated[str, arg(metavar="ID", help="A document's id.")]
+OWN_OPTIONS = "write train, query and report first, their options behind: cas train --collection DIR"
+OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; without one, the store.")]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the commands. Returns the exit status."""
+    commands = (train, query, report, ls, show, verify, export, compact)
+    return tyro.extras.subcommand_cli_from_dict(
+        {command.__name__: command for command in commands},
+        prog="cas",
+        description=f"{sys.modules['cas'].__doc__}\n\ncas --version prints the version.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def train() -> int:
+    """Train a collection of cartridges (cas train --help)."""
+    raise UserError(OWN_OPTIONS)
+
+
+def query() -> int:
+    """Answer questions from a store (cas query --help)."""
+    raise UserError(OWN_OPTIONS)
+
+
+def report() -> int:
+    """Compare a store with RAG and write a report (cas report --help)."""
+    raise UserError(OWN_OPTIONS)
+
+
+def ls(store: StoreOption = None, as_json: JsonOption = False) -> int:
+    """List the cartridges of a store."""
+    rows = list(_open(store).rows().values())
+    if as_json:
+        print(console.to_json([asdict(row) for row in rows]))
+        return 0
+    width = max([2, *(len(row.id) for row in rows)])
+    print(f"{'id':{width}}  positions  tokens  steps  trained tokens  title")
+    for row in rows:
+        figures = f"{row.p:9}  {row.tokens:6}  {row.steps:5}  {row.trained_tokens:14,}"
+        print(console.harmless(f"{row.id:{width}}  {figures}  {row.title}"))
+    return 0
+
+
+def show(id: Positional[OptionalId] = None, store: StoreOption = None, as_json: JsonOption = False) -> int:
+    """Show what a store or one cartridge is."""
+    opened = _open(store)
+    if id is not None:
+        about = asdict(opened.row(id))
+    else:
+        rows, run = opened.rows(), opened.run_state() or {}
+        about = {
+            **opened.meta,
+            "folder": str(opened.folder),
+            "documents": len(rows),
+            "cartridge_positions": sum(r.p for r in rows.values()),
+            "document_tokens": sum(r.tokens for r in rows.values()),
+            "step": run.get("step", 0),
+            "total_steps": run.get("settings", {}).get("total_steps"),
+        }
+    if as_json:
+        print(console.to_json(about))
+        return 0
+    for key, value in about.items():
+        plain = isinstance(value, (str, int, float, type(None)))
+        print(console.harmless(f"{key}: {value if plain else json.dumps(value, ensure_ascii=False)}"))
+    return 0
+
+
+def verify(store: StoreOption = None) -> int:
+    """Read everything back; names what is broken and exits 1."""
+    opened = _open(store)
+    broken = opened.verify()
+    for line in broken:
+        print(console.harmless(line))
+    print(f"{opened.folder}: {len(opened.rows())} cartridges, {len(broken)} broken")
+    return 1 if broken else 0
+
+
+def export(
+    id: Positional[Id],
+    file: Positional[Annotated[str, arg(metavar="FILE", help="Where to write, FILE.safetensors.")]],
+    store: StoreOption = None,
+) -> int:
+    """Write one cartridge as a safetensors file."""
+    if not file.endswith(".safetensors"):
+        raise UserError(f"{file}: name the file *.safetensors")
+    _open(store).export(id, file)
+    print(console.harmless(f"{id} -> {file}"))
+    return 0
+
+
+def compact(store: Positional[StoreArgument] = None) -> int:
+    """Give the space of dropped and replaced cartridges back to the disk."""
+    from cas.store.files import compact as compact_file
+    from cas.store.store import Store
+
+    with Store.open(store_folder(store), write=True) as opened, opened.training():
+        before, after = compact_file(opened.records.environment, opened.records.descriptor)
+        print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
+    return 0
+
+
+def _open(store: str | None) -> Store:
+    from cas.store.store import Store
+
+    return Store.open(store_folder(store))
