@@ -49,6 +49,8 @@ def broken_page(file: Path, txn: int, page_size: int) -> int | None:
     LMDB 0.9.
     """
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if struct.unpack_from("<I", data, _PAGE.size + 4) != (1,):  # a layout that we do not know
+            return None
         metas = (_META.unpack_from(data, n * page_size + _PAGE.size) for n in (0, 1))
         found = next((m for m in metas if m[-1] == txn), None)
         if found is None:
