@@ -8,7 +8,7 @@ from typing import Any
 
 from cas.evaluation.recording import Prediction
 from cas.selfstudy.conversations import Conversations
-from experiments.claims.lab import BATCH, Claim, ClaimContext, Criterion, main_of
+from experiments.claims.lab import BATCH, FIRST_TOKENS, Claim, ClaimContext, Criterion, main_of
 
 K = 4
 
@@ -22,7 +22,7 @@ def run(lab: ClaimContext) -> list[Prediction]:
         span, total = store.layout.span, sum(row.p for row in store.rows().values())
     for name, tokens in (("monolithic", K * span), ("monolithic_total", total)):
         options = {"tokens": tokens, "initialisation": "first"}
-        alone: dict[str, Any] = {"lr": 0.1, "pool": 1, "targets": 1, "per_target": BATCH, "isolation": 1.0}
+        alone: dict[str, Any] = {**FIRST_TOKENS, "pool": 1, "targets": 1, "per_target": BATCH, "isolation": 1.0}
         with lab.trained(name, lab.collection.merged(), conversations, options=options, **alone) as store:
             predictions += lab.ask(store, f"{name}_", ["loaded"])
     return predictions
@@ -37,8 +37,8 @@ CLAIM = Claim(
     ),
     ours=(
         "A monolithic cartridge of four cartridges' positions against four retrieved, and one of all their positions "
-        "against all loaded; as many passes over the same conversations. The monolithic ones start as first tokens, at "
-        "the learning rate of the papers, as self-study about many documents gives no attention to match."
+        "against all loaded. The monolithic ones start as first tokens, since self-study about many documents gives no "
+        "attention to match, and so get ten passes over the same conversations in place of three."
     ),
     run=run,
     table=[
