@@ -263,7 +263,7 @@ class _Shared:
     def __init__(self, stored: Any) -> None:
         import faiss
 
-        flat = faiss.downcast_index(stored.storage) if hasattr(stored, "storage") else stored
+        flat: Any = faiss.downcast_index(stored.storage) if hasattr(stored, "storage") else stored
         self.stored = stored
         self.__array_interface__ = {
             "shape": (flat.ntotal, flat.d),

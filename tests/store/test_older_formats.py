@@ -26,7 +26,8 @@ from cas.training.trainer import Trainer
 from retrieval import HashEmbedder
 
 SETTINGS: dict[str, Any] = {
-    "epochs": 8.0, "distractor_gradients": False, "steps": 4, "pool": 2, "targets": 1, "per_target": 1, "rotate_every": 2, "checkpoint_every": 1, "guests": 0, "seed": 3,
+    "epochs": 8.0, "distractor_gradients": False,
+    "steps": 4, "pool": 2, "targets": 1, "per_target": 1, "rotate_every": 2, "checkpoint_every": 1, "guests": 0, "seed": 3,
 }  # fmt: skip
 DOCUMENTS = Collection("two", tuple(Document(i, i.title(), TEXTS[i]) for i in ("lamp", "pump")))
 
