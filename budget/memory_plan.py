@@ -33,6 +33,7 @@ class Sizes:
         matched: tokens of the longest document that gets attention-matching initialization (0: none does); matched_on:
             tokens of the conversations it is computed from, padding included; scores_at_once: of one key head.
         whole_logits: the logits are not the plain output of the last layer, and keep their own graph.
+        conversations: the most bytes that the files of self-study have.
     """
 
     weights: int
@@ -60,6 +61,7 @@ class Sizes:
     matched_on: int = 0
     scores_at_once: int = 0
     whole_logits: bool = False
+    conversations: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Plan:
     host: int
     disk: int
     largest: int
+    conversations: int = 0
 
     def lines(self) -> list[str]:
         """The plan as text, a line for each kind of memory."""
@@ -90,7 +93,7 @@ class Plan:
             f"activations up to {size(self.activations)}{' (layers computed twice)' if self.recompute else ''}, "
             f"pool of {self.pool} {size(self.trainees)}, {self.guests} frozen distractors {size(self.guest_copies)}",
             f"host        up to {size(self.host)} for evicted cartridges and those in transit",
-            f"disk        {size(self.disk)} for cartridges and state",
+            f"disk        {size(self.disk)} for cartridges and state, up to {size(self.conversations)} for conversations",
         ]
 
 
@@ -219,6 +222,7 @@ def make_plan(
         # Old versions stay until the commit that replaces them, and LMDB never shrinks.
         disk=2 * everything + everything // 8,
         largest=s.largest,
+        conversations=s.conversations,
     )
 
 

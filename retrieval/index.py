@@ -64,7 +64,7 @@ class ChunkIndex:
     def _set(self, entries: dict[str, Entry], vectors: np.ndarray, stored: Any = None) -> None:
         import faiss
 
-        self.entries, self.vectors = entries, vectors
+        self.entries = entries
         self.document_ids = list(entries)
         self.bounds = np.cumsum([0, *(len(entry.spans) for entry in entries.values())], dtype=np.int64)
         self.exact = len(self) <= EXACT_ROWS
@@ -76,6 +76,7 @@ class ChunkIndex:
                 stored.hnsw.efConstruction = 80
             stored.add(vectors)
         self._faiss = stored
+        self.vectors = _vectors(stored) if len(self) else vectors
 
     def embed(self, texts: Sequence[str], queries: bool = False) -> np.ndarray:
         """float32 [texts, dimension], of documents or of questions. Raises ValueError if a row has not length 1."""
@@ -236,7 +237,7 @@ class ChunkIndex:
         """
         import faiss
 
-        data, body = read_index(Path(folder))
+        data, body = read_index(Path(folder))  # mapped, not read
         if (body["embedder"], body["dimension"]) != (embedder.name, embedder.dimension):
             made, given = f"{body['embedder']} ({body['dimension']})", f"{embedder.name} ({embedder.dimension})"
             raise OtherEmbedder(folder, made, given)
@@ -245,16 +246,36 @@ class ChunkIndex:
             for document in body["documents"]
         }
         stored = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-        del data  # as large as the vectors
         if (stored.d, stored.ntotal) != (embedder.dimension, sum(len(entry.spans) for entry in entries.values())):
             raise IndexBroken(folder, "index.faiss and chunks.json have different row counts")
         index = cls([], embedder, body["words"], body["overlap"])
         if body["limit"] != index.limit:
             raise IndexBroken(folder, f"its chunks have at most {body['limit']} tokens, not {index.limit}")
         if entries:
-            index._set(entries, stored.reconstruct_n(0, stored.ntotal), stored)
+            index._set(entries, index.vectors, stored)
         index.source = body.get("source", "")
         return index
+
+
+class _Shared:
+    """The vectors of a FAISS index where they lie, for numpy. Arrays of it keep the index alive."""
+
+    def __init__(self, stored: Any) -> None:
+        import faiss
+
+        flat: Any = faiss.downcast_index(stored.storage) if hasattr(stored, "storage") else stored
+        self.stored = stored
+        self.__array_interface__ = {
+            "shape": (flat.ntotal, flat.d),
+            "typestr": "<f4",
+            "data": (int(flat.get_xb()), True),
+            "version": 3,
+        }
+
+
+def _vectors(stored: Any) -> np.ndarray:
+    """float32 [rows, dimension], read-only: no second copy."""
+    return np.asarray(_Shared(stored))
 
 
 def _blocks(fresh: dict[str, list[str]]) -> Iterable[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -60,13 +61,15 @@ def write_index(folder: Path, vectors: bytes, body: dict[str, Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_index(folder: Path) -> tuple[bytes, dict[str, Any]]:
+def read_index(folder: Path) -> tuple[mmap.mmap | bytes, dict[str, Any]]:
     """The vectors and the body that :func:`write_index` was given, both checked; raises :class:`IndexBroken`."""
     folder = folder.resolve()
     source = folder if folder.exists() else _sibling(folder, "old")
     try:
         header = json.loads((source / "chunks.json").read_bytes())
-        vectors = (source / "index.faiss").read_bytes()
+        with open(source / "index.faiss", "rb") as file:
+            empty = file.seek(0, os.SEEK_END) == 0
+            vectors = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IndexBroken(folder, f"{Path(error.filename).name} is missing") from None
     except ValueError:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cas.evaluation.arms import Arm
     from cas.evaluation.recording import Prediction
     from cas.report.arms import Comparison
+    from cas.store.store import Store
 
 PACKAGES = ("jinja2", "matplotlib", "rouge_score", "sacrebleu")  # of the extra ``report``
 _MAY_CHANGE = (
@@ -55,6 +56,13 @@ def compare(config: Config) -> int:
     if not config.store:
         raise ConfigError("give --store: the folder that cas.train wrote")
 
+    from cas.store.store import Store
+
+    with Store.open(config.store) as store:
+        return _compare(config, store)
+
+
+def _compare(config: Config, store: Store) -> int:
     from cas.evaluation.answers import CachingEmbedder
     from cas.evaluation.resume import cached_json, check_settings
     from cas.model.frozen import FrozenModel
@@ -63,10 +71,8 @@ def compare(config: Config) -> int:
     from cas.report.exports import remove_ragas, write_ragas, write_trec
     from cas.report.questions import load_questions, parts_folder, split
     from cas.report.rag_baseline import Rag
-    from cas.store.store import Store
     from retrieval import SentenceEmbedder
 
-    store = Store.open(config.store)
     output = Path(config.output)
     check_settings(output, {k: v for k, v in asdict(config).items() if k not in _MAY_CHANGE})
     model = FrozenModel.from_store(store, config.model, config.revision, device=config.device)

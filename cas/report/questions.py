@@ -90,6 +90,6 @@ def parts_folder(output: Path, model: FrozenModel, stores: Iterable[Store], coll
     """Where the parts of a report are kept: a folder for every state of model, cartridges, texts and questions, so that
     nothing computed about another state is used."""
     state: list[Any] = [model.describe()["fingerprint"], str(model.dtype)]
-    state += [[[i, row.hash, row.version] for i, row in sorted(store.answering().items())] for store in stores]
+    state += [[[i, row.hash, row.kv_hash] for i, row in sorted(store.answering().items())] for store in stores]
     state += [[q.id, q.document_ids, q.question, q.answers, q.choices, q.kind] for q in collection.questions]
     return output / "parts" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]

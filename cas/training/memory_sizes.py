@@ -12,8 +12,9 @@ from cas.model.decoding import most_positions
 from cas.model.frozen import FrozenModel
 from cas.model.positions import cartridge_size
 from cas.options import TrainConfig, memory
-from cas.selfstudy.planners import fit_window
+from cas.selfstudy.planners import History, NoQuestions, Planner, fit_window, make_planner
 from cas.selfstudy.prompt_styles import prompt_style, token_limits
+from cas.selfstudy.recorded import reconstructs
 from cas.selfstudy.seed_prompts import BRIEF
 from cas.selfstudy.subjects import told_apart
 from cas.selfstudy.synthesize import ROWS
@@ -23,6 +24,7 @@ from cas.training.micro_batches import kept_bytes, kept_per_token, most_kept
 from cas.training.schedule import guest_count
 
 EXTRA_TOKENS = 16  # of a conversation, besides question, answer and the template's parts
+BESIDE_TOKENS = 1024  # bytes of a conversation, twice on disk: its words, its document's id, and what a file adds
 
 
 def plan_memory(
@@ -113,7 +115,8 @@ def _sizes(
 def _self_study(
     config: TrainConfig, model: FrozenModel, documents: Collection, question: int, answer: int
 ) -> dict[str, int]:
-    """``decoded``, ``decoded_rows`` and ``chunks`` of :class:`Sizes`: of questions or answers, whichever take more.
+    """``decoded``, ``decoded_rows`` and ``chunks`` of :class:`Sizes`: of questions or answers, whichever take more; and
+    ``conversations``.
 
     Args: question, answer: the most tokens of each.
     """
@@ -139,4 +142,15 @@ def _self_study(
         # Where not all fit, others join the batch when half of it has ended, and both are there meanwhile.
         joined = held < rows * own
         wanted.append({"decoded": held * (1 + joined), "decoded_rows": min(ROWS, rows), "chunks": shared})
-    return max(wanted, key=lambda w: w["decoded"] + 4 * w["chunks"])
+    most = max(wanted, key=lambda w: w["decoded"] + 4 * w["chunks"])
+    planner: Planner = NoQuestions() if config.writer == "none" else make_planner(sources, style, study)
+    # Of those wanted, the last unit brings more, and a document about which nothing is kept is retried.
+    written = planner.most_questions(History())
+    if not planner.every_sentence:
+        written = min(written, planner.progress(History())[1] + per_call * per_unit + len(sources))
+    sentences, text = sum(len(s.lengths) for s in sources), sum(sum(s.lengths) for s in sources)
+    rebuilt = reconstructs(model, config, {})
+    # Passages say the text once, and the ends of sentences at most three quarters of it again.
+    messages, tokens = written + rebuilt * 2 * sentences, written * answer + rebuilt * (2 * text + 2 * sentences)
+    each = question * 4 + BESIDE_TOKENS
+    return most | {"conversations": 2 * (messages * each + tokens * (4 + 8 * config.top_k))}

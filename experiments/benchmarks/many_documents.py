@@ -12,6 +12,7 @@ are made up in place of self-study, and training ends after one step. Then every
 Seconds and CPU seconds are without the model, the embedder and the imports that these need. Memory is the growth of its
 peak over what it was when these had been loaded: anonymous memory (sampled), and the whole resident set, which has the
 pages of mapped files that the system can take back at any time. The same is done for a tenth of the documents.
+``results.json`` in the output folder is that of a recorded run, whose arms are ``<step>_<documents>``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 EMBEDDERS = ("minilm", "hash")
 STEPS = ("start", "replay", "query", "ls")
 TARGETS = {"start": 20.0, "query": 3.0}  # seconds, for 10,000 documents
+FIGURES = ("seconds", "cpu_seconds", "anonymous_mib", "resident_mib")
 OPTIONS = ("--tokens", "16", "--initialization", "random", "--effort", "quick", "--steps", "1", "--pool", "4")
 _PLACES = ["harbor", "mill", "quarry", "ferry", "chapel", "orchard", "foundry", "bakery", "library", "tannery"]
 _DEEDS = (
@@ -64,6 +67,8 @@ class Config:
     """Folder of the collections, stores and results; default one that goes away. Stores that it has are not made again."""
     embedder: Literal["minilm", "hash"] = "minilm"
     """hash: hashed words in as many dimensions, where embedding all documents would take too long."""
+    repeats: int = 3
+    """How often each step is measured; replay once."""
 
 
 # -- the collection and its store ----------------------------------------------------------------------------------------
@@ -285,9 +290,11 @@ def own_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def measured(folder: Path, embedder: str) -> dict[str, dict[str, float]]:
-    """All figures of a folder, each from a process of its own."""
-    return {step: json.loads(run_child("many_documents", embedder, step, folder).splitlines()[-1]) for step in STEPS}
+def measured(folder: Path, embedder: str, repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Every step and its figures, each from a process of its own."""
+    for step in STEPS:
+        for _ in range(1 if step == "replay" else repeats):
+            yield step, json.loads(run_child("many_documents", embedder, step, folder).splitlines()[-1])
 
 
 def child(embedder: str, step: str, folder: Path, *rest: str) -> int:
@@ -316,39 +323,60 @@ def _folder(output: str | None) -> Iterator[Path]:
 
 
 def run(config: Config) -> int:
-    """Build both stores where they are not there yet, measure, print the table and write ``results.json``."""
-    from cas.evaluation.machine import hardware, versions
-    from cas.evaluation.recording import flags
+    """Build both stores where they are not there yet, measure, print the table and write the run's two files."""
+    from cas.evaluation.recording import Prediction, flags, write_run
 
-    figures: dict[str, Any] = {}
+    predictions, own = list[Prediction](), dict[str, dict[str, float]]()
     with _folder(config.output) as folder:
         for count in (max(1, config.documents // 10), config.documents):
             place = folder / str(count)
             if not (place / "store" / "index").exists():
                 print(f"building a store of {count} documents", file=sys.stderr, flush=True)
                 run_child("many_documents", config.embedder, "build", place, str(count))
-            figures[str(count)] = {**measured(place, config.embedder), "own_bytes": own_bytes(place)}
-        for line in table(figures):
+            own[f"texts_and_index_{count}.mib"] = single(own_bytes(place) / 2**20)
+            for number, (step, found) in enumerate(measured(place, config.embedder, config.repeats)):
+                scores = {
+                    "seconds": found["seconds"],
+                    "cpu_seconds": found["cpu_seconds"],
+                    "anonymous_mib": found["anonymous_bytes"] / 2**20,
+                    "resident_mib": found["bytes"] / 2**20,
+                }
+                name = f"{number:02d}"
+                predictions.append(
+                    {"arm": f"{step}_{count}", "seed": 0, "question_id": name, "document_id": name, "scores": scores}
+                )
+        results = write_run(
+            folder,
+            name="many_documents",
+            command="python -m experiments.benchmarks.many_documents " + flags(config),
+            seeds=[0],
+            model="a tiny random one",
+            collection={"name": "invented sentences", "sha256": sha256(b"invented sentences").hexdigest()},
+            settings={k: v for k, v in asdict(config).items() if k != "output"} | {"targets": TARGETS},
+            predictions=predictions,
+            compare=[],
+            metric_names=FIGURES,
+            extra_metrics=own | {"load.mean": single(os.getloadavg()[1])},
+            keep_answers=False,
+        )
+        for line in table(results):
             print(line)
-        if config.output is not None:
-            command = "python -m experiments.benchmarks.many_documents " + flags(config)
-            about = {"command": command, "hardware": hardware(), "load": os.getloadavg(), "versions": versions()}
-            text = json.dumps({**about, "settings": asdict(config), "figures": figures}, indent=1)
-            (folder / "results.json").write_text(text + "\n")
     return 0
 
 
-def table(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of ``{documents: {step: figures, "own_bytes": bytes}}``."""
-    yield f"{'documents':>9}  {'step':<7}{'seconds':>9}{'CPU s':>8}{'target':>8}{'anonymous':>12}{'resident':>11}  texts and index (MiB)"
-    for count, steps in figures.items():
-        for step in STEPS:
-            found, target = steps[step], TARGETS.get(step)
-            yield (
-                f"{count:>9}  {step:<7}{found['seconds']:9.2f}{found['cpu_seconds']:8.2f}"
-                f"{f'{target:.0f}' if target else '':>8}{found['anonymous_bytes'] / 2**20:12.0f}"
-                f"{found['bytes'] / 2**20:11.0f}  {steps['own_bytes'] / 2**20:.0f}"
-            )
+def single(value: float) -> dict[str, float]:
+    """A figure that was measured once."""
+    return {"mean": value, "low": value, "high": value, "n": 1}
+
+
+def table(results: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a run: means, and what was wanted of ten thousand documents, in seconds."""
+    yield f"{'step and documents':<20}{'target':>8}" + "".join(f"{name:>15}" for name in FIGURES)
+    metrics = results["metrics"]
+    for arm in dict.fromkeys(name.partition(".")[0] for name in metrics):
+        target = TARGETS.get(arm.partition("_")[0])
+        means = "".join(f"{metrics[f'{arm}.{name}']['mean']:15.2f}" for name in FIGURES)
+        yield f"{arm:<20}{f'{target:.0f}' if target else '':>8}{means}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

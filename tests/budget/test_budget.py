@@ -336,7 +336,7 @@ def test_plan_adds_up() -> None:
 
 
 def test_plan_is_told_in_figures() -> None:
-    text = "\n".join(plan(pool=7, guests=3, host_budget=None).lines())
+    text = "\n".join(plan(replace(SIZES, conversations=5 * MIB), pool=7, guests=3, host_budget=None).lines())
     figures = (
         "80 (100,000 tokens)",
         "4.0 MiB",
@@ -345,6 +345,7 @@ def test_plan_is_told_in_figures() -> None:
         "3 frozen distractors 6.0 MiB",
         "weights 500.0 MiB",
         "720.0 MiB",
+        "up to 5.0 MiB for conversations",
     )
     for figure in figures:
         assert figure in text

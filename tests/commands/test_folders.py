@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,16 @@ def test_a_question_about_a_missing_document_stops_no_training(manuals: FrozenMo
     assert status == 0 and "1 question about documents that are not there (q1)" in err
     with Store.open("runs/manuals") as store:
         assert store.rows()["pump"].steps > 0
+
+
+@pytest.mark.parametrize("more", [(), ("--reconstruction", "off"), ("--writer", "none"), ("--effort", "quick")])
+def test_the_plan_s_disk_has_room_for_conversations(manuals: FrozenModel, more: tuple[str, ...]) -> None:
+    """Beside cartridges and state; not so much more that it would say nothing."""
+    words = [w for w in TRAIN if w not in ("--conversations", "40")] if "quick" in more else TRAIN
+    status, out, err = call(train.main, *words, *more)
+    assert status == 0, err
+    match = re.search(r"disk +\S+ \S+ for cartridges and state, up to (\S+) (KiB|MiB) for conversations", out)
+    assert match is not None, out
+    planned = float(match[1]) * {"KiB": 1 << 10, "MiB": 1 << 20}[match[2]]
+    taken = sum(file.stat().st_size for file in Path("runs/manuals/conversations").iterdir())
+    assert taken <= planned <= 40 * taken

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cas.evaluation.check import check_run
+from cas.evaluation.recording import read_run
 from cas.selfstudy import conversations
 from cas.store.records import Records
 from experiments.benchmarks import many_documents
@@ -108,6 +110,12 @@ def test_the_command_measures_stores_it_finds_and_writes_results(
 
     monkeypatch.setattr(many_documents, "run_child", child)
     assert many_documents.main(["--documents", "20", "--output", str(tmp_path)]) == 0
-    assert {"2", "20", "results.json"} == {path.name for path in tmp_path.iterdir()}
+    assert {"2", "20", "results.json", "predictions.jsonl"} == {path.name for path in tmp_path.iterdir()}
+    assert not [complaint for _, complaint in check_run(tmp_path) if complaint]
+    results, predictions = read_run(tmp_path)
+    counts = Counter(p["arm"] for p in predictions)
+    assert counts == {f"{s}_{n}": 1 if s == "replay" else 3 for s in many_documents.STEPS for n in (2, 20)}
+    assert results["metrics"]["query_20.anonymous_mib"]["mean"] == 1
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 + 2 * len(many_documents.STEPS) and "start       1.50    1.25      20" in printed[1]
+    assert len(printed) == 1 + 2 * len(many_documents.STEPS)
+    assert printed[1].split() == ["start_2", "20", "1.50", "1.25", "1.00", "1.00"]

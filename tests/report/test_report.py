@@ -373,6 +373,49 @@ def test_a_report_is_about_what_is_there_now(
     assert len(list((folder / "parts").glob("*/cas4.json"))) == 2  # the earlier state is still there to return to
 
 
+def test_questions_added_and_removed_and_cartridges_trained_further_are_asked_again(
+    tmp_path: Path, asked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each state of questions and cartridges has answers of its own; a state that comes back is not computed again."""
+    from cas.report.arms import Comparison
+
+    ran: list[int] = []
+    run = Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self, arm, q: ran.append(len(q)) or run(self, arm, q))
+
+    def report() -> tuple[int, set[str], dict[str, Any]]:
+        ran.clear()
+        folder = asked()
+        results = json.loads((folder / "results.json").read_text())
+        lines = (folder / "predictions.jsonl").read_text().splitlines()
+        found = {p["question_id"] for p in map(json.loads, lines) if p["arm"] == "cas4"}
+        assert results["settings"]["questions"] == len(found)
+        return len(ran), found, results["metrics"]
+
+    def trained(value: float) -> None:
+        with Store.open(tmp_path / "store", write=True) as store:
+            store.write_tensors("pump", {"kv": torch.full(store.cartridge("pump").shape, value)}, version=7)
+            store.commit(store.rows(), None)
+
+    file = tmp_path / "manuals" / "questions.jsonl"
+    before = file.read_text()
+    count, first, metrics = report()
+    assert count and report() == (0, first, metrics)
+    added = {"id": "new", "document_ids": ["pump"], "question": "Which pump?", "answers": ["the red one"]}
+    file.write_text(before + json.dumps(added) + "\n")
+    assert report()[:2] != (0, first) and ran
+    file.write_text("".join(before.splitlines(keepends=True)[:-2]))
+    _, fewer, _ = report()
+    assert ran and not fewer & {"q10", "q11"}
+    file.write_text(before)
+    assert report() == (0, first, metrics)
+    trained(0.5)
+    assert report()[2] != metrics and ran
+    now = report()[2]
+    trained(-0.5)  # as if in a new store in the same folder, whose versions count from the beginning
+    assert report()[2] != now and ran
+
+
 def test_prices_are_those_given(asked: Callable[..., Path]) -> None:
     folder = asked(price_hour=3.6, price_tokens=2.0)
     run, predictions = read_run(folder)

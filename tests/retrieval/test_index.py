@@ -328,3 +328,18 @@ def test_a_large_index_is_searched_approximately(
                 for a, b in zip(exact, approximate)
             ]
             assert np.mean(shared) > 0.9
+
+
+def test_vectors_are_in_memory_once(tmp_path: Path) -> None:
+    """Where the search has them; arrays of them outlive their index."""
+    index = ChunkIndex([(f"d{n}", f"Pier {n}", f"The lamp of pier {n} is lit.") for n in range(9)], HashEmbedder(32))
+    index.save(tmp_path / "index")
+    expected = index.vectors.copy()
+    loaded = ChunkIndex.load(tmp_path / "index", HashEmbedder(32))
+    for one in (index, loaded):
+        assert one.vectors.ctypes.data == int(one._faiss.get_xb()) and not one.vectors.flags.writeable
+    kept = loaded.vectors[3:]
+    del loaded, one
+    assert np.array_equal(kept, expected[3:])
+    index.update([("d0", "Pier 0", "The lamp of pier 0 is lit."), ("new", "New", "A new one.")])
+    assert np.array_equal(index.vectors[0], expected[0]) and index.vectors.shape == (2, 32)

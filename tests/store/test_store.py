@@ -769,7 +769,9 @@ def test_export_replaces_whole_or_not_at_all(store: Store, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(StoreError, match="No space left on device; free some space and run the same command again") as caught:
+        with pytest.raises(
+            StoreError, match="No space left on device; free some space and run the same command again"
+        ) as caught:
             store.export("pump", file)
         one_line(caught)
     assert file.read_bytes() == b"before"
