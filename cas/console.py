@@ -95,7 +95,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signal = number
         print(
-            "\nstopping at the next safe place, in a minute or more before training; again to stop at once",
+            "\nstopping at the next safe place, which may take minutes before training begins; again to stop at once",
             file=sys.stderr,
         )
 
