@@ -87,7 +87,11 @@ def show(id: Positional[OptionalId] = None, store: StoreOption = None, as_json: 
     if as_json:
         print(console.to_json(about))
         return 0
+    if id is None:
+        about["model"] = about["model"]["source"]["name"].removeprefix("package:")  # --json has all about it
     for key, value in about.items():
+        if value is None:  # does not apply
+            continue
         plain = isinstance(value, (str, int, float, type(None)))
         print(console.harmless(f"{key}: {value if plain else json.dumps(value, ensure_ascii=False)}"))
     return 0
@@ -99,7 +103,11 @@ def verify(store: StoreOption = None) -> int:
     broken = opened.verify()
     for line in broken:
         print(console.harmless(line))
-    print(f"{opened.folder}: {len(opened.rows())} cartridges, {len(broken)} broken")
+    rows = opened.rows().values()
+    without = sum(not row.initialized for row in rows)
+    print(
+        f"{opened.folder}: {len(rows)} cartridges, {f'{without} without values yet, ' * (without > 0)}{len(broken)} broken"
+    )
     return 1 if broken else 0
 
 

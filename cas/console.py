@@ -95,7 +95,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signal = number
         print(
-            "\nstopping at the next safe place, in self-study after a minute or more; again to stop at once",
+            "\nstopping at the next safe place, which may take minutes before training begins; again to stop at once",
             file=sys.stderr,
         )
 
@@ -154,7 +154,8 @@ class Display:
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Set how much is done, of how much."""
-        if time.monotonic() - self._entered < 2:  # this is what an earlier run did: it says nothing about the rate
+        # What is done at first, or at once, an earlier run did: it says nothing about the rate.
+        if self._state is None or time.monotonic() - self._entered < 2:
             self._first, self._started = done, time.monotonic()
         self._state = done, total, note
         self._progress.update(self._task, completed=done, total=total, note=note)

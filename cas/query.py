@@ -62,7 +62,10 @@ def _load(store: Store, config: QueryConfig) -> tuple[Answerer, bool]:
     from cas.training.rounds import finished
 
     model = FrozenModel.from_store(store, config.model, config.revision, config.dtype, config.device)
-    return Answerer(model, store, None if config.documents else load_embedder(config.embedder)), finished(store)
+    answerer = Answerer(model, store, None if config.documents else load_embedder(config.embedder))
+    if not config.documents:
+        _ = answerer.index  # what is not embedded yet, such as after an interrupted training, is embedded here
+    return answerer, finished(store)
 
 
 def _prompt(answerer: Answerer, config: QueryConfig) -> int:

@@ -330,6 +330,19 @@ def test_titles_and_ids_are_printed_harmless(
         assert "red" in printed and not re.search("[\x1b\x9b]", printed)
 
 
+def test_what_a_begun_store_is_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_store(tmp_path / "s")
+    monkeypatch.setattr(Store, "rows", lambda store: {"pump": Row("pump", "The pump", "h", 9, 4)})
+    monkeypatch.setattr(Store, "verify", lambda store: [])
+    assert main(["show", "--store", str(tmp_path / "s")]) == 0
+    shown = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert "{" not in shown["model"] and "None" not in shown.values()
+    assert main(["verify", "--store", str(tmp_path / "s")]) == 0
+    assert "1 cartridges, 1 without values yet, 0 broken" in capsys.readouterr().out
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"cas {cas.__version__}\n"
 
@@ -347,13 +360,16 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.05)
     with console.Display("self-study") as display:
         assert capsys.readouterr().err == ""
-        display._entered -= 10  # the first two seconds show what an earlier run did
+        display._entered -= 10
+        display.show(29, 120)  # what an earlier run did
         display.show(30, 120, "loss 1.0")
         time.sleep(0.4)
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(
         re.fullmatch(r"self-study  30 of 120, \S+ a minute, about .* left; loss 1\.0", line) for line in lines
     )
+    rates = [float(line.split()[4]) for line in lines]
+    assert rates[-1] < 60 / 0.1  # of the one since then, not of thirty
     time.sleep(0.2)
     assert capsys.readouterr().err == ""
     assert [console.duration(s) for s in (40, 420, 9000)] == ["40 seconds", "7 minutes", "2.5 hours"]

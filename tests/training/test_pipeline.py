@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[str] = []
         self.titles: list[str] = []
+        self.shown: dict[str, list[int]] = {}  # under a title, how much is done
         self.asked, self.stop_after = 0, stop_after
 
     def line(self, text: str) -> None:
@@ -35,6 +36,7 @@ class Recorder:
 
     def show(self, done: int, total: int, note: str = "") -> None:
         assert 0 <= done <= total
+        self.shown.setdefault(self.titles[-1] if self.titles else "", []).append(done)
 
     say = line
 
@@ -95,6 +97,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(manuals: 
     whole = Recorder()
     pipeline.run(configured(), whole)
     assert whole.titles == ["self-study", "initialize", "training", "index"]
+    assert whole.shown["self-study"][0] == whole.shown["initialize"][0] == 0  # the first part of them takes long
+    assert whole.shown[""] == [0, 1, 2, 3, 4]  # files of the folder, before the plan
     with Store.open(FOLDER) as store:
         expected = contents(store), store.run_state()
     cut = configured("--store", "runs/cut")
