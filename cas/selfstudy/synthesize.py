@@ -75,9 +75,8 @@ def synthesize(
     Also records new documents in the store (:meth:`Store.add_documents`). Documents without any conversation are missing
     from the result and listed in ``without_conversations.json``; with reconstruction only those without a token are.
 
-    Args: settings, or its fields as ``options``; progress: called before every unit and at the end with (kept, wanted)
-    conversations, or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first
-    hundred questions.
+    Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
+    or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first hundred questions.
     Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings, or the model
     reads too little; RunError when less than a quarter of the first questions is kept, or nothing at all in a new store
     (in a later round the result is empty).
@@ -117,8 +116,6 @@ def synthesize(
             file, part = folder / f"unit-{unit:06d}.parquet", parts[unit] if unit < len(parts) else ()
             calls = [] if part else planner.plan(unit - len(parts), history)
             done, wanted = planner.progress(history)
-            if progress is not None:
-                progress(rebuilt + done, len(asked) + wanted)
             written = file.exists() and settings.conversations is None
             if not (part or calls or written):
                 break
@@ -149,6 +146,9 @@ def synthesize(
             unit, rebuilt = unit + 1, rebuilt + len(part)
             if not part:
                 history.add(calls, conversations, dropped)
+            if progress is not None:
+                done, wanted = planner.progress(history)
+                progress(rebuilt + done, len(asked) + wanted)
         without = record_without(store, documents, {*history.questions, *(passage.document for passage in asked)})
         if len(without) == len(documents.documents):
             problem = f"self-study kept none of {history.dropped.total()} questions about {len(without)} documents"

@@ -97,7 +97,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(manuals: 
     whole = Recorder()
     pipeline.run(configured(), whole)
     assert whole.titles == ["self-study", "initialize", "training", "index"]
-    assert whole.shown["self-study"][0] == whole.shown["initialize"][0] == 0  # the first part of them takes long
+    assert whole.shown["initialize"][0] == 0  # the first one may take minutes
     assert whole.shown[""] == [0, 1, 2, 3, 4]  # files of the folder, before the plan
     with Store.open(FOLDER) as store:
         expected = contents(store), store.run_state()
