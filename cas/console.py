@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -32,6 +33,12 @@ _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud8
 def run(main: Callable[[], int]) -> int:
     """Call a command and turn what it raises, or warns of, into one line on stderr and an exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.getfilesystemencoding().lower() != "utf-8":
+        complain("names of files are not read as UTF-8 here; set PYTHONUTF8=1 in the environment")
+        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="backslashreplace")  # an answer that cannot be written whole is still one
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(transformers|sentence_transformers|torch)\b.*")

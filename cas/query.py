@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from cas import console
@@ -92,7 +92,7 @@ def _prompt(answerer: Answerer, config: QueryConfig) -> int:
 
 
 def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:
-    chosen = [d.strip() for d in config.documents.split(",") if d.strip()] if config.documents is not None else None
+    chosen = None if config.documents is None else ids_in(config.documents, answerer.store.rows())
     if chosen == []:
         raise UserError("--documents names no document; give ids, comma-separated")
     stream = not config.json
@@ -110,6 +110,17 @@ def _answer(answerer: Answerer, config: QueryConfig, question: str) -> None:
         print(console.to_json(answer.to_dict()), flush=True)
     else:
         print(f"\n\n{_summary(answer)}", flush=True)
+
+
+def ids_in(text: str, known: Container[str]) -> list[str]:
+    """The document ids in a comma-separated list; an id may have commas itself, so the longest known ones count."""
+    parts, ids = text.split(","), list[str]()
+    while parts:
+        lengths = range(len(parts), 0, -1)
+        length = next((n for n in lengths if ",".join(parts[:n]).strip() in known), 1)
+        ids.append(",".join(parts[:length]).strip())
+        del parts[:length]
+    return [i for i in ids if i]
 
 
 def _summary(answer: Answer) -> str:

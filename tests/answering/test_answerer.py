@@ -20,6 +20,7 @@ from cas.answering import answerer as answer
 from cas.data.collection import Collection, Document
 from cas.errors import CollectionError, EmbedderError, StoreMismatch, UserError
 from cas.model.frozen import FrozenModel
+from cas.query import ids_in
 from cas.store.changes import Change
 from cas.store.index import load_embedder, open_index
 from cas.store.store import Store
@@ -187,3 +188,19 @@ def test_what_does_not_fit_into_the_window_is_refused_in_one_line(
         assert held == window
         [many] = answerer.ask_many(["Which valve?"], 1, max_new_tokens=10_000_000)
         assert many.answer == found.answer
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("pump,valve", ["pump", "valve"]),
+        (" pump , valve ,", ["pump", "valve"]),
+        ("Report, 2023", ["Report, 2023"]),
+        ("pump,Report, 2023,valve", ["pump", "Report, 2023", "valve"]),
+        ("Report", ["Report"]),
+        ("Report, 2024", ["Report", "2024"]),
+        (" , ", []),
+    ],
+)
+def test_ids_with_commas(text: str, ids: list[str]) -> None:
+    assert ids_in(text, {"pump", "valve", "Report, 2023", "2023"}) == ids

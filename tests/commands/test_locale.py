@@ -33,6 +33,20 @@ def test_a_folder_with_names_and_texts_beyond_ascii(manuals: FrozenModel) -> Non
         assert "öffnet bei 5 °C. 阀门是红色的。" in store.text("Prüfung 阀门")
 
 
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [({"PYTHONIOENCODING": "ascii"}, 0), ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 2)],
+)
+def test_a_system_that_cannot_write_what_is_asked(environment: dict[str, str], status: int) -> None:
+    code = "import sys; from cas import console; sys.exit(console.run(lambda: print('Pr\\xfcfung \\u9600\\u95e8')))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
+    assert done.returncode == status
+    if status:
+        assert done.stderr.count(b"\n") == 1 and b"PYTHONUTF8=1" in done.stderr
+    else:
+        assert done.stdout.decode().strip() == r"Pr\xfcfung \u9600\u95e8"
+
+
 def elsewhere(words: list[str]) -> int:
     """A command in a process of its own, as in the fixture ``manuals``."""
     from helpers_writer import prepare
