@@ -36,7 +36,7 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "cas", "font.family": "sans-serif", "font.size": 11}
     style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), c["muted"])
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
 
@@ -76,7 +76,7 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
         for arm, dash in ((FULL_DOCUMENT, "--"), (NO_CONTEXT, ":")):
             axes.axhline(view.figure(arm)["mean"], color=c["text"], ls=dash, lw=1.2, label=view.names[arm])
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 5.0))
         axes.set_xlabel(label)
         axes.set_ylabel(f"{view.metric.replace('_', ' ')}, percent")
         axes.grid(color=c["line"], lw=0.6)
@@ -85,7 +85,7 @@ def _chart(view: View, measure: str, scale: float, label: str) -> str:
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=c["ink"])
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10, labelcolor=c["ink"])
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
         pyplot.close(figure)
