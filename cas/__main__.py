@@ -1,4 +1,4 @@
-"""``python -m cas train|query|report|ls|show|verify|export|compact``: hand over to the command."""
+"""``python -m cas train|query|report|ls|show|verify|export|compact|merge``: hand over to the command."""
 
 from __future__ import annotations
 

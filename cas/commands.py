@@ -1,4 +1,4 @@
-"""``python -m cas ls|show|verify|export|compact``: parse, call, print."""
+"""``python -m cas ls|show|verify|export|compact|merge``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -29,7 +30,7 @@ OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; wi
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands. Returns the exit status."""
-    commands = (train, query, report, ls, show, verify, export, compact)
+    commands = (train, query, report, ls, show, verify, export, compact, merge)
     return tyro.extras.subcommand_cli_from_dict(
         {command.__name__: command for command in commands},
         prog="cas",
@@ -132,6 +133,19 @@ def compact(store: Positional[StoreArgument] = None) -> int:
     with Store.open(store_folder(store), write=True) as opened, opened.training():
         before, after = compact_file(opened.records.environment, opened.records.descriptor)
         print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
+    return 0
+
+
+def merge(
+    target: Positional[Annotated[str, arg(metavar="NEW", help="Folder of the merged store.")]],
+    stores: Positional[Annotated[tuple[str, ...], arg(metavar="STORE", help="Finished stores of one model.")]],
+) -> int:
+    """Make one store of several that were trained apart: same model, same settings of cartridges."""
+    from cas.store.merge import join_indexes, merge_stores
+
+    with merge_stores(Path(target), list(map(Path, stores))) as merged:
+        join_indexes(merged, list(map(Path, stores)))
+        print(console.harmless(f"{merged.folder}: {len(merged.rows())} cartridges of {len(stores)} stores"))
     return 0
 
 

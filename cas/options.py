@@ -54,7 +54,7 @@ EFFORTS = {
 
 _AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
 _AT_LEAST_1 |= {"answer_tokens", "top_k", "pool", "targets", "per_target", "rotate_every", "checkpoint_every"}
-_AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency"}
+_AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency", "exchange_every"}
 _AT_LEAST_0 = {"guests", "max_distractors", "warmup", "steps"}
 _SHARES = {"isolation", "rotate_fraction", "final_lr"}
 _POSITIVE = {"lr", "epochs"}
@@ -257,6 +257,14 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
+class RanksOptions(_Checked):
+    """Training by several processes: torchrun --nproc-per-node 8 -m cas.train ..., or deepspeed."""
+
+    exchange_every: int = 500
+    """Steps after which documents are dealt out to the ranks anew, so that all of them meet."""
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """The store, and how the command runs."""
 
@@ -272,7 +280,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class TrainConfig(  # the fields of the last base come first
-    OutputOptions, MemoryOptions, Training, SelfStudy, CartridgeOptions, ModelOptions, CollectionOptions
+    OutputOptions, MemoryOptions, RanksOptions, Training, SelfStudy, CartridgeOptions, ModelOptions, CollectionOptions
 ):
     """Train a collection of cartridges: self-study, joint training, retrieval index. Resumes by itself."""
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from cas import console
+from cas.training import ranks
 
 if TYPE_CHECKING:
     from cas.options import TrainConfig
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the options and train. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [word for word in arguments if not word.startswith("--local_rank=")]  # which deepspeed adds
 
     def run() -> int:
         from cas.options import TrainConfig, parse  # here, so that Ctrl-C ends the imports as it ends the rest
 
         config = parse(TrainConfig, "python -m cas.train", arguments)
-        return train(config, shlex.join(["python", "-m", "cas.train", *arguments]))
+        return train(config, shlex.join([*ranks.command(), "-m", "cas.train", *arguments]))
 
     return console.run(run)
 
 
 def train(config: TrainConfig, again: str) -> int:
-    """Run :mod:`cas.training.pipeline`, with results on stdout and progress on stderr.
+    """Run :mod:`cas.training.pipeline`, or the one of :mod:`cas.training.ranks`, with results on stdout and progress on
+    stderr.
 
     ``again``: the command that goes on, to print when interrupted. Returns the exit status.
     """
@@ -37,7 +40,12 @@ def train(config: TrainConfig, again: str) -> int:
         from cas.options import store_folder
         from cas.training import pipeline
     try:
-        pipeline.run(config, view)
+        if ranks.wanted(store_folder(config.store, config.collection)):
+            from cas.training.ranks import run as ranks_pipeline
+
+            ranks_pipeline.run(config, view)
+        else:
+            pipeline.run(config, view)
     except pipeline.Stopped:
         view.warn(f"interrupted, saved; go on with:\n  {again}")
         return view.interrupt.exit_status

@@ -17,6 +17,7 @@ COMMANDS = (
     "cas verify",
     "cas export",
     "cas compact",
+    "cas merge",
 )
 
 

@@ -180,6 +180,15 @@ class ChunkIndex:
         self._join(entries, rows)
         return list(fresh)
 
+    def absorb(self, others: Iterable[ChunkIndex]) -> None:
+        """Take over the documents of indexes that were made with the same embedder and sizes, vectors bit for bit."""
+        entries, rows = dict[str, Entry](), dict[str, np.ndarray]()
+        for index in (self, *others):
+            assert (index.embedder.name, index.words, index.overlap) == (self.embedder.name, self.words, self.overlap)
+            entries |= index.entries
+            rows |= {name: index.vectors[a:b] for name, a, b in zip(index.entries, index.bounds, index.bounds[1:])}
+        self._join(entries, rows)
+
     def _join(self, entries: dict[str, Entry], rows: dict[str, np.ndarray]) -> None:
         none = np.zeros((0, self.embedder.dimension), np.float32)
         self._set(entries, np.concatenate([none, *(rows[name] for name in entries)]))

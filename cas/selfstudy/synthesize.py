@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -68,6 +69,7 @@ def synthesize(
     settings: SelfStudy | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
+    whole: tuple[Collection, Subjects] | None = None,
     **options: Any,
 ) -> Conversations:
     """Write the training conversations of a collection beside its store; continues where an earlier call stopped.
@@ -76,7 +78,8 @@ def synthesize(
     from the result and listed in ``without_conversations.json``; with reconstruction only those without a token are.
 
     Args: settings, or its fields as ``options``; progress: called after every unit with (kept, wanted) conversations,
-    or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first hundred questions.
+    or with (asked, all) sentences where every sentence is asked about; say: gets a line after the first hundred questions;
+    whole: where these documents are a part of a collection, all of it as self-study calls it, and its subjects.
     Raises: StoreMismatch for another model; ConfigError when finished units were made with other settings, or the model
     reads too little; RunError when less than a quarter of the first questions is kept, or nothing at all in a new store
     (in a later round the result is empty).
@@ -92,6 +95,9 @@ def synthesize(
     writer = None if alone else list_writer(model, style, settings, recorded.get("writer_model"))
     planner: Planner = NoQuestions()
     called = told_apart(documents, {i: row.title for i, row in store.answering().items()})
+    if whole is not None:
+        ids = {d.id for d in documents.documents}
+        called = replace(documents, documents=tuple(d for d in whole[0].documents if d.id in ids))
     if not alone:
         fitting, sources = fit_window(model, style, settings, called)
         planner = make_planner(sources, style, fitting)
@@ -135,7 +141,9 @@ def synthesize(
                     written_now, dropped = reconstruct(model, part, settings.top_k), Counter[str]()
                 else:
                     share.check(wanted - done, planner.most_questions(history))
-                    teacher = teacher or Teacher(model, style, settings, Subjects(called.documents), writer)
+                    if teacher is None:
+                        subjects = Subjects(called.documents) if whole is None else whole[1]
+                        teacher = Teacher(model, style, settings, subjects, writer)
                     written_now, dropped = teacher.converse(calls, history.questions)
                 trim_host_memory()
                 write_unit(file, written_now, dropped, made)

@@ -81,6 +81,7 @@ class Store(StoredDocuments):
         positions: str = "fixed",
         initialisation: str = "matched",
         seed: int = 0,
+        round: int = 0,
     ) -> Store:
         """A new, empty store, open for writing. Of the model it records the description alone.
 
@@ -88,6 +89,7 @@ class Store(StoredDocuments):
             tokens, ratio: size of a cartridge, as positions or as document tokens per position; exactly one of them.
             span: the largest size; where it is not given, the first documents added fix it.
             positions, initialisation: see :class:`cas.model.positions.Layout` and :mod:`cas.training.initialization`.
+            round: its first round, where cartridges of earlier ones are to be copied into it.
         Raises: StoreExists if the folder holds a store or is a file; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
@@ -101,7 +103,7 @@ class Store(StoredDocuments):
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
-            "positions": positions, "initialisation": initialisation, "seed": seed,
+            "positions": positions, "initialisation": initialisation, "seed": seed, **({"round": round} if round else {}),
         }  # fmt: skip
         # Under another name first, so that a store that exists has its meta record.
         partial = folder / f"{_FILE}.partial"

@@ -21,6 +21,7 @@ from cas.selfstudy.synthesize import ROWS
 from cas.training.initialization import LONGEST, PADDED_TOKENS, SCORES_AT_ONCE
 from cas.training.loss import rows_at_once
 from cas.training.micro_batches import kept_bytes, kept_per_token, most_kept
+from cas.training.ranks import ranks_here
 from cas.training.schedule import guest_count
 
 EXTRA_TOKENS = 16  # of a conversation, besides question, answer and the template's parts
@@ -48,6 +49,7 @@ def plan_memory(
     tokens = [model.count_tokens(d.text) for d in documents.documents]
     sizes = [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
     on_cpu, host = model.device.type == "cpu", host_free()
+    host = None if host is None else host // ranks_here()
     try:
         return make_plan(
             _sizes(config, model, documents, tokens, sizes, frozen),

@@ -83,27 +83,27 @@ def run(config: TrainConfig, view: View) -> None:
 
     Raises: Stopped when ``view`` stopped it; CasError, before anything is written, for what the user has to change.
     """
-    _check(config)
+    check(config)
     folder = store_folder(config.store, config.collection)
     with ExitStack() as stack:
         store = None
         if Store.exists(folder):
             store = stack.enter_context(Store.open(folder, write=not config.dry_run))
-        documents = _load_documents(config, view)
+        documents = load_documents(config, view)
         with view.waiting("model"):
-            model = _load_model(config, store, view)
+            model = load_model(config, store, view)
         while True:
             with view.waiting("planning"):
                 setup = plan(config, folder, store, view, documents, model)
             if store is not None:
-                _refuse(setup, store)
+                refuse(setup, store)
             for text in setup.lines():
                 view.line(text)
             if config.dry_run:
                 return
             if store is None:
-                store = stack.enter_context(_create_store(setup))
-            _begin(setup, store)
+                store = stack.enter_context(create_store(setup))
+            begin(setup, store)
             if setup.memory is not None and not ended_untrained(store):
                 with view.listening() as stop:
                     conversations = self_study(setup, store, view, stop)
@@ -113,7 +113,7 @@ def run(config: TrainConfig, view: View) -> None:
                     else:
                         end_untrained(store)
             elif setup.memory is None and finished(store):
-                view.line(_trained(store, f"{(store.run_state() or {})['settings']['total_steps']} steps"))
+                view.line(trained_line(store, f"{(store.run_state() or {})['settings']['total_steps']} steps"))
             index(setup, store, view)
             if not setup.round.postponed:
                 return
@@ -212,7 +212,7 @@ def _sizes(config: TrainConfig, model: FrozenModel, documents: Collection, ratio
     return [cartridge_size(n, config.tokens, None if config.tokens else ratio, config.span) for n in tokens]
 
 
-def _check(config: TrainConfig) -> None:
+def check(config: TrainConfig) -> None:
     """Raise ConfigError for options that contradict each other, before anything is loaded."""
     if config.collection is None:
         raise ConfigError("give --collection: a folder of documents, a .jsonl file, or a named collection")
@@ -222,7 +222,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("give the cartridge size either as --tokens or as --ratio")
 
 
-def _load_documents(config: TrainConfig, view: View) -> Collection:
+def load_documents(config: TrainConfig, view: View) -> Collection:
     assert config.collection is not None
     with view.waiting("reading") as bar:
         chosen = config.include, config.exclude
@@ -234,7 +234,7 @@ def _load_documents(config: TrainConfig, view: View) -> Collection:
     return documents.merged() if config.merge else documents
 
 
-def _load_model(config: TrainConfig, store: Store | None, view: View) -> FrozenModel:
+def load_model(config: TrainConfig, store: Store | None, view: View) -> FrozenModel:
     """The model of the options, else of the store, else the default for the collection."""
     fictional = config.collection in FICTIONAL
     source = {"name": config.model or (READER if fictional else DEFAULT_MODEL), "revision": None}
@@ -277,13 +277,13 @@ def _store_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _create_store(setup: Setup) -> Store:
+def create_store(setup: Setup) -> Store:
     store = Store.create(setup.folder, setup.model, span=setup.config.span, **_store_settings(setup))
     save_config(setup.config, store)
     return store
 
 
-def _refuse(setup: Setup, store: Store) -> None:
+def refuse(setup: Setup, store: Store) -> None:
     """Raise StoreMismatch or ConfigError for what contradicts the store. Writes nothing."""
     store.check_model(setup.model)
     settings = _store_settings(setup)
@@ -294,17 +294,17 @@ def _refuse(setup: Setup, store: Store) -> None:
             f"{setup.folder} was made with {', '.join(changed)}; use the same settings or give a new --store"
         )
     if setup.memory is not None and not setup.round.new:
-        refuse_other_settings(store, asdict(_training(setup)))
+        refuse_other_settings(store, asdict(training_of(setup)))
 
 
-def _begin(setup: Setup, store: Store) -> None:
+def begin(setup: Setup, store: Store) -> None:
     """Bring the store to the collection as it is now, before self-study."""
     begin_round(store, setup.round)
     if (setup.round.differs and not setup.round.postponed) or not records_collection(setup.config, store):
         save_config(setup.config, store)
 
 
-def _training(setup: Setup) -> Training:
+def training_of(setup: Setup) -> Training:
     """The settings of the trainer, with the pool of the plan."""
     assert setup.memory is not None
     return replace(setup.config.part(Training), pool=setup.memory.pool)
@@ -338,18 +338,9 @@ def initialize(setup: Setup, store: Store, conversations: Conversations, view: V
 
 def train(setup: Setup, store: Store, conversations: Conversations, view: View, stop: Stop) -> None:
     """Joint training, from the last checkpoint on."""
-    assert setup.memory is not None
-    trainer = Trainer(
-        setup.model,
-        store,
-        conversations,
-        _training(setup),
-        host_bytes=memory(setup.config.host_memory, "--host-memory"),
-        device_bytes=setup.memory.trainees + setup.memory.guest_copies,
-        recompute=setup.memory.recompute,
-    )
+    trainer = make_trainer(setup, store, conversations, training_of(setup))
     with view.progress("training") as bar:
-        trainer.on_step = _show_steps(bar)
+        trainer.on_step = show_steps(bar)
         done = trainer.run(stop=stop)
     trim_host_memory()  # the index is made beside what the allocator has not given back
     guard = trainer.state.loss_guard
@@ -358,19 +349,33 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
             f"skipped     {guard.skipped} steps with a non-finite loss or gradient, or a loss above 2 log V; "
             f"{guard.back} times a cartridge was restored from its last checkpoint (a lower --lr may help)"
         )
-    view.line(_trained(store, f"{'' if done else f'{trainer.state.step} of '}{trainer.steps} steps"))
+    view.line(trained_line(store, f"{'' if done else f'{trainer.state.step} of '}{trainer.steps} steps"))
     if not done:
         raise Stopped
 
 
-def _trained(store: Store, steps: str) -> str:
+def make_trainer(setup: Setup, store: Store, conversations: Conversations, training: Training) -> Trainer:
+    """The trainer of a store, with the memory of the plan."""
+    assert setup.memory is not None
+    return Trainer(
+        setup.model,
+        store,
+        conversations,
+        training,
+        host_bytes=memory(setup.config.host_memory, "--host-memory"),
+        device_bytes=setup.memory.trainees + setup.memory.guest_copies,
+        recompute=setup.memory.recompute,
+    )
+
+
+def trained_line(store: Store, steps: str) -> str:
     """What the store's training has done so far, in so many steps."""
     rows = store.rows().values()
     tokens, trained = sum(row.trained_tokens for row in rows), sum(row.steps > 0 for row in rows)
     return f"trained     {trained} of {len(rows)} cartridges, {tokens:,} tokens of conversation, {steps}"
 
 
-def _show_steps(bar: Progress) -> Callable[[Report], None]:
+def show_steps(bar: Progress) -> Callable[[Report], None]:
     """What to do with every step's report: show it, and say once how long the training will take."""
     started, done = time.monotonic(), 0
 

@@ -65,7 +65,7 @@ def test_options_are_the_golden_ones() -> None:
 def test_help_has_named_groups() -> None:
     page = (ROOT / "docs" / "cli.md").read_text().split("## python -m cas.query")[0]
     groups = re.findall(r"╭─ ([a-z-]+) options", page)
-    assert groups == ["collection", "model", "cartridge", "self-study", "training", "memory", "output"]
+    assert groups == ["collection", "model", "cartridge", "self-study", "training", "ranks", "memory", "output"]
 
 
 def test_every_option_of_training_is_in_help() -> None:

@@ -1,0 +1,184 @@
+"""Training by several ranks: how documents are dealt out, and short trainings by real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from helpers_store import contents
+
+from cas.errors import ConfigError, RunError, UserError
+from cas.options import Training
+from cas.selfstudy.conversations import Conversations
+from cas.store.store import Store
+from cas.training import ranks
+from cas.training.pipeline import Stopped
+from cas.training.ranks import deals
+from cas.training.ranks.deals import Deal
+from cas.training.ranks.world import World
+from retrieval import ChunkIndex, HashEmbedder
+
+TESTS = Path(__file__).parent.parent
+STORE = Path("runs/manuals")
+SECONDS = 600
+
+
+def trained(base: Path, *names: str) -> dict[str, str]:
+    """Run :mod:`helpers_ranks`; what its first ranks said, by name."""
+    program = [sys.executable, str(TESTS / "helpers_ranks.py"), str(base), *names]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS)
+    said = {name: (base / name / "rank-0.log").read_text() for name in names if (base / name / "rank-0.log").exists()}
+    assert done.returncode == 0, f"{done.stderr}\n{said}"
+    return said
+
+
+def check(folder: Path, drawn: int) -> None:
+    """A whole, ordinary store of five trained documents, about which ``drawn`` conversations were drawn."""
+    with Store.open(folder / STORE) as store:
+        rows = store.rows()
+        assert store.verify() == [] and len(rows) == 5
+        assert all(row.steps and row.state_hash is None for row in rows.values())
+        assert sum(row.drawn for row in rows.values()) == drawn
+        state = store.run_state()
+        assert state is not None and state["step"] == state["settings"]["total_steps"]
+        conversations = Conversations.load(store.conversations)
+    assert set(conversations.by_document) == set(rows) and not (folder / STORE / ranks.FOLDER).exists()
+    index = ChunkIndex.load(folder / STORE / "index", HashEmbedder())
+    assert index.document_ids == sorted(rows) and index.source and len(index) >= 5
+
+
+def test_two_ranks_train_one_store_and_one_goes_on_where_one_of_them_is_lost(tmp_path: Path) -> None:
+    said = trained(tmp_path, "whole", "fewer")
+    check(tmp_path / "whole", 2 * 8 * 2)  # ranks, steps of each, conversations of a step
+    assert "ranks       2; documents are dealt out anew every 4 steps" in said["whole"]
+    assert "trained     5 of 5 cartridges" in said["whole"] and "8 steps of every rank" in said["whole"]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "whole" / STORE / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert sorted(steps) == sorted([*range(8)] * 2)
+    with Store.open(tmp_path / "fewer" / STORE) as store:
+        drawn = sum(row.drawn for row in store.rows().values())
+    assert 16 * 2 <= drawn <= 18 * 2  # what was trained is not trained again, but for half a rotation
+    check(tmp_path / "fewer", drawn)
+
+
+@pytest.mark.slow
+def test_a_training_that_lost_a_rank_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    """Bit for bit, on as many ranks."""
+    trained(tmp_path, "whole", "again")
+    with Store.open(tmp_path / "whole" / STORE) as whole, Store.open(tmp_path / "again" / STORE) as again:
+        assert contents(whole) == contents(again) and whole.run_state() == again.run_state()
+
+
+# -- without processes ----------------------------------------------------------------------------------------------------
+
+
+def test_parts_have_about_as_many_documents_and_tokens_each() -> None:
+    tokens = {f"d{n}": 10 + n % 7 * 100 for n in range(1000)}
+    parts = deals.cut(tokens, deals.count_parts(1000, 4))
+    assert len(parts) == 4 and sorted(chain(*parts)) == sorted(tokens)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    loads = [sum(tokens[i] for i in part) for part in parts]
+    assert max(loads) < 1.02 * min(loads)
+    assert deals.count_parts(10_000, 8) == 40 and deals.count_parts(3, 8) == 3
+
+
+def test_every_deal_mixes_the_documents_anew_and_the_same_on_every_rank() -> None:
+    ids = [f"d{n:03d}" for n in range(101)]
+    first, second = deals.dealt(ids, 0, 1, 4), deals.dealt(ids[::-1], 0, 2, 4)
+    assert first == deals.dealt(ids[::-1], 0, 1, 4) and first != deals.dealt(ids, 1, 1, 4)
+    for dealt in (first, second):
+        assert sorted(chain(*dealt)) == ids and Counter(map(len, dealt)) == {25: 3, 26: 1}
+    both = len(set(first[0]) & set(second[0]))
+    assert 1 <= both <= 15  # a quarter of 25 expected
+
+
+def test_steps_are_shared_by_the_ranks() -> None:
+    training = Training(epochs=2, targets=4, per_target=8)
+    assert deals.steps_of_a_rank(training, 64_000, 1000, 1) == 4000
+    assert deals.steps_of_a_rank(training, 64_000, 1000, 8) == 500
+    assert deals.steps_of_a_rank(training, 640, 8, 4) == 20  # two documents each: steps of two targets
+    assert deals.steps_of_a_rank(Training(steps=10), 640, 8, 4) == 3
+
+
+def test_documents_are_dealt_out_with_a_rotation_and_on_other_ranks_where_as_much_is_done() -> None:
+    assert [deals.next_deal(s, 100, 25, 10) for s in (0, 29, 30, 90)] == [30, 30, 60, 100]
+    training, before = Training(rotate_every=10), Deal(parts=4, number=3, world=4, step=60, steps=100)
+    same = deals.begin_deal(before, training, 100, 4, 0.7)
+    assert (same.number, same.world, same.step, same.steps) == (4, 4, 60, 100)
+    fewer = deals.begin_deal(before, training, 200, 2, 0.66, skipped=3)
+    assert (fewer.number, fewer.world, fewer.step, fewer.steps, fewer.skipped) == (4, 2, 130, 200, 3)
+    assert not fewer.finished and not Deal(parts=4).finished and Deal(4, 1, 2, 10, 10).finished
+
+
+def test_ranks_get_frozen_cartridges_that_they_can_show() -> None:
+    frozen = [f"f{n:03d}" for n in range(100)]
+    each = deals.distractors(frozen, Training(guests=0, max_distractors=10), 30, Deal(1, 1, 2, 0, 100))
+    assert [len(ids) for ids in each] == [30, 30] and len({*each[0], *each[1]}) == 60  # three rotations of ten
+    few = deals.distractors(frozen[:5], Training(), 1000, Deal(1, 1, 2, 0, 1000))
+    assert sorted(chain(*few)) == frozen[:5]
+    assert deals.distractors(frozen, Training(isolation=1.0), 30, Deal(1, 1, 2, 0, 100)) == [[], []]
+
+
+def test_more_ranks_than_documents_are_refused() -> None:
+    with pytest.raises(ConfigError, match="8 ranks cannot share 5 documents; start at most 5"):
+        deals.refuse_world(5, 8)
+    deals.refuse_world(5, 5)
+
+
+class Heard(World):
+    """A world whose other ranks say what it is told."""
+
+    others: list[object]
+
+    def exchange(self, value: object) -> list[object]:
+        return [*self.others[: self.rank], value, *self.others[self.rank :]]
+
+
+@pytest.mark.parametrize(
+    ("rank", "others", "error", "line"),
+    [
+        (0, [None, [2, "give less"]], UserError, "rank 2: give less"),
+        (0, [[1, "the disk is full"], [0, ""]], RunError, "rank 1: the disk is full"),
+        (0, [[0, ""], None], Stopped, ""),
+        (1, [[2, "give less"], None], SystemExit, "2"),
+        (1, [[0, ""], None], SystemExit, "130"),
+    ],
+)
+def test_what_a_rank_raises_is_said_once(
+    rank: int, others: list[object], error: type[BaseException], line: str
+) -> None:
+    world = Heard(rank, 3)
+    world.others = others
+    with pytest.raises(error) as raised:
+        world.together(lambda: 1)
+    assert str(raised.value) == line
+
+
+def test_an_error_of_our_own_stays_what_it_is() -> None:
+    def work() -> None:
+        raise ConfigError("give less")
+
+    world = Heard(0, 2)
+    world.others = [None]
+    with pytest.raises(ConfigError, match=r"^give less$"):
+        world.together(work)
+    assert world.together(lambda: 7) == 7
+
+
+def test_the_environment_of_a_launcher_is_told_from_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert not ranks.wanted(tmp_path) and ranks.command() == ["python"] and ranks.ranks_here() == 1
+    (tmp_path / ranks.FOLDER).mkdir()
+    assert ranks.wanted(tmp_path)  # one process goes on with what several began
+    for name, value in {**names, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.launched() and ranks.world_size() == 4
+    assert ranks.command() == ["torchrun", "--nproc-per-node", "2"] and ranks.ranks_here() == 2
