@@ -14,7 +14,7 @@ HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench claims test test-slow check clean
+.PHONY: help setup demo demo-real bench claims test test-slow test-ranks check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,10 @@ claims: $(STAMP) ## run every claim of the papers again (hours; goes on where it
 
 test-slow: $(STAMP) ## the tests that take minutes or a real model
 	$(PY) -m pytest -m slow
+
+test-ranks: $(STAMP) ## the tests of training by several processes, with DeepSpeed; some minutes on two cores
+	@$(PIP) install -c constraints.txt -e '.[deepspeed]'
+	$(PY) -m pytest -m slow tests/training/test_ranks.py
 
 check: $(STAMP) ## lint, types, the import rule, the options of the commands
 	$(PY) -m ruff check .

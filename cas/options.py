@@ -262,6 +262,8 @@ class RanksOptions(_Checked):
 
     exchange_every: int = 500
     """Steps after which documents are dealt out to the ranks anew, so that all of them meet."""
+    zero: Literal[0, 3] = 0
+    """3: split the frozen model over the ranks (DeepSpeed's ZeRO-3), where one GPU cannot hold it; 0: each has all of it."""
 
 
 @dataclass(frozen=True)

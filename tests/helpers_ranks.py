@@ -11,9 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # a launcher's own directories come first
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 import pytest
 from conftest import TEXTS
 from helpers_writer import prepare
@@ -51,12 +48,17 @@ def rank(words: Sequence[str], die_at: int | None = None) -> int:
         return train.main([*OPTIONS, *words])
 
 
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def fork(folder: Path, size: int, *words: str, dies: int | None = None, die_at: int = 0) -> list[int]:
     """Train with ``size`` ranks and wait. Rank ``dies`` is killed at step ``die_at``; then the others get SIGTERM, as from
     torchrun. Returns: exit statuses; -9 for a killed one. Their output is in ``folder/rank-N.log``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     sys.stdout.flush()
     children = []
     for number in range(size):

@@ -292,7 +292,7 @@ class FrozenModel:
             "header_ids": list(self.template.header_ids),
         }
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of the weights, shared ones counted once."""
         return sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from helpers_ranks import free_port, write_manuals
 from helpers_store import contents
 
 from cas.errors import ConfigError, RunError, UserError
@@ -28,13 +30,40 @@ STORE = Path("runs/manuals")
 SECONDS = 600
 
 
+def environment() -> dict[str, str]:
+    """For programs of the tests: this project before an installed one, and no GPU."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
 def trained(base: Path, *names: str) -> dict[str, str]:
     """Run :mod:`helpers_ranks`; what its first ranks said, by name."""
     program = [sys.executable, str(TESTS / "helpers_ranks.py"), str(base), *names]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, env=environment())
     said = {name: (base / name / "rank-0.log").read_text() for name in names if (base / name / "rank-0.log").exists()}
     assert done.returncode == 0, f"{done.stderr}\n{said}"
     return said
+
+
+def launched(launcher: str, folder: Path, program: str, *words: str) -> str:
+    """Run a program of the tests on two ranks under a real launcher; what it printed."""
+    first = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    if launcher == "deepspeed":
+        first = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_accelerators",
+            "2",
+            "--master_port",
+            str(free_port()),
+        ]
+    done = subprocess.run(
+        [*first, str(TESTS / program), *words], capture_output=True, text=True, timeout=SECONDS, cwd=folder,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def check(folder: Path, drawn: int) -> None:
@@ -73,6 +102,27 @@ def test_a_training_that_lost_a_rank_ends_as_if_it_had_not(tmp_path: Path) -> No
     trained(tmp_path, "whole", "again")
     with Store.open(tmp_path / "whole" / STORE) as whole, Store.open(tmp_path / "again" / STORE) as again:
         assert contents(whole) == contents(again) and whole.run_state() == again.run_state()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_gradients_of_a_model_in_parts_are_those_of_one_process(kind: str, tmp_path: Path) -> None:
+    """In float32, to 1e-5; on ranks that make different numbers of forward and backward passes."""
+    pytest.importorskip("deepspeed")
+    launched("torchrun", tmp_path, "helpers_zero.py", kind, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_training_with_a_model_in_parts_gives_the_store_of_one_without(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    stores = []
+    for launcher, name, words in (("torchrun", "whole", ()), ("deepspeed", "parts", ("--zero", "3"))):
+        write_manuals(tmp_path / name)
+        launched(launcher, tmp_path / name, "helpers_ranks.py", *words)
+        with Store.open(tmp_path / name / STORE) as store:
+            assert store.verify() == []
+            stores.append(contents(store))
+    assert stores[0] == stores[1]
 
 
 # -- without processes ----------------------------------------------------------------------------------------------------
@@ -176,6 +226,10 @@ def test_the_environment_of_a_launcher_is_told_from_none(monkeypatch: pytest.Mon
     for name in names:
         monkeypatch.delenv(name, raising=False)
     assert not ranks.wanted(tmp_path) and ranks.command() == ["python"] and ranks.ranks_here() == 1
+    with pytest.raises(
+        ConfigError, match=r"start them: torchrun --nproc-per-node N|pip install 'cas-cartridges\[deepspeed\]'"
+    ):
+        ranks.wanted(tmp_path, zero=3)
     (tmp_path / ranks.FOLDER).mkdir()
     assert ranks.wanted(tmp_path)  # one process goes on with what several began
     for name, value in {**names, "LOCAL_WORLD_SIZE": "2"}.items():

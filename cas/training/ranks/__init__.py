@@ -11,7 +11,10 @@ This file must not import torch: the command line asks it what to import.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+
+from cas.errors import ConfigError
 
 FOLDER = "ranks"  # in the store, while it is trained by ranks
 
@@ -21,8 +24,17 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def wanted(store: Path) -> bool:
-    """Whether a training is one of ranks, if only of the one that goes on with what several began."""
+def wanted(store: Path, zero: int = 0) -> bool:
+    """Whether a training is one of ranks, if only of the one that goes on with what several began.
+
+    Args: zero: the stage asked for. Raises: ConfigError for what it needs.
+    """
+    if zero and find_spec("deepspeed") is None:
+        raise ConfigError(f"--zero {zero} needs DeepSpeed: pip install 'cas-cartridges[deepspeed]', after PyTorch")
+    if zero and not launched():
+        raise ConfigError(
+            f"--zero {zero} splits the model over ranks; start them: torchrun --nproc-per-node N -m cas.train …"
+        )
     return launched() or (store / FOLDER).exists()
 
 

@@ -55,7 +55,7 @@ from cas.training.rounds import begun, end_untrained, ended_untrained, finished
 def run(config: TrainConfig, view: View) -> None:
     """As :func:`cas.training.pipeline.run`, on every rank. Raises: the same on the first one; SystemExit on the others,
     which have nothing to say."""
-    with join() as world:
+    with join(config.zero > 0) as world:
         _run(config, view if world.first else _Quiet(view), world)
         if not world.first:
             raise SystemExit(0)
@@ -64,6 +64,11 @@ def run(config: TrainConfig, view: View) -> None:
 def _run(config: TrainConfig, view: View, world: World) -> None:
     folder = store_folder(config.store, config.collection)
     documents, model = world.together(_load, config, folder, view)
+    if config.zero:
+        from cas.training.ranks.zero import Lockstep, partition
+
+        model = partition(model, world.device)
+        world.before_waiting = Lockstep(model).join_in
     while True:
         setup = world.together(_plan, config, folder, view, documents, model, world)
         for text in setup.lines():
@@ -84,8 +89,9 @@ def _run(config: TrainConfig, view: View, world: World) -> None:
 
 def _load(config: TrainConfig, folder: Path, view: View) -> tuple[Collection, FrozenModel]:
     pipeline.check(config)
+    place = replace(config, device="cpu") if config.zero else config  # from there it goes to the GPUs in parts
     with _reading(folder) as store:
-        return pipeline.load_documents(config, view), pipeline.load_model(config, store, view)
+        return pipeline.load_documents(config, view), pipeline.load_model(place, store, view)
 
 
 @contextlib.contextmanager

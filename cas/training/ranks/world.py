@@ -29,6 +29,11 @@ class World:
     before_waiting: Callable[[], None] | None = None
 
     @property
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU where there is none."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
     def first(self) -> bool:
         """Whether this is the one that writes into the store and speaks to the user."""
         return self.rank == 0
