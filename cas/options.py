@@ -260,8 +260,9 @@ class MemoryOptions:
 class RanksOptions(_Checked):
     """Training by several processes: torchrun --nproc-per-node 8 -m cas.train ..., or deepspeed."""
 
-    exchange_every: int = 500
-    """Steps after which documents are dealt out to the ranks anew, so that all of them meet."""
+    exchange_every: int | None = None
+    """Steps after which documents are dealt out to the ranks anew, so that all of them meet. Default twice the documents of
+    a rank, at most an eighth of its steps."""
     zero: Literal[0, 3] = 0
     """3: split the frozen model over the ranks (DeepSpeed's ZeRO-3), where one GPU cannot hold it; 0: each has all of it."""
 

@@ -40,7 +40,7 @@ def train(config: TrainConfig, again: str) -> int:
         from cas.options import store_folder
         from cas.training import pipeline
     try:
-        if ranks.wanted(store_folder(config.store, config.collection), config.zero):
+        if config.collection is not None and ranks.wanted(store_folder(config.store, config.collection), config.zero):
             from cas.training.ranks import run as ranks_pipeline
 
             ranks_pipeline.run(config, view)

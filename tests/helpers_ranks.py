@@ -4,11 +4,12 @@ imported, it forks the ranks, which saves their imports."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def write_manuals(folder: Path) -> None:
-    """Five documents."""
+MORE = {
+    "buoy": "The red buoy marks the sandbank. It was painted in March and its bell rings in every swell.",
+    "shed": "The net shed has two doors. The key of the small one hangs behind the barometer in the office.",
+}
+
+
+def write_manuals(folder: Path, texts: Mapping[str, str] = TEXTS) -> None:
+    """Five documents, or these."""
     (folder / "manuals").mkdir(parents=True, exist_ok=True)
-    for name, text in TEXTS.items():
+    for name, text in texts.items():
         (folder / "manuals" / f"{name}.md").write_text(f"# The {name}\n\n{text}\n")
 
 
@@ -102,15 +109,19 @@ def fork(folder: Path, size: int, *words: str, dies: int | None = None, die_at: 
 
 def main(base: Path, *names: str) -> None:
     """``whole``: a training by two ranks. ``again``, ``fewer``: the same, of which one is killed, gone on with by two or
-    by one."""
+    by one. ``round``: a whole one, and the next round of it. ``four``: by four ranks."""
     for name in names:
         write_manuals(base / name)
-        ranks = 1 if name == "fewer" else 2
-        if name != "whole":
+        ranks = {"fewer": 1, "four": 4}.get(name, 2)
+        if name in ("again", "fewer"):
             lost = fork(base / name, 2, dies=1, die_at=5)
             assert lost[0] != 0 and lost[1] == -signal.SIGKILL, lost
             assert (base / name / "runs/manuals/ranks/deal.json").exists()
         assert fork(base / name, ranks) == [0] * ranks, name
+        if name == "round":
+            shutil.copytree(base / name / "runs/manuals", base / name / "runs/before")
+            write_manuals(base / name, MORE)
+            assert fork(base / name, ranks) == [0] * ranks, name
 
 
 if __name__ == "__main__":

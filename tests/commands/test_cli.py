@@ -73,7 +73,7 @@ def test_every_option_of_training_is_in_help() -> None:
     assert {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig)} <= set(flags)
 
 
-@pytest.mark.parametrize("page", ["cli", "worlds", "performance"])
+@pytest.mark.parametrize("page", ["cli", "worlds", "performance", "scaling"])
 def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     text = importlib.import_module(f"make_{page}").text()
@@ -82,7 +82,19 @@ def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: p
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "query", "report", "ls", "show", "verify", "export", "", "ls --store {store}", "show --store {store}"],
+    [
+        "train",
+        "query",
+        "report",
+        "ls",
+        "show",
+        "verify",
+        "export",
+        "merge",
+        "",
+        "ls --store {store}",
+        "show --store {store}",
+    ],
 )
 def test_help_and_listing_need_no_torch(command: str, tmp_path: Path) -> None:
     if words := command.format(store=tmp_path / "s").split()[1:]:

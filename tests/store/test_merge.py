@@ -138,6 +138,19 @@ def test_damage_stops_a_merge_and_leaves_nothing(tmp_path: Path, model: FrozenMo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_a_trained_cartridge_takes_the_bytes_of_the_plan(tmp_path: Path, model: FrozenModel) -> None:
+    """Four a number on disk, twelve with Adam's moments, and a header: what docs/scaling.md multiplies."""
+    documents = part(slice(0, 2))
+    with make_store(tmp_path / "a", model, documents) as store:
+        training = Training(steps=2, targets=2, per_target=2, distractor_gradients=False)
+        assert Trainer(model, store, converse(model, documents, 2), training).run()
+        with store.records.read() as txn:
+            for row in store.rows().values():
+                kv, state = (len(txn.get(key)) for key in blob_keys(row.id, row.version))
+                elements = model.geometry.elements(row.p)
+                assert 4 * elements < kv < 4 * elements + 1024 and 8 * elements < state < 8 * elements + 1024
+
+
 def test_copies_replace_what_the_target_has(tmp_path: Path, model: FrozenModel) -> None:
     a = finished(tmp_path / "a", model, part(slice(0, 3)), 3)
     with Store.open(a) as source, create_like(source, tmp_path / "copy") as copy:

@@ -45,9 +45,17 @@ def trained(base: Path, *names: str) -> dict[str, str]:
     return said
 
 
-def launched(launcher: str, folder: Path, program: str, *words: str) -> str:
-    """Run a program of the tests on two ranks under a real launcher; what it printed."""
-    first = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+def launched(launcher: str, folder: Path, program: str, *words: str, size: int = 2) -> str:
+    """Run a program of the tests, or ``-m`` a module, on ranks under a real launcher; what it printed."""
+    first = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(size),
+        "--master-port",
+        str(free_port()),
+    ]
     if launcher == "deepspeed":
         first = [
             sys.executable,
@@ -59,7 +67,7 @@ def launched(launcher: str, folder: Path, program: str, *words: str) -> str:
             str(free_port()),
         ]
     done = subprocess.run(
-        [*first, str(TESTS / program), *words], capture_output=True, text=True, timeout=SECONDS, cwd=folder,
+        [*first, program if program == "-m" else str(TESTS / program), *words], capture_output=True, text=True, timeout=SECONDS, cwd=folder,
         env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,7 +92,7 @@ def check(folder: Path, drawn: int) -> None:
 def test_two_ranks_train_one_store_and_one_goes_on_where_one_of_them_is_lost(tmp_path: Path) -> None:
     said = trained(tmp_path, "whole", "fewer")
     check(tmp_path / "whole", 2 * 8 * 2)  # ranks, steps of each, conversations of a step
-    assert "ranks       2; documents are dealt out anew every 4 steps" in said["whole"]
+    assert "ranks       2, each with 2 documents or one more" in said["whole"]
     assert "trained     5 of 5 cartridges" in said["whole"] and "8 steps of every rank" in said["whole"]
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "whole" / STORE / "metrics.jsonl").read_text().splitlines()
@@ -102,6 +110,22 @@ def test_a_training_that_lost_a_rank_ends_as_if_it_had_not(tmp_path: Path) -> No
     trained(tmp_path, "whole", "again")
     with Store.open(tmp_path / "whole" / STORE) as whole, Store.open(tmp_path / "again" / STORE) as again:
         assert contents(whole) == contents(again) and whole.run_state() == again.run_state()
+
+
+@pytest.mark.slow
+def test_the_next_round_trains_beside_frozen_cartridges_of_both_ranks(tmp_path: Path) -> None:
+    said = trained(tmp_path, "round")["round"]
+    assert "collection  2 new; the other 5 cartridges stay as they are" in said
+    with Store.open(tmp_path / "round" / STORE) as store, Store.open(tmp_path / "round/runs/before") as before:
+        now, then = contents(store), contents(before)
+        assert now.keys() - then.keys() == {"buoy", "shed"} and now.items() >= then.items()
+        assert store.round == 1 and all(store.row(name).steps for name in ("buoy", "shed")) and store.verify() == []
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_much_as_two(tmp_path: Path) -> None:
+    trained(tmp_path, "four")
+    check(tmp_path / "four", 4 * 4 * 2)
 
 
 @pytest.mark.slow
@@ -164,6 +188,14 @@ def test_documents_are_dealt_out_with_a_rotation_and_on_other_ranks_where_as_muc
     fewer = deals.begin_deal(before, training, 200, 2, 0.66, skipped=3)
     assert (fewer.number, fewer.world, fewer.step, fewer.steps, fewer.skipped) == (4, 2, 130, 200, 3)
     assert not fewer.finished and not Deal(parts=4).finished and Deal(4, 1, 2, 10, 10).finished
+
+
+def test_deals_move_no_more_than_rotations_do() -> None:
+    assert (
+        deals.deals_every(None, 10_000, 50_000, 8) == 2500
+    )  # a rank's 1,250 cartridges; rotations move 2,500 meanwhile
+    assert deals.deals_every(None, 10_000, 1000, 8) == 125 and deals.deals_every(70, 10_000, 1000, 8) == 70
+    assert deals.deals_every(None, 4, 3, 2) == 1 and deals.deals_every(5, 10, 100, 1) == 100
 
 
 def test_ranks_get_frozen_cartridges_that_they_can_show() -> None:

@@ -107,6 +107,14 @@ def steps_of_a_rank(training: Training, conversations: int, documents: int, worl
     return max(1, round(training.epochs * conversations / (world * targets * training.per_target)))
 
 
+def deals_every(given: int | None, documents: int, steps: int, world: int) -> int:
+    """Steps between deals: as given, or such that deals copy at most half of what rotations do (each step of a pool of
+    20 moves one cartridge in and one out), and at least eight times. A rank alone has nothing to exchange."""
+    if world == 1:
+        return steps
+    return given or max(1, min(2 * documents // world, steps // 8))
+
+
 def next_deal(step: int, steps: int, every: int, rotate_every: int) -> int:
     """The step at which documents are dealt out again: with a rotation, since pools change."""
     every = math.ceil(every / rotate_every) * rotate_every

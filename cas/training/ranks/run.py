@@ -40,6 +40,7 @@ from cas.training.ranks.deals import (
     clean,
     count_parts,
     cut,
+    deals_every,
     dealt,
     distractors,
     make_shard,
@@ -73,8 +74,10 @@ def _run(config: TrainConfig, view: View, world: World) -> None:
         setup = world.together(_plan, config, folder, view, documents, model, world)
         for text in setup.lines():
             view.line(text)
-        if world.size > 1:
-            view.line(f"ranks       {world.size}; documents are dealt out anew every {config.exchange_every} steps")
+        if world.size > 1 and setup.memory is not None:
+            view.line(
+                f"ranks       {world.size}, each with {len(setup.round.learners) // world.size} documents or one more"
+            )
         if config.dry_run:
             return
         with contextlib.ExitStack() as stack:
@@ -193,7 +196,8 @@ class _Run:
                     self.world.at_first(deal.save, self.folder)
 
     def _until(self, deal: Deal) -> int:
-        every = self.setup.config.exchange_every if self.world.size > 1 else deal.steps
+        given = self.setup.config.exchange_every
+        every = deals_every(given, len(self.ids), deal.steps, self.world.size)
         return next_deal(deal.step, deal.steps, every, self.training.rotate_every)
 
     # -- self-study ---------------------------------------------------------------------------------------------------
