@@ -356,15 +356,11 @@ def train(setup: Setup, store: Store, conversations: Conversations, view: View, 
 
 def make_trainer(setup: Setup, store: Store, conversations: Conversations, training: Training) -> Trainer:
     """The trainer of a store, with the memory of the plan."""
-    assert setup.memory is not None
+    plan, host = setup.memory, memory(setup.config.host_memory, "--host-memory")
+    assert plan is not None
+    device = plan.trainees + plan.guest_copies
     return Trainer(
-        setup.model,
-        store,
-        conversations,
-        training,
-        host_bytes=memory(setup.config.host_memory, "--host-memory"),
-        device_bytes=setup.memory.trainees + setup.memory.guest_copies,
-        recompute=setup.memory.recompute,
+        setup.model, store, conversations, training, host_bytes=host, device_bytes=device, recompute=plan.recompute
     )
 
 
