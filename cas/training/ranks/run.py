@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from cas.errors import ConfigError
 from cas.model.frozen import FrozenModel
 from cas.options import SelfStudy, TrainConfig, store_folder
 from cas.selfstudy.conversations import Conversation, Conversations
-from cas.selfstudy.subjects import Subjects
+from cas.selfstudy.subjects import Subjects, told_apart
 from cas.selfstudy.synthesize import synthesize
 from cas.store.files import write_atomically
 from cas.store.index import load_embedder, open_index
@@ -49,7 +48,7 @@ from cas.training.ranks.deals import (
     refuse_world,
     steps_of_a_rank,
 )
-from cas.training.ranks.world import World, join
+from cas.training.ranks.world import Quiet, World, join
 from cas.training.rounds import begun, end_untrained, ended_untrained, finished
 
 
@@ -57,7 +56,7 @@ def run(config: TrainConfig, view: View) -> None:
     """As :func:`cas.training.pipeline.run`, on every rank. Raises: the same on the first one; SystemExit on the others,
     which have nothing to say."""
     with join(config.zero > 0) as world:
-        _run(config, view if world.first else _Quiet(view), world)
+        _run(config, view if world.first else Quiet(view), world)
         if not world.first:
             raise SystemExit(0)
 
@@ -94,7 +93,9 @@ def _load(config: TrainConfig, folder: Path, view: View) -> tuple[Collection, Fr
     pipeline.check(config)
     place = replace(config, device="cpu") if config.zero else config  # from there it goes to the GPUs in parts
     with _reading(folder) as store:
-        return pipeline.load_documents(config, view), pipeline.load_model(place, store, view)
+        documents = pipeline.load_documents(config, view)
+        with view.waiting("model"):
+            return documents, pipeline.load_model(place, store, view)
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def _plan(
     config: TrainConfig, folder: Path, view: View, documents: Collection, model: FrozenModel, world: World
 ) -> Setup:
     """What is to be trained; raises what contradicts the store or the ranks."""
-    with _reading(folder) as store:
+    with _reading(folder) as store, view.waiting("planning"):
         setup = pipeline.plan(config, folder, store, view, documents, model)
         if store is not None:
             pipeline.refuse(setup, store)
@@ -206,13 +207,16 @@ class _Run:
         """Self-study, first values and index of this rank's parts. Raises: Stopped."""
         documents = self.setup.documents
         by_id = {d.id: d for d in documents.documents}
-        subjects, embedder = Subjects(documents.documents), load_embedder(self.setup.config.embedder)
+        embedder = load_embedder(self.setup.config.embedder)
+        with Store.open(self.folder) as store:
+            called = told_apart(documents, {i: row.title for i, row in store.answering().items()})
+        whole = called, Subjects(called.documents)
         for n in range(self.world.rank, len(self.parts), self.world.size):
             part = replace(documents, documents=tuple(by_id[i] for i in self.parts[n]), questions=())
             with self._open_part(self.part_folders[n]) as store:
-                self._study_part(store, part, subjects)
+                self._study_part(store, part, whole)
                 with self.view.progress("index") as bar:
-                    open_index(store, embedder, progress=bar.show, rebuild=True)
+                    open_index(store, embedder, progress=bar.show, rebuild=True, must_save=True)
 
     def _open_part(self, folder: Path) -> Store:
         if Store.exists(folder):
@@ -220,7 +224,7 @@ class _Run:
         with Store.open(self.folder) as store:
             return create_like(store, folder)
 
-    def _study_part(self, store: Store, part: Collection, subjects: Subjects) -> None:
+    def _study_part(self, store: Store, part: Collection, whole: tuple[Collection, Subjects]) -> None:
         study = self.setup.config.part(SelfStudy)
         if study.conversations is not None:  # of all documents
             share = study.conversations * len(part) / sum(map(len, self.parts))
@@ -232,8 +236,7 @@ class _Run:
                 if self.stop():
                     raise Stopped
 
-            said = {"progress": progress, "say": bar.say}
-            conversations = synthesize(self.setup.model, part, store, study, subjects=subjects, **said)  # type: ignore[arg-type]
+            conversations = synthesize(self.setup.model, part, store, study, progress, bar.say, whole)
         with self.view.progress("initialize") as bar:
             if not initialize_cartridges(self.setup.model, store, conversations, self.stop, bar.show):
                 raise Stopped
@@ -370,25 +373,3 @@ def _link(file: Path, target: Path) -> None:
         os.link(file, target)
     except OSError:
         shutil.copyfile(file, target)
-
-
-class _Quiet:
-    """The view of a rank that says nothing."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-
-    def line(self, text: str) -> None:
-        pass
-
-    warn = say = line
-
-    def show(self, done: int, total: int, note: str = "") -> None:
-        pass
-
-    @contextlib.contextmanager
-    def progress(self, title: str) -> Iterator[_Quiet]:
-        yield self
-
-    def listening(self) -> AbstractContextManager[Stop]:
-        return self.view.listening()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from cas.errors import CasError, RunError, UserError
-from cas.training.pipeline import Stopped
+from cas.training.pipeline import Stop, Stopped, View
 from cas.training.ranks import launched
 
 _T = TypeVar("_T")
@@ -111,3 +111,27 @@ def join(zero: bool = False) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+class Quiet:
+    """The view of a rank that says nothing."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def line(self, text: str) -> None:
+        pass
+
+    warn = say = line
+
+    def show(self, done: int, total: int, note: str = "") -> None:
+        pass
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Quiet]:
+        yield self
+
+    waiting = progress
+
+    def listening(self) -> AbstractContextManager[Stop]:
+        return self.view.listening()
