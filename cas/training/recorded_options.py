@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cas import console
 from cas.data.collection import Collection, resolve_source, same_source
 from cas.errors import StoreMismatch
 from cas.options import CartridgeOptions, SelfStudy, TrainConfig, Training
@@ -55,7 +56,8 @@ def _plain(value: Any) -> Any:
 def refuse_other_collection(config: TrainConfig, store: Store, documents: Collection, round: Round) -> None:
     """Raise StoreMismatch if other documents were named than those that the store was trained on. Ones that only add to
     them are welcome."""
-    if not (round.changed or round.missing):
+    lacking = bool(round.changed or round.missing)
+    if not (lacking or round.unreadable):  # files that cannot be read may be another project's of the same names
         return
     before = {"include": [], "exclude": [], **_recorded(store)}  # which older stores do not record
     now = {k: _plain(getattr(config, k)) for k in _SOURCE}
@@ -70,10 +72,14 @@ def refuse_other_collection(config: TrainConfig, store: Store, documents: Collec
         moved = os.path.isabs(recorded) and not os.path.exists(recorded)
         same = (moved or same_source(recorded, given)) and _overlap(store, documents)
     before["collection"] = now["collection"] if same else None
-    if other := [f"--{k.replace('_', '-')}" for k in _SOURCE if before.get(k) != now[k]]:
+    differ = [k for k in _SOURCE if before.get(k) != now[k] and (lacking or k == "collection")]
+    if differ:
+        missing, what = len(round.missing) + len(round.unreadable), "what it was trained on"
+        if recorded is not None and "collection" in differ:
+            what += f" (--collection {console.harmless(recorded)})"
         raise StoreMismatch(
-            f"{store.folder} was trained with another {', '.join(other)}: {len(round.missing)} of its documents are missing "
-            f"here and {len(round.changed)} differ; give what it was trained on, or a new --store"
+            f"{store.folder} was trained with another {', '.join(f'--{k}'.replace('_', '-') for k in differ)}: {missing} of "
+            f"its documents are missing here and {len(round.changed)} differ; give {what}, or a new --store"
         )
 
 

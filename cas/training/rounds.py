@@ -30,7 +30,8 @@ from cas.store.records import Row
 from cas.store.store import Store
 from cas.training.erase import erase
 
-_NOT_A_COPY = ("with the text of another", "with the name of another")  # these files say nothing of their own
+# Files that say nothing of their own, and those that are not wanted.
+_NO_DOCUMENT = ("with the text of another", "with the name of another", "by --exclude", "not in --include")
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ class _Differences:
         self.stale = dict.fromkeys([*stale, *replaced])
         restored = set(self.restored)
         self.changed = [i for i in self.stale if i not in restored]
-        left_out = {item.id for item in documents.left_out if item.kind not in _NOT_A_COPY}
-        folders = tuple(
-            f"{i.where.rstrip('/')}/" for i in documents.left_out if i.id is None and i.kind == "unreadable"
-        )
+        left_out = [item for item in documents.left_out if item.kind not in _NO_DOCUMENT]
+        there = {item.id for item in left_out}
+        places = [item.where.rstrip("/") for item in left_out if item.id is None]  # such as a link that leads nowhere
+        there |= {id for place in places for id in (place, place.removesuffix(".md"), place.removesuffix(".txt"))}
+        folders = tuple(f"{place}/" for place in places)
         absent = [i for i in absent if i not in replaced]
-        unreadable = {i for i in absent if {i, _base(i, known[i].title)} & left_out or i.startswith(folders)}
+        unreadable = {i for i in absent if {i, _base(i, known[i].title)} & there or i.startswith(folders)}
         self.unreadable = [i for i in absent if i in unreadable]
         self.missing = dict.fromkeys(i for i in absent if i not in unreadable)
         self.gone = self.missing if prune else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -69,3 +70,38 @@ def test_another_folder_of_the_same_name_is_not_taken_for_an_interrupted_trainin
     assert "trained" not in out and state() == before
     shutil.rmtree(other.parent)
     assert call(train.main, *TRAIN)[0] == 0 and state() == state(Path("runs/whole"))
+
+
+def test_a_path_that_leads_nowhere_is_no_missing_document(manuals: FrozenModel) -> None:
+    """Such as a link to a disk that is not mounted: ``--prune`` drops what is gone, not what cannot be read now."""
+    below = Path("manuals/more")
+    below.mkdir()
+    (below / "winch.md").write_text("# The winch\n\nThe winch lifts two tonnes over the quay.\n")
+    assert call(train.main, *TRAIN)[0] == 0
+    before = state()
+    Path("manuals/pump.md").unlink()
+    Path("manuals/pump.md").symlink_to("/nowhere/pump.md")
+    valve = Path("manuals/lamp.md").read_bytes()
+    Path("manuals/lamp.md").unlink()
+    os.mkfifo("manuals/lamp.md")
+    below.rename("more")
+    below.symlink_to(Path("more").resolve())
+    status, out, err = call(train.main, *PRUNE)
+    assert status == 0 and "not read    3 (" in out and "gone" not in out + err and state() == before
+    Path("manuals/lamp.md").unlink()
+    Path("manuals/lamp.md").write_bytes(valve)
+    status, out, _ = call(train.main, *PRUNE)
+    assert status == 0 and "not read    2 (" in out and state() == before
+
+
+def test_unreadable_files_of_the_same_names_are_not_the_collection(manuals: FrozenModel) -> None:
+    assert call(train.main, *TRAIN)[0] == 0
+    before, other = state(), Path("elsewhere")
+    other.mkdir()
+    for page in Path("manuals").glob("*.md"):
+        (other / page.name).write_bytes(b"")
+    (other / "crane.md").write_text("# The crane\n\nAnother project's crane lifts two tonnes.\n")
+    words = [w if w != "manuals" else str(other) for w in TRAIN]
+    status, _, err = call(train.main, *words, "--store", "runs/manuals")
+    assert status == 2 and "another --collection" in err and str(Path("manuals").resolve()) in err and state() == before
+    assert call(train.main, *TRAIN)[0] == 0 and state() == before
