@@ -94,7 +94,9 @@ the default, a page has some 220 written conversations and four passes. It was r
 
 {_table("technical_docs/2026-12-01-cpu-standard", ("contains", "f1"), DOCS | {"loaded": "all 5 cartridges loaded"})}
 
-Alone, a page's cartridge then answers two fifths of what its text answers. All five together answer nothing, and neither
+On the same five pages `--effort quick` took 11, 5 and 3 minutes, and no cartridge answered anything ([recorded
+run](../experiments/results/technical_docs/2026-12-01-cpu-quick/results.json)). After `standard`, a page's cartridge alone
+answers two fifths of what its text answers. All five together answer nothing, and neither
 do four retrieved ones: cartridges of this model that answer alone do not answer beside others here.
 
 ## Joint against isolated training on Wikipedia text
