@@ -18,7 +18,11 @@ MAX_NAMED = 3  # files that one line names
 CLASSIC = (".txt", ".md")  # their ids have no ending
 _LEFTOVER = re.compile(r"~\$.*|.+~|desktop\.ini|Thumbs\.db", re.IGNORECASE)  # of office programs, editors and Windows
 _GENERATED = ("node_modules", "__pycache__")
-_LOCK = re.compile(r".+\.lock|package-lock\.json|pnpm-lock\.yaml|go\.sum", re.IGNORECASE)  # of package managers: hashes
+_LOCK = re.compile(  # of package managers: hashes
+    r"(poetry|cargo|yarn|uv|pdm|pixi|pipfile|composer|gemfile|podfile|pubspec|mix|flake|deno|bun|package)\.lock"
+    r"|(package-lock|npm-shrinkwrap)\.json|pnpm-lock\.yaml|go\.sum",
+    re.IGNORECASE,
+)
 # Files that mark the folder they lie in.
 _MARKS = {"pyvenv.cfg": "virtual environment", "conda-meta": "virtual environment", "cartridges.lmdb": "CAS store"}
 # Kinds that are counted as nouns, and those of which the summary names some.

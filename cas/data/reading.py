@@ -18,8 +18,8 @@ from cas.data.text import (
     MARKDOWN,
     binary_kind,
     decode,
-    has_binary_name,
     is_drawing,
+    may_guess,
     split_front_matter,
     title_in,
     without_data_uris,
@@ -210,7 +210,7 @@ def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document 
         data = head if binary else head + file.read()  # a film is not read to its end
     if converted:
         return _convert(data, suffix, entry, id, where, reading)
-    decoded = None if binary else decode(data, guess=not has_binary_name(suffix))
+    decoded = None if binary else decode(data, guess=may_guess(suffix, data))
     if decoded is None:
         kind = binary_kind(suffix, head)
         reading.left_out.append(LeftOut(where, kind, f"{kind}, not text", id))

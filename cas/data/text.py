@@ -36,7 +36,9 @@ _MAGIC = {
     b"\x7fELF": "program", b"MZ": "program", b"\xca\xfe\xba\xbe": "program", b"SQLite format 3": "database",
     b"ID3": "sound", b"OggS": "sound", b"fLaC": "sound", b"\x93NUMPY": "array file", b"wOFF": "font", b"wOF2": "font",
     b"\xd0\xcf\x11\xe0": "of another format", b"{\\rtf": "of another format",
+    b"%!PS": "of another format",
 }  # fmt: skip
+_HIGH_BYTES = re.compile(rb"[\x80-\xff]")
 _CONTROL_BYTES = re.compile(rb"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 # In a word a sign other than an apostrophe or hyphen, or a capital after a small letter: Windows-1252 was another encoding.
 _NOT_WESTERN = re.compile("[A-Za-z][^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\xad·–—][A-Za-z]|[a-zà-öø-ÿ][À-ÖØ-ÞŒŠŽŸ]")
@@ -67,14 +69,24 @@ def binary_kind(suffix: str, head: bytes) -> str:
 
 
 def is_drawing(suffix: str, head: bytes) -> bool:
-    """Whether a file is text as far as bytes go, but says nothing to a reader: drawings, and RTF."""
-    rtf = head.startswith(b"{\\rtf") and suffix not in (".txt", ".md")
-    return rtf or suffix in (".svg", ".eps", ".ps", ".ai", ".rtf")
+    """Whether a file is text as far as bytes go, but says nothing to a reader: drawings, PostScript and RTF."""
+    if suffix in (".txt", ".md"):
+        return False
+    plain = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe\x04 \t\r\n")  # in UTF-16, too
+    if plain.startswith((b"{\\rtf", b"%!PS")):
+        return True
+    if suffix == ".svg":
+        return re.search(rb"<(\w+:)?svg\b", plain) is not None
+    return suffix in (".ps", ".eps", ".ai") and re.search(rb"^%!", plain[:1024], re.MULTILINE) is not None
 
 
-def has_binary_name(suffix: str) -> bool:
-    """Whether files with this ending are binary as a rule: then only valid UTF-8 is text."""
-    return suffix in _KINDS
+def may_guess(suffix: str, data: bytes) -> bool:
+    """Whether bytes that are not valid UTF-8 may be text in another encoding. With an ending of files that are binary as a
+    rule, only those without any control character may, and most of them ASCII."""
+    if suffix not in _KINDS:
+        return True
+    magic = any(data.startswith(start) for start in _MAGIC)
+    return not magic and not _CONTROL_BYTES.search(data) and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
 
 
 def decode(data: bytes, guess: bool = True) -> tuple[str, str] | None:
