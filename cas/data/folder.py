@@ -29,10 +29,10 @@ _MARKS = {"pyvenv.cfg": "virtual environment", "conda-meta": "virtual environmen
 _NOUNS = (
     "image", "video", "sound", "archive", "font", "program", "database", "array file", "virtual environment",
     "CAS store", "node_modules folder", "__pycache__ folder", "linked folder", "broken link", "special file",
-    "JSON lines file", "lock file", "other binary file",
+    "JSON lines file", "question file", "lock file", "other binary file",
 )  # fmt: skip
 _NAMED = (
-    "empty", "with the text of another", "unreadable", "linked folder", "broken link", "JSON lines file",
+    "empty", "with the text of another", "unreadable", "linked folder", "broken link", "JSON lines file", "question file",
     "that cannot be converted", "without text", "repeated", "with an unusable name", "with the name of another", "of another format",
     "questions about documents that are not there",
 )  # fmt: skip

@@ -113,7 +113,7 @@ def read_documents(
     """
     reading = Reading()
     if source.packed is None:
-        candidates = _read_files(source.path, include, exclude, reading, progress)
+        candidates = _read_files(source, include, exclude, reading, progress)
     else:
         if include or exclude:
             raise CollectionError(
@@ -151,7 +151,7 @@ def _suffix(name: str) -> str:
 
 
 def _read_files(
-    folder: Path,
+    source: Source,
     include: Sequence[str],
     exclude: Sequence[str],
     reading: Reading,
@@ -160,7 +160,9 @@ def _read_files(
     """{path below the folder: document} of the files that are text or can be converted, in the order of reading."""
     found: dict[str, Document] = {}
     taken: dict[str, str] = {}
-    entries = list_files(folder, include, exclude, reading.left_out)
+    entries = list_files(source.path, include, exclude, reading.left_out)
+    if source.questions is not None:
+        entries = [entry for entry in entries if entry.name != source.questions.name]
     for done, entry in enumerate(entries):
         progress(done, len(entries))
         where = one_line(entry.name)
@@ -194,10 +196,12 @@ def _free_id(entry: Entry, taken: dict[str, str]) -> str:
 
 
 def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document | None:
-    """A file as a document; None if it is none, which is recorded unless it holds questions."""
+    """A file as a document; None if it is none, which is recorded."""
     suffix = entry.suffix
     if _JSON_LINES.search(entry.name.lower()):
-        if not _holds_questions(entry):
+        if _holds_questions(entry):
+            reading.left_out.append(LeftOut(where, "question file", "questions, no document"))
+        else:
             why = "JSON lines are a collection of their own; give the file as --collection"
             reading.left_out.append(LeftOut(where, "JSON lines file", why))
         return None

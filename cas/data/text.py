@@ -86,7 +86,7 @@ def may_guess(suffix: str, data: bytes) -> bool:
     if suffix not in _KINDS:
         return True
     magic = any(data.startswith(start) for start in _MAGIC)
-    return not magic and not _CONTROL_BYTES.search(data) and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
+    return not magic and b"\0" not in data and not _CONTROL_BYTES.search(data) and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
 
 
 def decode(data: bytes, guess: bool = True) -> tuple[str, str] | None:

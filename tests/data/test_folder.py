@@ -106,10 +106,12 @@ def test_what_is_no_text_is_counted_by_kind(tmp_path: Path) -> None:
     write(tmp_path / "empty.py", "")
     write(tmp_path / "rows.jsonl", '{"id": "a", "text": "x"}\n')
     write(tmp_path / "hard.jsonl", '{"id": "q", "document_ids": ["a"], "question": "?", "answers": ["x"]}\n')
+    write(tmp_path / "questions.jsonl", '{"document_ids": ["a"], "question": "?", "answers": ["x"]}\n')
+    write(tmp_path / "sub" / "questions.jsonl", "")
     (line,) = Collection.load(tmp_path).skipped
     assert line == (
         "not read: 5 images, 4 of another format (cut.doc, figure, letter.rtf, …), 1 JSON lines file (rows.jsonl), 1 archive, "
-        "1 empty (empty.py), 1 other binary file, 1 program, 1 video; --dry-run lists them"
+        "1 empty (empty.py), 1 other binary file, 1 program, 2 question files (hard.jsonl, sub/questions.jsonl), 1 video; --dry-run lists them"
     )
 
 
