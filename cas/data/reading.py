@@ -15,6 +15,7 @@ from cas.data.documents import Document, Question, checked_id, one_line
 from cas.data.folder import CLASSIC, Entry, LeftOut, list_files, names, summary
 from cas.data.rows import read_beir_questions, read_document, read_question, read_rows
 from cas.data.text import (
+    FRONT_MATTER,
     MARKDOWN,
     binary_kind,
     decode,
@@ -223,7 +224,7 @@ def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document 
     if codec:
         reading.encodings[codec].append(where)
     text, declared = text.replace("\r\n", "\n"), None
-    if suffix in MARKDOWN:
+    if suffix in FRONT_MATTER:
         declared, text = split_front_matter(text)
     text = without_data_uris(text)
     return Document(id, title_in(text, suffix) or declared or _title_of(entry.name), text)

@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 
 MARKDOWN = (".md", ".markdown", ".mdown", ".mkd", ".mdx", ".qmd", ".rmd")
+FRONT_MATTER = (*MARKDOWN, ".txt", ".rst")  # whose pages may begin with a block of YAML
 _BOMS = (  # UTF-32 first: its mark begins with that of UTF-16
     (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xef\xbb\xbf", "utf-8-sig"),
     (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
@@ -173,7 +174,7 @@ def _western(sample: bytes) -> bool:
 
 
 def split_front_matter(text: str) -> tuple[str | None, str]:
-    """The title in the YAML block at the start of a Markdown page, if any, and the page without that block."""
+    """The title in the YAML block at the start of a page, if any, and the page without that block."""
     import yaml
 
     block = re.match(r"---[ \t]*\n(.{0,65536}?)^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE)

@@ -142,6 +142,8 @@ def test_title_is_the_heading_else_the_front_matter_else_the_name(tmp_path: Path
     (tmp_path / "a.md").write_text("---\ntitle: From above\n---\n# Heading\nText\n")
     (tmp_path / "b.md").write_text('---\r\ntitle: "From: above"\r\ntags: [x]\r\n---\r\n\r\nText b\r\n', newline="")
     (tmp_path / "c-d_e.rst").write_text("Text c")
+    for name in ("e.txt", "f.rst"):
+        (tmp_path / name).write_text(f"---\ntitle: Of {name}\n---\nText of {name}")
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text(f'"""Package {folder}."""\n')
@@ -150,6 +152,8 @@ def test_title_is_the_heading_else_the_front_matter_else_the_name(tmp_path: Path
         "a": ("Heading", "# Heading\nText\n"),
         "b": ("From: above", "Text b\n"),
         "c-d_e.rst": ("c d e", "Text c"),
+        "e": ("Of e.txt", "Text of e.txt"),
+        "f.rst": ("Of f.rst", "Text of f.rst"),
         "x/__init__.py": ("x/__init__.py", '"""Package x."""\n'),
         "y/__init__.py": ("y/__init__.py", '"""Package y."""\n'),
     }
