@@ -94,6 +94,7 @@ class Entry:
     path: str
     name: str
     outside: bool  # a link out of the folder
+    repeats: bool = False  # a link to another file of the folder
 
     @property
     def suffix(self) -> str:
@@ -101,9 +102,10 @@ class Entry:
         return os.path.splitext(self.name)[1].lower()
 
     @property
-    def order(self) -> tuple[bool, tuple[str, ...], str]:
-        """Of reading: .txt and .md first, so that files of other kinds never take their ids or count as the original."""
-        return self.suffix not in CLASSIC, tuple(self.name.split("/")), self.path
+    def order(self) -> tuple[bool, bool, tuple[str, ...], str]:
+        """Of reading: files before links to them, .txt and .md before others: the later never take the ids of the former
+        or count as the original."""
+        return self.repeats, self.suffix not in CLASSIC, tuple(self.name.split("/")), self.path
 
 
 def unicode_name(name: str) -> str:
@@ -153,7 +155,8 @@ def list_files(folder: Path, include: Sequence[str], exclude: Sequence[str], lef
             if kind is not None:
                 left_out.append(LeftOut(one_line(name) + "/" * folder_inside, kind, why))
             elif not folder_inside:
-                found.append(Entry(item.path, name, outside or (item.is_symlink() and not _within(item.path, root))))
+                link, inside = item.is_symlink(), _within(item.path, root)
+                found.append(Entry(item.path, name, outside or (link and not inside), link and inside))
             elif (real := os.path.realpath(item.path)) not in seen:  # else a link back to what is read anyway
                 seen.add(real)
                 pending.append((item.path, f"{name}/"))

@@ -183,6 +183,8 @@ def test_links(tmp_path: Path) -> None:
         "not read: 3 linked folders (linked/, loop/, sub/self/), 2 broken links (gone.md, round.md); --dry-run lists them",
         "read through links out of the folder: 1 (e.md)",
     )
+    (docs / "Inlink.md").symlink_to("a.md")
+    assert "Inlink.md: same text as a.md" in left_out(docs)
     assert f"linked/: linked folder, to {away}" in left_out(docs)
     asked = Collection.load(docs, include=["linked/**", "loop/**"])
     assert [d.id for d in asked.documents] == ["linked/c", "linked/deep/d"]
