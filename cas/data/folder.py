@@ -184,7 +184,8 @@ def _kind_left_out(
         if plain in _GENERATED and not _is_named(plain, named):
             return f"{plain} folder"
         return "linked folder" if item.is_symlink() and not _is_named(plain, named) else None
-    if _LOCK.fullmatch(plain) and not _is_named(plain, named):
+    locks = [part for p in include if (part := p.rpartition("/")[2]).lower().endswith((".lock", ".sum"))]  # *.lock
+    if _LOCK.fullmatch(plain) and not _is_named(plain, [*named, *locks]):
         return "lock file"
     if item.is_symlink() and not os.path.exists(item.path):
         return "broken link"

@@ -136,6 +136,8 @@ def read_documents(
             reading.documents.append(document)
     if not reading.documents:
         found = summary(reading.left_out, convert.INSTALL)
+        if any(item.kind == "JSON lines file" for item in reading.left_out):
+            found += "; give the JSON lines file itself as --collection"
         raise CollectionError(f"{source.path}: no document to read; {found or 'it needs text files or JSON lines'}")
     return reading
 

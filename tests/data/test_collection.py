@@ -215,6 +215,8 @@ def test_bad_questions(folder: Path, wrong: dict[str, Any], message: str) -> Non
 def test_bad_sources(tmp_path: Path, folder: Path) -> None:
     none = write(tmp_path / "none" / "x.png", b"\x89PNG").parent
     fails("no document to read; not read: 1 image$", lambda: Collection.load(none))
+    rows = write(tmp_path / "rows" / "corpus.jsonl", lines(row("a"))).parent
+    fails(r"\(corpus.jsonl\); give the JSON lines file itself as --collection$", lambda: Collection.load(rows))
     fails("nowhere: no folder.*known are.* examples.*a path works too", lambda: Collection.load("nowhere"))
     for source in ("", "\0", "x" * 5000, "nowhere+examples"):
         fails("", lambda source=source: Collection.load(source or "a\nb"))

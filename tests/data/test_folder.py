@@ -132,7 +132,7 @@ def test_generated_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
     assert ids(tmp_path, include=["node_modules/"]) == ["x/node_modules/p/README"]
     texts(tmp_path, "uv.lock", "x/package-lock.json")
     assert " 2 lock files, " in Collection.load(tmp_path).skipped[0]
-    assert ids(tmp_path, include=["uv.lock"]) == ["uv.lock"]
+    assert ids(tmp_path, include=["uv.lock"]) == ids(tmp_path, include=["*.lock"]) == ["uv.lock"]
     assert ids(tmp_path, include=[".*"]) == [".env", ".git/config", ".github/flow.yml"]
 
 
