@@ -229,7 +229,7 @@ def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document 
     if suffix in FRONT_MATTER:
         declared, text = split_front_matter(text)
     text = without_data_uris(text)
-    return Document(id, title_in(text, suffix) or declared or _title_of(entry.name), text)
+    return Document(id, _title(text, suffix, declared) or _title_of(entry.name), text)
 
 
 def _looks_binary(head: bytes) -> bool:
@@ -254,8 +254,15 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
         reading.left_out.append(LeftOut(where, "that cannot be converted", f"cannot be converted ({error})", id))
         return None
     text = without_data_uris(text)
-    heading = None if suffix == ".pdf" else title_in(text, ".md")  # in a PDF, "# " begins a comment in a listing
-    return Document(id, heading or declared or _title_of(entry.name), text)
+    if suffix != ".pdf":  # where "# " begins a comment in a listing
+        # Sheets and notes of slides are headings of lower levels, but no titles.
+        declared = _title(text, ".md", declared, 1 if suffix in (".xlsx", ".pptx") else 6)
+    return Document(id, declared or _title_of(entry.name), text)
+
+
+def _title(text: str, suffix: str, declared: str | None, lowest: int = 6) -> str | None:
+    """A heading of level 1, else the title that the file declares, else a heading of the highest level that it has."""
+    return title_in(text, suffix, 1) or declared or title_in(text, suffix, lowest)
 
 
 def _title_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 
 MARKDOWN = (".md", ".markdown", ".mdown", ".mkd", ".mdx", ".qmd", ".rmd")
@@ -51,7 +52,7 @@ _DATA_START = r"data:(?:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+(?:=[\w.+-]+)?)*|;base64),"
 _DATA_QUOTED = r"data:(?:(?:image|font)/[\w.+-]+(?:;[\w.+=-]+)*|(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64),"
 _DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_QUOTED}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
 _UNDERLINED = r"^(?=.*\w)(\S.*)\n([=\-~^\"'`#*+.:_])\2{2,}[ \t]*$"
-_HEADING = r"^#[ \t]+(\S.*)"
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(\S.*)")
 _TITLES = {
     ".txt": r"(?:\A|^(?!#\s).*\n)#[ \t]+(\S.*)$(?!\n#(?:\s|\Z))",  # not in a block of comments
     ".rst": _UNDERLINED,
@@ -87,7 +88,12 @@ def may_guess(suffix: str, data: bytes) -> bool:
     if suffix not in _KINDS:
         return True
     magic = any(data.startswith(start) for start in _MAGIC)
-    return not magic and b"\0" not in data and not _CONTROL_BYTES.search(data) and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
+    return (
+        not magic
+        and b"\0" not in data
+        and not _CONTROL_BYTES.search(data)
+        and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
+    )
 
 
 def decode(data: bytes, guess: bool = True) -> tuple[str, str] | None:
@@ -197,10 +203,11 @@ def without_data_uris(text: str) -> str:
     return _DATA_URI.sub("", _DATA_IMAGE.sub(r"\1", text))
 
 
-def title_in(text: str, suffix: str) -> str | None:
-    """The first heading of the highest level, in the notation that the ending (lower case) stands for."""
+def title_in(text: str, suffix: str, lowest: int = 6) -> str | None:
+    """The first heading of the highest level, in the notation that the ending (lower case) stands for. In Markdown, only
+    headings of the levels 1 to ``lowest`` count."""
     if suffix in MARKDOWN:
-        return _markdown_title(text)
+        return min(_markdown_headings(text, lowest), key=lambda heading: heading[0], default=(0, None))[1]
     if suffix == ".tex":
         text = re.sub(r"(?<!\\)%.*", "", text)
     pattern = _TITLES.get(suffix)
@@ -208,22 +215,34 @@ def title_in(text: str, suffix: str) -> str | None:
     return heading[1] if heading else None
 
 
-def _markdown_title(text: str) -> str | None:
-    """The first ``# heading``, or line underlined with ``===``, outside code fences and comments."""
-    if not any(mark in text for mark in ("```", "~~~", "<!--", "\n==", "\n =")):
-        heading = re.search(_HEADING, text, re.MULTILINE)
-        return heading[1] if heading else None
+def _markdown_headings(text: str, lowest: int) -> Iterator[tuple[int, str]]:
+    """(level, heading) outside code fences and comments, up to the first of level 1; both of CommonMark's notations."""
     text = re.sub(r"<!--.*?(?:-->|\Z)", lambda comment: re.sub(r"[^\n]", " ", comment[0]), text, flags=re.DOTALL)
-    fence = ""
+    fence, above = "", ""
     for line, below in pairwise([*text.split("\n"), ""]):
         mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        level, heading = 0, ""
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2].strip():
                 fence = ""
         elif mark and not ("`" in mark[1] and "`" in mark[2]):
             fence = mark[1]
-        elif heading := re.match(_HEADING, line):
-            return heading[1]
-        elif re.search(r"\w", line) and re.fullmatch(r" {0,3}=+[ \t]*", below):
-            return line
-    return None
+        elif hashes := _HEADING.match(line):
+            level, heading = len(hashes[1]), _without_closing(hashes[2])
+        elif re.search(r"\w", line) and (underline := re.fullmatch(r" {0,3}(=+|-+)[ \t]*", below)):
+            if underline[1][0] == "=":
+                level, heading = 1, line
+            elif not above.strip() and re.match(r" {0,3}\w", line):  # else a list, a table or a quotation above a rule
+                level, heading = 2, line
+        if heading and level <= lowest:
+            yield level, heading
+            if level == 1:
+                return
+        above = line
+
+
+def _without_closing(heading: str) -> str:
+    """A heading without the ``##`` behind it that close it."""
+    heading = heading.rstrip()
+    plain = heading.rstrip("#")
+    return plain.rstrip() if not plain or plain[-1] in " \t" else heading

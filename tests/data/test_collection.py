@@ -96,7 +96,7 @@ def test_bom_crlf_and_titles(tmp_path: Path) -> None:
     write(tmp_path / "b.md", "#no heading\n## nor this\n")
     a, b = Collection.load(tmp_path).documents
     assert (a.title, a.text) == ("Café bar", "# Café\x07\x1bbar\n\nOpen.\n")
-    assert b.title == "b"
+    assert b.title == "nor this"
     assert Document("id", "\x00\n", "t").title == "id"
 
 
