@@ -125,12 +125,14 @@ def export(
     return 0
 
 
-def compact(store: Positional[StoreArgument] = None) -> int:
+def compact(folder: Positional[StoreArgument] = None, store: StoreOption = None) -> int:
     """Give the space of dropped and replaced cartridges back to the disk."""
     from cas.store.files import compact as compact_file
     from cas.store.store import Store
 
-    with Store.open(store_folder(store), write=True) as opened, opened.training():
+    if folder is not None and store is not None:
+        raise UserError("name one store: compact STORE, or compact --store STORE")
+    with Store.open(store_folder(folder or store), write=True) as opened, opened.training():
         before, after = compact_file(opened.records.environment, opened.records.descriptor)
         print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
     return 0

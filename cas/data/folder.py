@@ -18,17 +18,21 @@ MAX_NAMED = 3  # files that one line names
 CLASSIC = (".txt", ".md")  # their ids have no ending
 _LEFTOVER = re.compile(r"~\$.*|.+~|desktop\.ini|Thumbs\.db", re.IGNORECASE)  # of office programs, editors and Windows
 _GENERATED = ("node_modules", "__pycache__")
-_LOCK = re.compile(r".+\.lock|package-lock\.json|pnpm-lock\.yaml|go\.sum", re.IGNORECASE)  # of package managers: hashes
+_LOCK = re.compile(  # of package managers: hashes
+    r"(poetry|cargo|yarn|uv|pdm|pixi|pipfile|composer|gemfile|podfile|pubspec|mix|flake|deno|bun|package)\.lock"
+    r"|(package-lock|npm-shrinkwrap)\.json|pnpm-lock\.yaml|go\.sum",
+    re.IGNORECASE,
+)
 # Files that mark the folder they lie in.
 _MARKS = {"pyvenv.cfg": "virtual environment", "conda-meta": "virtual environment", "cartridges.lmdb": "CAS store"}
 # Kinds that are counted as nouns, and those of which the summary names some.
 _NOUNS = (
     "image", "video", "sound", "archive", "font", "program", "database", "array file", "virtual environment",
     "CAS store", "node_modules folder", "__pycache__ folder", "linked folder", "broken link", "special file",
-    "JSON lines file", "lock file", "other binary file",
+    "JSON lines file", "question file", "lock file", "other binary file",
 )  # fmt: skip
 _NAMED = (
-    "empty", "with the text of another", "unreadable", "linked folder", "broken link", "JSON lines file",
+    "empty", "with the text of another", "unreadable", "linked folder", "broken link", "JSON lines file", "question file",
     "that cannot be converted", "without text", "repeated", "with an unusable name", "with the name of another", "of another format",
     "questions about documents that are not there",
 )  # fmt: skip
@@ -90,6 +94,7 @@ class Entry:
     path: str
     name: str
     outside: bool  # a link out of the folder
+    repeats: bool = False  # a link to another file of the folder
 
     @property
     def suffix(self) -> str:
@@ -97,9 +102,10 @@ class Entry:
         return os.path.splitext(self.name)[1].lower()
 
     @property
-    def order(self) -> tuple[bool, tuple[str, ...], str]:
-        """Of reading: .txt and .md first, so that files of other kinds never take their ids or count as the original."""
-        return self.suffix not in CLASSIC, tuple(self.name.split("/")), self.path
+    def order(self) -> tuple[bool, bool, tuple[str, ...], str]:
+        """Of reading: files before links to them, .txt and .md before others: the later never take the ids of the former
+        or count as the original."""
+        return self.repeats, self.suffix not in CLASSIC, tuple(self.name.split("/")), self.path
 
 
 def unicode_name(name: str) -> str:
@@ -149,7 +155,8 @@ def list_files(folder: Path, include: Sequence[str], exclude: Sequence[str], lef
             if kind is not None:
                 left_out.append(LeftOut(one_line(name) + "/" * folder_inside, kind, why))
             elif not folder_inside:
-                found.append(Entry(item.path, name, outside or (item.is_symlink() and not _within(item.path, root))))
+                link, inside = item.is_symlink(), _within(item.path, root)
+                found.append(Entry(item.path, name, outside or (link and not inside), link and inside))
             elif (real := os.path.realpath(item.path)) not in seen:  # else a link back to what is read anyway
                 seen.add(real)
                 pending.append((item.path, f"{name}/"))
@@ -177,7 +184,8 @@ def _kind_left_out(
         if plain in _GENERATED and not _is_named(plain, named):
             return f"{plain} folder"
         return "linked folder" if item.is_symlink() and not _is_named(plain, named) else None
-    if _LOCK.fullmatch(plain) and not _is_named(plain, named):
+    locks = [part for p in include if (part := p.rpartition("/")[2]).lower().endswith((".lock", ".sum"))]  # *.lock
+    if _LOCK.fullmatch(plain) and not _is_named(plain, [*named, *locks]):
         return "lock file"
     if item.is_symlink() and not os.path.exists(item.path):
         return "broken link"

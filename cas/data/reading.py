@@ -15,11 +15,12 @@ from cas.data.documents import Document, Question, checked_id, one_line
 from cas.data.folder import CLASSIC, Entry, LeftOut, list_files, names, summary
 from cas.data.rows import read_beir_questions, read_document, read_question, read_rows
 from cas.data.text import (
+    FRONT_MATTER,
     MARKDOWN,
     binary_kind,
     decode,
-    has_binary_name,
     is_drawing,
+    may_guess,
     split_front_matter,
     title_in,
     without_data_uris,
@@ -113,7 +114,7 @@ def read_documents(
     """
     reading = Reading()
     if source.packed is None:
-        candidates = _read_files(source.path, include, exclude, reading, progress)
+        candidates = _read_files(source, include, exclude, reading, progress)
     else:
         if include or exclude:
             raise CollectionError(
@@ -135,6 +136,8 @@ def read_documents(
             reading.documents.append(document)
     if not reading.documents:
         found = summary(reading.left_out, convert.INSTALL)
+        if any(item.kind == "JSON lines file" for item in reading.left_out):
+            found += "; give the JSON lines file itself as --collection"
         raise CollectionError(f"{source.path}: no document to read; {found or 'it needs text files or JSON lines'}")
     return reading
 
@@ -151,7 +154,7 @@ def _suffix(name: str) -> str:
 
 
 def _read_files(
-    folder: Path,
+    source: Source,
     include: Sequence[str],
     exclude: Sequence[str],
     reading: Reading,
@@ -160,7 +163,9 @@ def _read_files(
     """{path below the folder: document} of the files that are text or can be converted, in the order of reading."""
     found: dict[str, Document] = {}
     taken: dict[str, str] = {}
-    entries = list_files(folder, include, exclude, reading.left_out)
+    entries = list_files(source.path, include, exclude, reading.left_out)
+    if source.questions is not None:
+        entries = [entry for entry in entries if entry.name != source.questions.name]
     for done, entry in enumerate(entries):
         progress(done, len(entries))
         where = one_line(entry.name)
@@ -194,10 +199,12 @@ def _free_id(entry: Entry, taken: dict[str, str]) -> str:
 
 
 def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document | None:
-    """A file as a document; None if it is none, which is recorded unless it holds questions."""
+    """A file as a document; None if it is none, which is recorded."""
     suffix = entry.suffix
     if _JSON_LINES.search(entry.name.lower()):
-        if not _holds_questions(entry):
+        if _holds_questions(entry):
+            reading.left_out.append(LeftOut(where, "question file", "questions, no document"))
+        else:
             why = "JSON lines are a collection of their own; give the file as --collection"
             reading.left_out.append(LeftOut(where, "JSON lines file", why))
         return None
@@ -210,7 +217,7 @@ def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document 
         data = head if binary else head + file.read()  # a film is not read to its end
     if converted:
         return _convert(data, suffix, entry, id, where, reading)
-    decoded = None if binary else decode(data, guess=not has_binary_name(suffix))
+    decoded = None if binary else decode(data, guess=may_guess(suffix, data))
     if decoded is None:
         kind = binary_kind(suffix, head)
         reading.left_out.append(LeftOut(where, kind, f"{kind}, not text", id))
@@ -219,10 +226,10 @@ def _read_file(entry: Entry, id: str, where: str, reading: Reading) -> Document 
     if codec:
         reading.encodings[codec].append(where)
     text, declared = text.replace("\r\n", "\n"), None
-    if suffix in MARKDOWN:
+    if suffix in FRONT_MATTER:
         declared, text = split_front_matter(text)
     text = without_data_uris(text)
-    return Document(id, title_in(text, suffix) or declared or _title_of(entry.name), text)
+    return Document(id, _title(text, suffix, declared) or _title_of(entry.name), text)
 
 
 def _looks_binary(head: bytes) -> bool:
@@ -247,8 +254,15 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
         reading.left_out.append(LeftOut(where, "that cannot be converted", f"cannot be converted ({error})", id))
         return None
     text = without_data_uris(text)
-    heading = None if suffix == ".pdf" else title_in(text, ".md")  # in a PDF, "# " begins a comment in a listing
-    return Document(id, heading or declared or _title_of(entry.name), text)
+    if suffix != ".pdf":  # where "# " begins a comment in a listing
+        # Sheets and notes of slides are headings of lower levels, but no titles.
+        declared = _title(text, ".md", declared, 1 if suffix in (".xlsx", ".pptx") else 6)
+    return Document(id, declared or _title_of(entry.name), text)
+
+
+def _title(text: str, suffix: str, declared: str | None, lowest: int = 6) -> str | None:
+    """A heading of level 1, else the title that the file declares, else a heading of the highest level that it has."""
+    return title_in(text, suffix, 1) or declared or title_in(text, suffix, lowest)
 
 
 def _title_of(name: str) -> str:

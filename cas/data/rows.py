@@ -14,7 +14,7 @@ from cas.data.documents import Document, Question, checked_id, one_line
 from cas.data.folder import LeftOut
 from cas.errors import CollectionError
 
-# Names of a field, in the order in which they are looked for; a row with both "id" and "text" is read by ours alone.
+# Names of a field, in the order in which they are looked for.
 IDS = ("id", "_id", "doc_id", "docid", "document_id", "docno", "pid", "passage_id", "uuid", "url", "source")
 TEXTS = ("text", "contents", "content", "page_content", "body", "passage", "passage_text", "document")
 TITLES = ("title", "headline", "heading", "name")
@@ -23,16 +23,16 @@ _ARRAYS = ("documents", "docs", "corpus", "passages", "data", "rows", "items")  
 
 def read_document(row: Mapping[str, Any], number: int) -> Document:
     """A document of one row. Raises ValueError that names the fields found."""
-    if "id" in row and "text" in row:
-        return Document(checked_id(_id(row, "id")), _string(row, "title", ""), _string(row, "text"))
     more = row.get("metadata")
     both = {**(more if isinstance(more, dict) else {}), **{k: v for k, v in row.items() if v is not None}}
     key, text = _first(both, IDS, "id"), _first(row, TEXTS, "text")
-    title = next((k for k in TITLES if isinstance(both.get(k), str)), "title")
+    title = next((k for k in TITLES if isinstance(both.get(k), str)), None)
     id = _id(both, key)
     # Others' ids are addresses, too: a leading "/" would be refused.
     return Document(
-        checked_id(id.lstrip("/") if key in ("url", "source") else id), _string(both, title, ""), _string(row, text)
+        checked_id(id.lstrip("/") if key in ("url", "source") else id),
+        _string(both if title else row, title or "title", ""),
+        _string(row, text),
     )
 
 

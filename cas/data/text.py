@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 
 MARKDOWN = (".md", ".markdown", ".mdown", ".mkd", ".mdx", ".qmd", ".rmd")
+FRONT_MATTER = (*MARKDOWN, ".txt", ".rst")  # whose pages may begin with a block of YAML
 _BOMS = (  # UTF-32 first: its mark begins with that of UTF-16
     (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xef\xbb\xbf", "utf-8-sig"),
     (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
@@ -36,7 +38,9 @@ _MAGIC = {
     b"\x7fELF": "program", b"MZ": "program", b"\xca\xfe\xba\xbe": "program", b"SQLite format 3": "database",
     b"ID3": "sound", b"OggS": "sound", b"fLaC": "sound", b"\x93NUMPY": "array file", b"wOFF": "font", b"wOF2": "font",
     b"\xd0\xcf\x11\xe0": "of another format", b"{\\rtf": "of another format",
+    b"%!PS": "of another format",
 }  # fmt: skip
+_HIGH_BYTES = re.compile(rb"[\x80-\xff]")
 _CONTROL_BYTES = re.compile(rb"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 # In a word a sign other than an apostrophe or hyphen, or a capital after a small letter: Windows-1252 was another encoding.
 _NOT_WESTERN = re.compile("[A-Za-z][^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\xad·–—][A-Za-z]|[a-zà-öø-ÿ][À-ÖØ-ÞŒŠŽŸ]")
@@ -48,7 +52,7 @@ _DATA_START = r"data:(?:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+(?:=[\w.+-]+)?)*|;base64),"
 _DATA_QUOTED = r"data:(?:(?:image|font)/[\w.+-]+(?:;[\w.+=-]+)*|(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64),"
 _DATA_URI = re.compile(rf"(?<=[\"'(<=]){_DATA_QUOTED}[\w+/=%.~-]+|{_DATA_START}[\w+/=%.~-]{{64,}}")
 _UNDERLINED = r"^(?=.*\w)(\S.*)\n([=\-~^\"'`#*+.:_])\2{2,}[ \t]*$"
-_HEADING = r"^#[ \t]+(\S.*)"
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(\S.*)")
 _TITLES = {
     ".txt": r"(?:\A|^(?!#\s).*\n)#[ \t]+(\S.*)$(?!\n#(?:\s|\Z))",  # not in a block of comments
     ".rst": _UNDERLINED,
@@ -67,14 +71,29 @@ def binary_kind(suffix: str, head: bytes) -> str:
 
 
 def is_drawing(suffix: str, head: bytes) -> bool:
-    """Whether a file is text as far as bytes go, but says nothing to a reader: drawings, and RTF."""
-    rtf = head.startswith(b"{\\rtf") and suffix not in (".txt", ".md")
-    return rtf or suffix in (".svg", ".eps", ".ps", ".ai", ".rtf")
+    """Whether a file is text as far as bytes go, but says nothing to a reader: drawings, PostScript and RTF."""
+    if suffix in (".txt", ".md"):
+        return False
+    plain = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe\x04 \t\r\n")  # in UTF-16, too
+    if plain.startswith((b"{\\rtf", b"%!PS")):
+        return True
+    if suffix == ".svg":
+        return re.search(rb"<(\w+:)?svg\b", plain) is not None
+    return suffix in (".ps", ".eps", ".ai") and re.search(rb"^%!", plain[:1024], re.MULTILINE) is not None
 
 
-def has_binary_name(suffix: str) -> bool:
-    """Whether files with this ending are binary as a rule: then only valid UTF-8 is text."""
-    return suffix in _KINDS
+def may_guess(suffix: str, data: bytes) -> bool:
+    """Whether bytes that are not valid UTF-8 may be text in another encoding. With an ending of files that are binary as a
+    rule, only those without any control character may, and most of them ASCII."""
+    if suffix not in _KINDS:
+        return True
+    magic = any(data.startswith(start) for start in _MAGIC)
+    return (
+        not magic
+        and b"\0" not in data
+        and not _CONTROL_BYTES.search(data)
+        and 2 * len(_HIGH_BYTES.findall(data)) < len(data)
+    )
 
 
 def decode(data: bytes, guess: bool = True) -> tuple[str, str] | None:
@@ -161,7 +180,7 @@ def _western(sample: bytes) -> bool:
 
 
 def split_front_matter(text: str) -> tuple[str | None, str]:
-    """The title in the YAML block at the start of a Markdown page, if any, and the page without that block."""
+    """The title in the YAML block at the start of a page, if any, and the page without that block."""
     import yaml
 
     block = re.match(r"---[ \t]*\n(.{0,65536}?)^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE)
@@ -184,10 +203,11 @@ def without_data_uris(text: str) -> str:
     return _DATA_URI.sub("", _DATA_IMAGE.sub(r"\1", text))
 
 
-def title_in(text: str, suffix: str) -> str | None:
-    """The first heading of the highest level, in the notation that the ending (lower case) stands for."""
+def title_in(text: str, suffix: str, lowest: int = 6) -> str | None:
+    """The first heading of the highest level, in the notation that the ending (lower case) stands for. In Markdown, only
+    headings of the levels 1 to ``lowest`` count."""
     if suffix in MARKDOWN:
-        return _markdown_title(text)
+        return min(_markdown_headings(text, lowest), key=lambda heading: heading[0], default=(0, None))[1]
     if suffix == ".tex":
         text = re.sub(r"(?<!\\)%.*", "", text)
     pattern = _TITLES.get(suffix)
@@ -195,22 +215,34 @@ def title_in(text: str, suffix: str) -> str | None:
     return heading[1] if heading else None
 
 
-def _markdown_title(text: str) -> str | None:
-    """The first ``# heading``, or line underlined with ``===``, outside code fences and comments."""
-    if not any(mark in text for mark in ("```", "~~~", "<!--", "\n==", "\n =")):
-        heading = re.search(_HEADING, text, re.MULTILINE)
-        return heading[1] if heading else None
+def _markdown_headings(text: str, lowest: int) -> Iterator[tuple[int, str]]:
+    """(level, heading) outside code fences and comments, up to the first of level 1; both of CommonMark's notations."""
     text = re.sub(r"<!--.*?(?:-->|\Z)", lambda comment: re.sub(r"[^\n]", " ", comment[0]), text, flags=re.DOTALL)
-    fence = ""
+    fence, above = "", ""
     for line, below in pairwise([*text.split("\n"), ""]):
         mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        level, heading = 0, ""
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2].strip():
                 fence = ""
         elif mark and not ("`" in mark[1] and "`" in mark[2]):
             fence = mark[1]
-        elif heading := re.match(_HEADING, line):
-            return heading[1]
-        elif re.search(r"\w", line) and re.fullmatch(r" {0,3}=+[ \t]*", below):
-            return line
-    return None
+        elif hashes := _HEADING.match(line):
+            level, heading = len(hashes[1]), _without_closing(hashes[2])
+        elif re.search(r"\w", line) and (underline := re.fullmatch(r" {0,3}(=+|-+)[ \t]*", below)):
+            if underline[1][0] == "=":
+                level, heading = 1, line
+            elif not above.strip() and re.match(r" {0,3}\w", line):  # else a list, a table or a quotation above a rule
+                level, heading = 2, line
+        if heading and level <= lowest:
+            yield level, heading
+            if level == 1:
+                return
+        above = line
+
+
+def _without_closing(heading: str) -> str:
+    """A heading without the ``##`` behind it that close it."""
+    heading = heading.rstrip()
+    plain = heading.rstrip("#")
+    return plain.rstrip() if not plain or plain[-1] in " \t" else heading

@@ -39,13 +39,13 @@ def left_out(folder: Path, **options: list[str]) -> list[str]:
     return sorted(map(str, Collection.load(folder, **options).left_out))
 
 
-# What the first release candidate read in such a folder: ids, titles and texts of ordinary files never change, or stores
-# would lose their cartridges.
+# What is read in such a folder: ids, titles and texts of ordinary files do not change unnoticed, since their cartridges
+# would be trained again.
 FROZEN = {
     "a": ("a.txt", b"Plain \xc3\xbc.\n", "a", "Plain ü.\n"),
-    "b.c": ("b.c.md", b"Intro.\r\n\r\n#  The Pump #\r\n\r\n<!-- x -->\r\n", "The Pump #", None),
+    "b.c": ("b.c.md", b"Intro.\r\n\r\n#  The Pump #\r\n\r\n<!-- x -->\r\n", "The Pump", None),
     "d_e-f": ("d_e-f.TXT", b"\xef\xbb\xbfone\rtwo\x07 \n", "d e f", "one\rtwo\x07 \n"),
-    "sub/read me": ("sub/read me.md", b"## Two\n#tag\n", "read me", "## Two\n#tag\n"),
+    "sub/read me": ("sub/read me.md", b"## Two\n#tag\n", "Two", "## Two\n#tag\n"),
     "sub/x": ("sub/x.Md", b"data:, and ![x](y.png)\n\n\n", "x", "data:, and ![x](y.png)\n\n\n"),
     "y": ("y.txt", b"```\n# In a fence\n```\n", "In a fence", "```\n# In a fence\n```\n"),
     "z": ("z.md", b"---\nA rule, no front matter.\n---\n", "z", "---\nA rule, no front matter.\n---\n"),
@@ -75,8 +75,17 @@ def test_files_of_other_kinds_never_take_the_place_of_ordinary_ones(tmp_path: Pa
 def test_text_has_any_ending_or_none(tmp_path: Path) -> None:
     names = ["README", "a.rst", "b.adoc", "c.org", "d.log", "e.csv", "f.json", "g.yaml", "h.toml", "i.tex", "j.py"]
     names += ["k.markdown", "l.weird", "Makefile", "src/m.rs", "n.xml", "photo.jpg"]  # text whatever it is called
+    names += ["door.lock", "play.ps", "notes.ai", "notes.svg", "notes.eps", "notes.rtf"]
     texts(tmp_path, *names)
     assert ids(tmp_path) == sorted(names)
+    letter = "Ma chère amie, la clé du café est restée chez la gérante.\n"
+    for name in ("letter.doc", "letter.key"):
+        write(tmp_path / name, f"{name}: {letter}".encode("latin-1"))
+    collection = Collection.load(tmp_path)
+    assert [collection[name].text for name in ("letter.doc", "letter.key")] == [
+        f"letter.doc: {letter}",
+        f"letter.key: {letter}",
+    ]
 
 
 def test_what_is_no_text_is_counted_by_kind(tmp_path: Path) -> None:
@@ -90,12 +99,19 @@ def test_what_is_no_text_is_counted_by_kind(tmp_path: Path) -> None:
     write(tmp_path / "noise", bytes(range(256)) * 20)
     write(tmp_path / "old.doc", b"\xd0\xcf\x11\xe0\0")
     write(tmp_path / "letter.rtf", r"{\rtf1 Hello}")
+    write(tmp_path / "figure", "%!PS-Adobe-3.0\n0 0 moveto\n")
+    write(tmp_path / "old.ai", "%!\n0 0 moveto\n")
+    write(tmp_path / "cut.doc", b"\xe9\x8d\xb9\xa0abc")
+    write(tmp_path / "wide.svg", "<?xml version='1.0'?>\n<svg/>".encode("utf-16"))
     write(tmp_path / "empty.py", "")
     write(tmp_path / "rows.jsonl", '{"id": "a", "text": "x"}\n')
     write(tmp_path / "hard.jsonl", '{"id": "q", "document_ids": ["a"], "question": "?", "answers": ["x"]}\n')
+    write(tmp_path / "questions.jsonl", '{"document_ids": ["a"], "question": "?", "answers": ["x"]}\n')
+    write(tmp_path / "sub" / "questions.jsonl", "")
     (line,) = Collection.load(tmp_path).skipped
     assert line == (
-        "not read: 3 images, 2 of another format (letter.rtf, old.doc), 1 JSON lines file (rows.jsonl), 1 archive, "
+        "not read: 5 images, 4 of another format (cut.doc, figure, letter.rtf, …), "
+        "2 question files (hard.jsonl, sub/questions.jsonl), 1 JSON lines file (rows.jsonl), 1 archive, "
         "1 empty (empty.py), 1 other binary file, 1 program, 1 video; --dry-run lists them"
     )
 
@@ -115,9 +131,9 @@ def test_generated_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
     assert Collection.load(tmp_path).skipped[0].startswith("not read: 6 hidden, ")
     assert ids(tmp_path, include=[".github/**"]) == [".github/flow.yml"]
     assert ids(tmp_path, include=["node_modules/"]) == ["x/node_modules/p/README"]
-    texts(tmp_path, "tool.lock", "x/package-lock.json")
+    texts(tmp_path, "uv.lock", "x/package-lock.json")
     assert " 2 lock files, " in Collection.load(tmp_path).skipped[0]
-    assert ids(tmp_path, include=["tool.lock"]) == ["tool.lock"]
+    assert ids(tmp_path, include=["uv.lock"]) == ids(tmp_path, include=["*.lock"]) == ["uv.lock"]
     assert ids(tmp_path, include=[".*"]) == [".env", ".git/config", ".github/flow.yml"]
 
 
@@ -168,6 +184,8 @@ def test_links(tmp_path: Path) -> None:
         "not read: 3 linked folders (linked/, loop/, sub/self/), 2 broken links (gone.md, round.md); --dry-run lists them",
         "read through links out of the folder: 1 (e.md)",
     )
+    (docs / "Inlink.md").symlink_to("a.md")
+    assert "Inlink.md: same text as a.md" in left_out(docs)
     assert f"linked/: linked folder, to {away}" in left_out(docs)
     asked = Collection.load(docs, include=["linked/**", "loop/**"])
     assert [d.id for d in asked.documents] == ["linked/c", "linked/deep/d"]

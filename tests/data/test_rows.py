@@ -36,7 +36,9 @@ def write(path: Path, text: str) -> Path:
         ({"url": "https://x.org/a", "body": "x", "title": None}, ("https://x.org/a", "https://x.org/a", "x")),
         ({"id": None, "page_content": "x", "metadata": {"source": "/m/a.pdf", "title": "A"}}, ("m/a.pdf", "A", "x")),
         ({"page_content": "x", "metadata": {"id": 3}}, ("3", "3", "x")),
-        ({"id": "a", "text": "x", "name": "not a title of ours"}, ("a", "a", "x")),
+        ({"id": "a", "text": "x", "headline": "H", "name": "N"}, ("a", "H", "x")),
+        ({"id": "a", "text": "x", "metadata": {"id": 3, "title": "N"}}, ("a", "N", "x")),
+        ({"id": "a", "text": "x", "metadata": {"title": ["N"]}}, ("a", "a", "x")),
     ],
 )
 def test_field_names(tmp_path: Path, row: dict[str, Any], expected: tuple[str, str, str]) -> None:

@@ -117,6 +117,14 @@ def test_one_line_says_what_was_read_as_what(tmp_path: Path) -> None:
         (".md", "<!-- open\n# Draft\n", None),
         (".md", "The Pump\n========\n\n# Later\n", "The Pump"),
         (".md", "text\n\n===\n# Yes\n", "Yes"),
+        (".md", "### Low\n## High\n## Later\n", "High"),
+        (".md", "## Low\n   # Indented title\n", "Indented title"),
+        (".md", "    # code\n####### seven\n#none\n# #\n", None),
+        (".md", "Title\n=\n", "Title"),
+        (".md", "### Low\n\nTitle\n---\n", "Title"),
+        (".md", "text\n- item\n---\n\n| a |\n---\n\n- item\n---\n", None),
+        (".md", "# Closed ##  \n", "Closed"),
+        (".md", "# In C#\n", "In C#"),
         (".markdown", "# A\n", "A"),
         (".txt", "Pump\n====\nText", None),
         (".txt", "Intro\n# Pump\n## Parts\n", "Pump"),
@@ -142,6 +150,9 @@ def test_title_is_the_heading_else_the_front_matter_else_the_name(tmp_path: Path
     (tmp_path / "a.md").write_text("---\ntitle: From above\n---\n# Heading\nText\n")
     (tmp_path / "b.md").write_text('---\r\ntitle: "From: above"\r\ntags: [x]\r\n---\r\n\r\nText b\r\n', newline="")
     (tmp_path / "c-d_e.rst").write_text("Text c")
+    for name in ("e.txt", "f.rst"):
+        (tmp_path / name).write_text(f"---\ntitle: Of {name}\n---\nText of {name}")
+    (tmp_path / "g.md").write_text("---\ntitle: From above\n---\n## Section\n")
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text(f'"""Package {folder}."""\n')
@@ -150,6 +161,9 @@ def test_title_is_the_heading_else_the_front_matter_else_the_name(tmp_path: Path
         "a": ("Heading", "# Heading\nText\n"),
         "b": ("From: above", "Text b\n"),
         "c-d_e.rst": ("c d e", "Text c"),
+        "e": ("Of e.txt", "Text of e.txt"),
+        "f.rst": ("Of f.rst", "Text of f.rst"),
+        "g": ("From above", "## Section\n"),
         "x/__init__.py": ("x/__init__.py", '"""Package x."""\n'),
         "y/__init__.py": ("y/__init__.py", '"""Package y."""\n'),
     }

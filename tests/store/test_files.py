@@ -242,7 +242,8 @@ def test_a_store_that_others_have_open_is_not_compacted(folder: Path) -> None:
         status, _, err = call(tool.main, "compact", str(folder))
         assert status == 2 and err == f"cas: {folder} is open in another process; stop that one first\n"
         assert (folder / "cartridges.lmdb").read_bytes() == before
-    assert call(tool.main, "compact", str(folder))[0] == 0
+    assert call(tool.main, "compact", "--store", str(folder))[0] == 0
+    assert "name one store" in call(tool.main, "compact", str(folder), "--store", str(folder))[2]
 
 
 def test_nobody_opens_a_store_that_is_being_compacted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
