@@ -232,7 +232,7 @@ def train_again(folder: Path) -> dict[str, float]:
     embedder = index.load_embedder()
     loaded = loading(lambda *_, **__: embedder)
     with (
-        patch.object(pipeline, "_load_model", lambda *_: model),
+        patch.object(pipeline, "load_model", lambda *_: model),
         patch.object(pipeline, "load_embedder", loaded),
         contextlib.redirect_stdout(io.StringIO()),
     ):
