@@ -202,7 +202,8 @@ class SelfStudy(_Checked):
             raise ConfigError(f"--writer-url: an endpoint writes lists; leave out --writer {self.writer}")
         if re.search("[@?#]", self.writer_url):
             raise ConfigError("--writer-url: give the address alone; its key belongs in $CAS_WRITER_KEY")
-        if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[!-~]*)?", self.writer_url, re.ASCII):
+        address = re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[!-~]*)?", self.writer_url, re.ASCII)
+        if address is None or int((address[2] or ":80")[1:]) > 65535:
             raise ConfigError("--writer-url: give an address such as http://localhost:8000/v1")
 
 

@@ -143,6 +143,7 @@ class Endpoint:
             text = choice["message"]["content"] or ""
             if not isinstance(text, str):
                 raise TypeError
+            text = text.encode(errors="replace").decode()  # half a surrogate pair is no text to a tokenizer
             return text, choice.get("finish_reason") not in ("length", "content_filter")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Failed("the reply is no chat completion") from None
@@ -163,7 +164,7 @@ class Endpoint:
             raise _Failed(self._clean(getattr(error.reason, "strerror", None) or str(error.reason))) from None
         except TimeoutError:
             raise _Failed(f"no reply in {self.timeout:.0f} seconds") from None
-        except ValueError:  # no JSON, or not in UTF-8
+        except (ValueError, RecursionError):  # no JSON, not in UTF-8, or nested without end
             raise _Failed("the reply is no JSON") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Failed(type(error).__name__) from None
@@ -176,8 +177,8 @@ class Endpoint:
         try:
             detail = json.loads(text)
             detail = detail.get("error", detail)
-            text = str(detail["message"] if isinstance(detail, dict) else detail)
-        except (ValueError, KeyError, AttributeError):
+            text = str((detail["message"] if isinstance(detail, dict) else detail) or "")
+        except (ValueError, KeyError, AttributeError, RecursionError):
             pass  # it is no JSON, or of another form
         reason = f"HTTP {error.code}, {self._clean(text or str(error.reason))}"
         if error.code in _RETRIED or error.code >= 500:

@@ -96,8 +96,13 @@ def join_writers() -> None:
 
 
 def test_a_request(served: Served) -> None:
-    served.script = [completion("1. Who?"), completion("1. Wh", finish="length"), completion(None)]
-    assert [ask(served) for _ in range(3)] == [("1. Who?", True), ("1. Wh", False), ("", True)]
+    served.script = [
+        completion("1. Who?"),
+        completion("1. Wh", finish="length"),
+        completion(None),
+        completion("1. Who \ud83d?"),
+    ]
+    assert [ask(served) for _ in range(4)] == [("1. Who?", True), ("1. Wh", False), ("", True), ("1. Who ??", True)]
     assert served.requests[0] == {
         "model": "writer-70b",
         "messages": [{"role": "user", "content": "Tell me."}],
@@ -125,6 +130,7 @@ def test_the_address_may_be_written_in_several_ways(served: Served, ending: str)
         (200, {}, b'{"choices": []}'),
         (200, {}, b"[]"),
         (200, {}, b"null"),
+        (200, {}, b"[" * 100_000),
         (200, {}, b'{"choices": [{"message": {"content": 7}}]}'),
         (502, {}, b"<html>Bad Gateway</html>"),
     ],

@@ -234,6 +234,7 @@ def test_auto_goes_on_with_lists(new_store: Callable[..., Store], model: FrozenM
         ({"writer_model": "m"}, "--writer-model is the model of an endpoint; give its --writer-url"),
         ({"writer_url": "http://h/v1", "writer": "sentence"}, "--writer-url: an endpoint writes lists"),
         ({"writer_url": "http://h/v1", "writer_concurrency": 0}, "--writer-concurrency 0: at least 1"),
+        ({"writer_url": "http://h:99999/v1"}, "--writer-url: give an address such as"),
         ({"writer_url": "http://me:secret@h/v1"}, "--writer-url: give the address alone; its key belongs in"),
         ({"writer_url": "https://h/v1?key=secret"}, "--writer-url: give the address alone; its key belongs in"),
         ({"writer_url": "localhost:8000/v1"}, "--writer-url: give an address such as http://localhost:8000/v1"),
