@@ -11,8 +11,9 @@ from cas.model.loading import first_line
 from cas.model.text import TextCodec
 
 _TODAY = "01 Jan 2026"  # for templates that print the date: the header must not change from day to day
-# <think>, [THINK], <|START_THINKING|>, </think>: tags around a block of thoughts.
-_TAG = re.compile(r"(<\|?|\[)(/?[\w:]*(?:think|thought|reason)[\w:]*)(\|?>|\])", re.IGNORECASE)
+# <think>, [THINK], <|START_THINKING|>, ◁think▷, <scratchpad>, </think>: tags around a block of thoughts.
+_WORDS = "think|thought|reason|analysis|scratchpad|reflection"
+_TAG = re.compile(rf"(<\|?|\[|◁)(/?[\w:]*(?:{_WORDS})[\w:]*)(\|?>|\]|▷)", re.IGNORECASE)
 _ENDS = {"START": "END", "start": "end", "BEGIN": "END", "begin": "end"}
 
 
@@ -101,7 +102,7 @@ def _closed(suffix: str, codec: TextCodec) -> str:
     tags = list(_TAG.finditer(suffix))
     last = tags[-1] if tags else None
     if last is None or last[2].startswith("/") or re.match("end", last[2], re.IGNORECASE):
-        if not re.search(r"[>|\]](analysis|thought|thinking)\s*$", suffix):
+        if not re.search(r"[>|\]](analysis|thought|thinking)\s*(<\|message\|>\s*)?$", suffix):
             return suffix
     elif not suffix[last.end() :].strip():
         left, name, right = last.groups()

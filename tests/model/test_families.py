@@ -240,6 +240,10 @@ EMPTY = f"<|im_end|>\n{PROMPT}<think>\n\n</think>\n\n"
         ("{% if thinking is not defined or thinking %}<think>\n{% endif %}", f"<|im_end|>\n{PROMPT}"),
         ("</think>", f"<|im_end|>\n{PROMPT}</think>"),
         ("[THINK]", f"<|im_end|>\n{PROMPT}[THINK]\n\n[/THINK]\n\n"),
+        ("◁think▷", f"<|im_end|>\n{PROMPT}◁think▷\n\n◁/think▷\n\n"),
+        ("<analysis>\n", f"<|im_end|>\n{PROMPT}<analysis>\n\n</analysis>\n\n"),
+        ("<scratchpad>\n", f"<|im_end|>\n{PROMPT}<scratchpad>\n\n</scratchpad>\n\n"),
+        ("<reflection>", f"<|im_end|>\n{PROMPT}<reflection>\n\n</reflection>\n\n"),
         ("<|START_THINKING|>", f"<|im_end|>\n{PROMPT}<|START_THINKING|>\n\n<|END_THINKING|>\n\n"),
     ],
 )
@@ -249,7 +253,9 @@ def test_a_block_of_thoughts_is_closed(opened: str, suffix: str) -> None:
     assert (model.tokenizer.convert_tokens_to_ids("<think>") in model.template.suffix_ids) == ("<think>" in suffix)
 
 
-@pytest.mark.parametrize("opened", ["<think>\nOkay, ", "<|channel|>analysis", "<|channel>thought\n"])
+@pytest.mark.parametrize(
+    "opened", ["<think>\nOkay, ", "<|channel|>analysis", "<|channel|>analysis<|message|>", "<|channel>thought\n"]
+)
 def test_thoughts_that_cannot_be_closed_are_refused(opened: str) -> None:
     with pytest.raises(ModelError, match=r"^the chat template opens a block of thoughts [^\n]*$"):
         with_template(CHATML.replace("<|im_start|>assistant\n", f"<|im_start|>assistant\n{opened}"))
