@@ -12,6 +12,7 @@ from test_rounds import PRUNE, interrupted, state
 
 from cas import train
 from cas.model.frozen import FrozenModel
+from cas.store.store import Store
 from cas.training.trainer import Trainer
 
 TEXT = "# The pump\n\nDie Prüfung der Pumpe beginnt bei 5 °C, größer als zuvor, über der Brücke.\n"
@@ -105,3 +106,21 @@ def test_unreadable_files_of_the_same_names_are_not_the_collection(manuals: Froz
     status, _, err = call(train.main, *words, "--store", "runs/manuals")
     assert status == 2 and "another --collection" in err and str(Path("manuals").resolve()) in err and state() == before
     assert call(train.main, *TRAIN)[0] == 0 and state() == before
+
+
+@pytest.mark.parametrize(
+    "texts", [["The office is closed on Fridays."], ["The office is closed on Fridays.", "🙂🙂 🎉"]]
+)
+def test_a_sentence_or_no_word_at_all_is_trained_as_far_as_it_goes(manuals: FrozenModel, texts: list[str]) -> None:
+    folder = Path("office")
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    words = [w if w != "manuals" else "office" for w in TRAIN]
+    status, _, err = call(train.main, *words, "--store", "runs/manuals")
+    assert status == 0, err
+    with Store.open("runs/manuals") as store:
+        assert set(store.rows()) == {str(number) for number in range(len(texts))}
+    before = state()
+    status, out, err = call(train.main, *words, "--store", "runs/manuals")
+    assert status == 0 and state() == before and "not trained yet" not in out + err
