@@ -157,13 +157,13 @@ class Endpoint:
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                return json.loads(response.read(MOST_BYTES))
+                return json.loads(_whole(response, time.monotonic() + self.timeout))
         except urllib.error.HTTPError as error:
             raise self._http_error(error) from None
         except urllib.error.URLError as error:
             raise _Failed(self._clean(getattr(error.reason, "strerror", None) or str(error.reason))) from None
-        except TimeoutError:
-            raise _Failed(f"no reply in {self.timeout:.0f} seconds") from None
+        except TimeoutError:  # until it begins, between two parts of it, or from its beginning to its end
+            raise _Failed(f"no whole reply in {self.timeout:.0f} seconds") from None
         except (ValueError, RecursionError):  # no JSON, not in UTF-8, or nested without end
             raise _Failed("the reply is no JSON") from None
         except (OSError, http.client.HTTPException) as error:
@@ -259,6 +259,16 @@ def list_writer(
     if settings.writer_url is None:
         return ModelWriter(model, question_tokens, settings.seed)
     return EndpointWriter(open_endpoint(settings, model_before), question_tokens, settings.writer_concurrency)
+
+
+def _whole(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The body of a reply, as far as :data:`MOST_BYTES`. Raises: TimeoutError where it is not there by the deadline."""
+    body = bytearray()
+    while len(body) < MOST_BYTES and (part := response.read1(1 << 16)):
+        body += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(body)
 
 
 def open_endpoint(settings: SelfStudy, model_before: str | None = None) -> Endpoint:

@@ -401,3 +401,15 @@ def test_the_training_command(manuals: FrozenModel, served: Served, monkeypatch:
     assert saved["writer_url"] == served.url
     count = len(served.requests)
     assert call(train.main, "--config", "runs/manuals/config.yaml")[0] == 0 and len(served.requests) == count
+
+
+def test_a_reply_that_drips_in_has_a_limit() -> None:
+    class Dripping:
+        def read1(self, most: int) -> bytes:
+            time.sleep(0.01)
+            return b" "
+
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        endpoints._whole(Dripping(), started + 0.2)  # type: ignore[arg-type]
+    assert time.monotonic() - started >= 0.2
