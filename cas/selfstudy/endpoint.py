@@ -157,7 +157,7 @@ class Endpoint:
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                return json.loads(_whole(response, time.monotonic() + self.timeout))
+                return json.loads(_whole(response, time.monotonic() + self.timeout, MOST_BYTES))
         except urllib.error.HTTPError as error:
             raise self._http_error(error) from None
         except urllib.error.URLError as error:
@@ -171,7 +171,7 @@ class Endpoint:
 
     def _http_error(self, error: urllib.error.HTTPError) -> Exception:
         try:
-            text = error.read(4096).decode("utf-8", "replace")
+            text = _whole(error, time.monotonic() + self.timeout, 4096).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             text = ""
         try:
@@ -261,10 +261,10 @@ def list_writer(
     return EndpointWriter(open_endpoint(settings, model_before), question_tokens, settings.writer_concurrency)
 
 
-def _whole(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body of a reply, as far as :data:`MOST_BYTES`. Raises: TimeoutError where it is not there by the deadline."""
+def _whole(response: Any, deadline: float, most: int) -> bytes:
+    """The first bytes of a reply's body, as many as ``most``. Raises: TimeoutError where they are not there in time."""
     body = bytearray()
-    while len(body) < MOST_BYTES and (part := response.read1(1 << 16)):
+    while len(body) < most and (part := response.read1(min(most - len(body), 1 << 16))):
         body += part
         if time.monotonic() > deadline:
             raise TimeoutError

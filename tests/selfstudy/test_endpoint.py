@@ -411,5 +411,30 @@ def test_a_reply_that_drips_in_has_a_limit() -> None:
 
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        endpoints._whole(Dripping(), started + 0.2)  # type: ignore[arg-type]
+        endpoints._whole(Dripping(), started + 0.2, 1 << 20)
     assert time.monotonic() - started >= 0.2
+
+
+@pytest.mark.parametrize("status", ["200 OK", "418 Teapot"])
+def test_a_server_that_drips_holds_nobody(status: str) -> None:
+    """Neither with a reply nor with the reason of a refusal."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 9999\r\n\r\n".encode())
+                for _ in range(600):
+                    try:
+                        connection.sendall(b" ")
+                    except OSError:
+                        return
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=0.5)
+        started = time.monotonic()
+        with pytest.raises((RunError, ConfigError), match=r"no whole reply in|HTTP 418, Teapot"):
+            endpoint.complete("Hi", 5, 0.7, threading.Event(), attempts=1)
+        assert time.monotonic() - started < 15  # 30 seconds to the end of the drops
