@@ -39,8 +39,9 @@ class KeptShare:
         self.is_said = True
         questions = min(most_questions, int(conversations * written / max(self.kept, 1)))
         time_left = duration(questions * (time.monotonic() - self.started) / written)
+        aside = " without duplicates" if judged < written else ""
         line = (
-            f"kept {self.kept} of the first {written} questions ({self.kept / written:.0%}; dropped: "
+            f"kept {self.kept} of the first {written} questions ({self.kept / judged:.0%}{aside}; dropped: "
             f"{reasons(self.dropped, 3)}); about {time_left} to go"
         )
         if self.kept >= LEAST_SHARE * judged or questions <= FEW_QUESTIONS or self.keep_going:

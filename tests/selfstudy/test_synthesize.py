@@ -31,6 +31,7 @@ from cas.selfstudy.planners import (
 )
 from cas.selfstudy.prompt_styles import INSTRUCT, token_limits, with_limits
 from cas.selfstudy.seed_prompts import SEED_PROMPTS, normal
+from cas.selfstudy.share import KeptShare
 from cas.selfstudy.synthesize import SelfStudy, Teacher, synthesize
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
@@ -208,6 +209,15 @@ def test_the_share_kept_of_the_first_hundred_questions(
     conversations = synthesize(model, wells(10, 8, 9), store, say=lines.append, keep_going=True, **settings)
     assert len(lines) == 1 and all(file.read_bytes() == units[file] for file in units)
     assert conversations
+
+
+def test_the_share_said_is_the_one_that_is_judged() -> None:
+    """Duplicates aside: 30 of 100, though 170 were written."""
+    lines = list[str]()
+    share = KeptShare(lines.append, "", keep_going=False)
+    share.add(30, Counter({"duplicate": 70, "off topic": 70}))
+    share.check(10_000, 10_000)
+    assert lines[0].startswith("self-study  kept 30 of the first 170 questions (30% without duplicates; dropped: 70 ")
 
 
 def test_a_short_text_ends_when_it_is_exhausted(
