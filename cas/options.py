@@ -173,7 +173,7 @@ class SelfStudy(_Checked):
     top_k: int = 20
     """Most likely tokens whose probabilities are kept of the teacher."""
     keep_going: Flag = False
-    """Go on with self-study even if less than a quarter of its first hundred questions is kept."""
+    """Go on with self-study even if less than a quarter of a run's first hundred questions, duplicates aside, is kept."""
     writer: Literal["auto", "sentence", "list", "none"] = "auto"
     """How questions are written: one a sentence, or as a list about a chunk. auto: a list where an instruct model of at
     least a billion parameters, or an endpoint, writes them. none: no questions, reconstruction alone."""

@@ -84,7 +84,8 @@ needs `--initialization first` as well.
 
 Ten pages about a program that does not exist (`examples/relay_docs`, 912 tokens on average, with code, tables and lists),
 a sixteenth of the tokens as positions, SmolLM2-135M-Instruct, 100 questions; retrieval by vectors and BM25. The
-cheapest way to train, `--effort quick`: about 32 written conversations a page, reconstruction, and one pass.
+cheapest way to train, `--effort quick`: 24 or more written conversations a page (32 in the mean), reconstruction, and
+one pass.
 
 {_table("technical_docs/2026-11-30-cpu-quick", ("contains", "f1"), DOCS)}
 
