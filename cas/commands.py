@@ -93,7 +93,7 @@ def show(id: Positional[OptionalId] = None, store: StoreOption = None, as_json: 
     for key, value in about.items():
         if value is None:  # does not apply
             continue
-        plain = isinstance(value, (str, int, float, type(None)))
+        plain = isinstance(value, (str, int, float))
         print(console.harmless(f"{key}: {value if plain else json.dumps(value, ensure_ascii=False)}"))
     return 0
 

@@ -155,8 +155,9 @@ def list_files(folder: Path, include: Sequence[str], exclude: Sequence[str], lef
             if kind is not None:
                 left_out.append(LeftOut(one_line(name) + "/" * folder_inside, kind, why))
             elif not folder_inside:
-                link, inside = item.is_symlink(), _within(item.path, root)
-                found.append(Entry(item.path, name, outside or (link and not inside), link and inside))
+                link = item.is_symlink()
+                leaves = link and not _within(item.path, root)
+                found.append(Entry(item.path, name, outside or leaves, link and not leaves))
             elif (real := os.path.realpath(item.path)) not in seen:  # else a link back to what is read anyway
                 seen.add(real)
                 pending.append((item.path, f"{name}/"))
@@ -184,9 +185,10 @@ def _kind_left_out(
         if plain in _GENERATED and not _is_named(plain, named):
             return f"{plain} folder"
         return "linked folder" if item.is_symlink() and not _is_named(plain, named) else None
-    locks = [part for p in include if (part := p.rpartition("/")[2]).lower().endswith((".lock", ".sum"))]  # *.lock
-    if _LOCK.fullmatch(plain) and not _is_named(plain, [*named, *locks]):
-        return "lock file"
+    if _LOCK.fullmatch(plain):
+        locks = [part for p in include if (part := p.rpartition("/")[2]).lower().endswith((".lock", ".sum"))]  # *.lock
+        if not _is_named(plain, [*named, *locks]):
+            return "lock file"
     if item.is_symlink() and not os.path.exists(item.path):
         return "broken link"
     if not stat.S_ISREG(item.stat().st_mode):

@@ -262,7 +262,8 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
 
 def _title(text: str, suffix: str, declared: str | None, lowest: int = 6) -> str | None:
     """A heading of level 1, else the title that the file declares, else a heading of the highest level that it has."""
-    return title_in(text, suffix, 1) or declared or title_in(text, suffix, lowest)
+    title = title_in(text, suffix, 1) or declared
+    return title if title or suffix not in MARKDOWN else title_in(text, suffix, lowest)
 
 
 def _title_of(name: str) -> str:
