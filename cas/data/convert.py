@@ -86,11 +86,11 @@ def _readable(page: bytes) -> bytes:
     for part in soup.find_all(lambda tag: tag.name == "nav" or tag.get("role") == "navigation"):
         part.decompose()
     for image in soup.find_all("img"):
-        image.replace_with(image.get("alt") or "")
+        image.replace_with(str(image.get("alt") or ""))
     for link in soup.find_all("a"):
         if not re.search(r"\w", link.get_text()):
             link.decompose()
-        elif not re.match(r"\w+:", link.get("href") or ""):
+        elif not re.match(r"\w+:", str(link.get("href") or "")):
             link.unwrap()
     return str(soup).encode()
 
