@@ -176,6 +176,8 @@ python -m cas merge runs/both runs/manuals runs/wiki                # stores tha
   ranks, the result is the same bit for bit as without the loss.
 - At the end the first rank copies the cartridges, without Adam state, into the store: an ordinary one, as after training
   by one process. `--steps` counts the steps of all ranks together.
+- In a trial on eight fictional documents, 1, 2 and 4 ranks answered 80.5, 82.0 and 78.9 percent of 128 questions
+  ([log](../experiments/LOG.md), 2026-12-01).
 - `--zero 3` is for a model that one GPU cannot hold: every rank keeps a part of each decoder layer, and layers are put
   together for the moment in which they compute. Otherwise every rank has the whole model, which is faster.
 - While ranks train, documents can be added to the collection for the next round, but not changed or dropped.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from cas.model.frozen import FrozenModel
 from cas.model.positions import Layout
 from cas.report import kv_pruning
 from cas.report.config import Config
-from cas.report.rag_baseline import RANKINGS, Rag, Setting, tune
+from cas.report.rag_baseline import RANKINGS, SETTINGS_TRIED, Rag, Setting, tune
 from cas.store.store import Store
 from retrieval import WordIndex, ndcg_at_k, rank_documents, recall_at_k, reciprocal_rank, with_title
 
@@ -100,18 +100,26 @@ class Comparison:
 
         return str(Arm("cas", max(self.ks(), key=score)))
 
-    def tune_rag(self, parts: Path, questions: Sequence[Question], metric: str) -> dict[int, dict[str, Any]]:
+    def tune_rag(
+        self, parts: Path, questions: Sequence[Question], metric: str, show: Callable[[int, int], None]
+    ) -> dict[int, dict[str, Any]]:
         """For every budget RAG's best setting on validation questions, and the settings that were tried.
 
         ``parts``: the folder where the result of each budget is written, and read when the command is run again.
+        ``show``: gets how many settings were tried, and of how many.
         """
         results: dict[int, dict[str, Any]] = {}
         best = Setting()
+        tuned = [b for b in self.budgets if questions and b <= max(self.config.tune_up_to, self.budgets[0])]
+        done = 0
 
         def search(budget: int, start: Setting) -> dict[str, Any]:
             def score(setting: Setting) -> float:
+                nonlocal done
+                show(done, total := len(tuned) * SETTINGS_TRIED)
                 prompts = self.rag_prompts(questions, setting, budget)
                 answers = answer_texts(self.model, prompts, {}, self.store.layout, self.config.max_new_tokens)
+                show(done := done + 1, total)
                 return sum(score_answer(metric, a, q.answers) for a, q in zip(answers, questions)) / len(answers)
 
             chosen, tried = tune(score, start)
@@ -119,9 +127,10 @@ class Comparison:
             return {"best": asdict(chosen), "tried": tried}
 
         for budget in self.budgets:
-            if budget <= max(self.config.tune_up_to, self.budgets[0]) and questions:
+            if budget in tuned:
                 results[budget] = cached_json(parts / f"tune-{budget}.json", partial(search, budget, best))
                 best = Setting(**results[budget]["best"])
+                done = len(results) * SETTINGS_TRIED
             else:
                 results[budget] = {"best": asdict(best), "tried": []}
             self.settings[budget] = best
@@ -210,14 +219,18 @@ class Comparison:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def run(self, arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
+    def run(
+        self, arm: Arm, questions: Sequence[Question], answered: Callable[[int], None] | None = None
+    ) -> dict[str, Any]:
         """Answers of an arm with their scores (``predictions``), and what the model read for them (``measured``):
-        tokens where the document goes, all prompt tokens, bytes of KV."""
+        tokens where the document goes, all prompt tokens, bytes of KV. ``answered`` gets how many answers there are."""
         predictions: list[Prediction] = []
         sizes: list[tuple[str, int, int]] = []  # document, tokens of context, all tokens of the prompt
         template = self.model.template
         for group in self.groups(arm, questions):
             predictions += answer_prompts(self.model, str(arm), *group, self.config.seed, self.config.max_new_tokens)
+            if answered is not None:
+                answered(len(predictions))
             for q, prompt in zip(group.questions, group.prompts, strict=True):
                 positions = sum(group.cartridges[i].shape[3] for i in prompt.cartridges)
                 text = len(prompt.tokens) - len(template.suffix_ids) - len(template.footer_ids)

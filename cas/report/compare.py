@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cas import console
 from cas.errors import ConfigError
-from cas.options import parse
+from cas.options import parse, store_folder
 from cas.report.config import Config
 
 if TYPE_CHECKING:
@@ -53,13 +53,12 @@ def compare(config: Config) -> int:
     """Tune RAG, answer under every arm, time, write the report. Returns the exit status."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"the report needs {', '.join(missing)}: pip install 'cas-cartridges[report]'")
-    if not config.store:
-        raise ConfigError("give --store: the folder that cas.train wrote")
 
     from cas.store.store import Store
 
-    with Store.open(config.store) as store:
-        return _compare(config, store)
+    folder = store_folder(config.store)
+    with Store.open(folder) as store:
+        return _compare(replace(config, store=str(folder)), store)
 
 
 def _compare(config: Config, store: Store) -> int:
@@ -87,20 +86,29 @@ def _compare(config: Config, store: Store) -> int:
     rag = Rag(model, store.texts(), CachingEmbedder(SentenceEmbedder(config.embedder)))
     comparison = Comparison(config, model, store, collection, rag)
     parts = parts_folder(output, model, (store, *comparison.other_stores.values()), collection)
-    settings = comparison.tune_rag(parts, validation, metric)
+    with console.Display("tuning") as display:
+        settings = comparison.tune_rag(parts, validation, metric, display.show)
     main_arm = f"cas{comparison.ks()[-1]}"
     if validation:
         main_arm = cached_json(parts / "k.json", partial(comparison.best_k, validation, metric))
     predictions: list[Prediction] = []
     measurements: dict[str, dict[str, float]] = {}
-    for arm in comparison.arms():
-        part = cached_json(parts / f"{arm}.json", partial(measure, comparison, arm, test))
-        predictions += part["predictions"]
-        measurements |= part["measured"]
-        print(f"measured    {arm}", flush=True)
+    arms = comparison.arms()
+    with console.Display("answers") as display:
+        for arm in arms:
+
+            def show(answered: int, before: int = len(predictions), arm: Arm = arm) -> None:
+                display.show(before + answered, len(arms) * len(test), str(arm))
+
+            show(0)
+            part = cached_json(parts / f"{arm}.json", partial(measure, comparison, arm, test, show))
+            predictions += part["predictions"]
+            measurements |= part["measured"]
+            print(f"measured    {arm}", flush=True)
     sample = Random(config.seed).sample(test, min(config.timed, len(test)))
     uncached = SentenceEmbedder(config.embedder)
-    measurements |= cached_json(parts / "timed.json", partial(time_arms, comparison, uncached, sample))
+    with console.Display("timing", passing=True):
+        measurements |= cached_json(parts / "timed.json", partial(time_arms, comparison, uncached, sample))
     retrieval = cached_json(parts / "retrieval.json", partial(comparison.retrieval, test))
     measurements |= retrieval["measured"]
     write_trec(output, test, retrieval["rankings"])
@@ -111,9 +119,11 @@ def _compare(config: Config, store: Store) -> int:
     return write(comparison, test, predictions, measurements, settings, metric, main_arm)
 
 
-def measure(comparison: Comparison, arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
+def measure(
+    comparison: Comparison, arm: Arm, questions: Sequence[Question], answered: Callable[[int], None]
+) -> dict[str, Any]:
     """What :meth:`Comparison.run` returns, without the answers if the configuration keeps texts out."""
-    part = comparison.run(arm, questions)
+    part = comparison.run(arm, questions, answered)
     return without_answers(part) if comparison.config.no_text else part
 
 

@@ -12,8 +12,8 @@ from cas.options import Flag
 class Config:
     """RAG against CAS on one store."""
 
-    store: str = ""
-    """The store, trained by cas.train."""
+    store: str | None = None
+    """The store; default $CAS_STORE, else the newest under runs/."""
     output: str = "runs/rag_vs_cas"
     """Folder of the report and results."""
     collection: str | None = None

@@ -47,6 +47,7 @@ CHOICES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("titles", (True, False)),
     ("overlap", (1, 0, 3)),
 )
+SETTINGS_TRIED = sum(len(values) - 1 for _, values in CHOICES) + 1
 
 
 class Rag:

@@ -4,6 +4,7 @@ report stands alone."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -250,9 +251,9 @@ def test_the_text_option_may_change_between_runs(asked: Callable[..., Path], mon
 
     runs, run = [], Comparison.run
 
-    def counted(self: Comparison, arm: Any, questions: Any) -> Any:
+    def counted(self: Comparison, arm: Any, questions: Any, *rest: Any) -> Any:
         runs.append(str(arm))
-        return run(self, arm, questions)
+        return run(self, arm, questions, *rest)
 
     monkeypatch.setattr(Comparison, "run", counted)
     folder = asked()
@@ -381,7 +382,7 @@ def test_questions_added_and_removed_and_cartridges_trained_further_are_asked_ag
 
     ran: list[int] = []
     run = Comparison.run
-    monkeypatch.setattr(Comparison, "run", lambda self, arm, q: ran.append(len(q)) or run(self, arm, q))
+    monkeypatch.setattr(Comparison, "run", lambda self, arm, q, *rest: ran.append(len(q)) or run(self, arm, q, *rest))
 
     def report() -> tuple[int, set[str], dict[str, Any]]:
         ran.clear()
@@ -435,9 +436,12 @@ def test_missing_packages_are_named_before_anything_is_done(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("words", [["-m", "cas", "report"], ["-m", "cas.report"], ["-m", "experiments.rag_vs_cas"]])
-def test_every_command_of_the_report_starts(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stderr) == (2, "cas: give --store: the folder that cas.train wrote\n")
+def test_every_command_of_the_report_starts(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    environment = {**os.environ, "CAS_STORE": str(tmp_path / "none")}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(f"cas: {tmp_path}/none") and done.stderr.count("\n") == 1
 
 
 def test_too_few_questions_say_what_to_write(tmp_path: Path, asked: Callable[..., Path]) -> None:

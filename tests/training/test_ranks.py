@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
 from helpers_ranks import free_port, write_manuals
 from helpers_store import contents
 
+from cas.data.collection import Collection
 from cas.errors import ConfigError, RunError, UserError
+from cas.evaluation.answers import run_arms, unseen_questions
+from cas.evaluation.arms import ORACLE
+from cas.evaluation.metrics import Estimate, interval
+from cas.model.frozen import FrozenModel
 from cas.options import Training
 from cas.selfstudy.conversations import Conversations
 from cas.store.store import Store
@@ -147,6 +152,33 @@ def test_a_training_with_a_model_in_parts_gives_the_store_of_one_without(tmp_pat
             assert store.verify() == []
             stores.append(contents(store))
     assert stores[0] == stores[1]
+
+
+def accuracy(folder: Path) -> Estimate:
+    """Share of questions about a store's documents, but for those of self-study, that its cartridges answer exactly."""
+    with Store.open(folder) as store:
+        assert store.verify() == []
+        model, conversations = FrozenModel.from_store(store), Conversations.load(store.conversations)
+        collection = Collection.load("million_tokens").select(8)
+        assert {*store.rows()} == {d.id for d in collection.documents}
+        questions = unseen_questions(collection.questions, conversations)
+        assert len(questions) >= 40
+        given = run_arms(model, store, collection, questions, [ORACLE])
+    return interval([p["scores"]["exact_match"] for p in given], [p["document_id"] for p in given])
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_reach_the_same_accuracy(tmp_path: Path) -> None:
+    """Held-out questions about eight documents, answered by the embedded reader: the intervals overlap."""
+    found = {}
+    words = "--collection million_tokens --documents 8 --conversations 768 --epochs 3 --lr 5e-2 --targets 2 --pool 4"
+    for size in (1, 2, 4):
+        launched(
+            "torchrun", tmp_path, "-m", "cas.train", *words.split(), "--store", str(tmp_path / str(size)), size=size
+        )
+        found[size] = accuracy(tmp_path / str(size))
+    for one, other in combinations(found.values(), 2):
+        assert one.mean > 0.5 and one.low <= other.high and other.low <= one.high, found
 
 
 # -- without processes ----------------------------------------------------------------------------------------------------
