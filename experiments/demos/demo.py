@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cas import console
 from cas.errors import ConfigError
 from cas.evaluation.arms import FULL_DOCUMENT, NO_CONTEXT, ORACLE, Arm
-from cas.options import TrainConfig, Training, parse
+from cas.options import Initialization, TrainConfig, Training, parse
 from experiments import common
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 TEXT = (NO_CONTEXT, FULL_DOCUMENT, Arm("rag", retriever="hybrid"))
 TEN_LOADED = Arm("loaded", 10)
 JOINT = (ORACLE, TEN_LOADED, Arm("retrieved", 4, retriever="hybrid"))
-# Isolated trainings of the sample: positions and initialization.
-ISOLATED = {"isolated": ("fixed", "matched"), "isolated_paper": ("offset", "first")}
+# Isolated trainings of the sample: positions, initialization, and what cartridges from first tokens need to learn as much
+# alone (log, 2026-12-01), else the training's own.
+ISOLATED: dict[str, tuple[str, Initialization, dict[str, Any]]] = {
+    "isolated": ("fixed", "matched", {}),
+    "isolated_paper": ("offset", "first", {"epochs": 10.0, "lr": 0.1}),
+}
 SAMPLE = 16
 
 
@@ -45,10 +49,12 @@ class DemoConfig:
     """The store, with summary.json and the results beside it."""
     documents: int = 30
     """Documents of million_tokens, at least 20."""
-    epochs: float = 3.0
-    """Passes over the self-study, of every training."""
+    conversations: int = 2400
+    """Conversations of self-study."""
+    epochs: float = 4.0
+    """Passes over the self-study; cartridges from first tokens get ten."""
     lr: float = 5e-2
-    """Peak learning rate."""
+    """Peak learning rate; of cartridges from first tokens 0.1."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -78,6 +84,7 @@ def demo(config: DemoConfig) -> int:
     settings = TrainConfig(
         collection="million_tokens",
         documents=config.documents,
+        conversations=config.conversations,
         store=config.output,
         initialization="matched",
         pool=config.documents // 10,
@@ -107,9 +114,9 @@ def demo(config: DemoConfig) -> int:
         # The sample's questions, each with the same nine others, under every training.
         of_sample = [q for q in questions if {*q.document_ids} <= {d.id for d in sample.documents}]
         for name, its_store in isolated.items():
-            predictions += answer(its_store, sample, of_sample, [TEN_LOADED], prefix=f"{name}_")
+            predictions += answer(its_store, sample, of_sample, [ORACLE, TEN_LOADED], prefix=f"{name}_")
         joint = {d.id: store.cartridge(d.id) for d in sample.documents}
-        arguments = (isolated["isolated"], sample, of_sample, [TEN_LOADED])
+        arguments = (isolated["isolated"], sample, of_sample, [ORACLE, TEN_LOADED])
         predictions += answer(*arguments, cartridges=joint, prefix="sample_joint_")
     run = write_run(
         folder / "results",
@@ -125,6 +132,7 @@ def demo(config: DemoConfig) -> int:
             ("full_document", "joint_oracle"),
             ("joint_retrieved4_hybrid", "rag_hybrid"),
             *(("sample_joint_loaded10", f"{arm}_loaded10") for arm in ISOLATED),
+            *((f"{arm}_oracle", f"{arm}_loaded10") for arm in ("sample_joint", *ISOLATED)),
         ],
         metric_names=["exact_match"],
         extra_metrics={
@@ -136,9 +144,11 @@ def demo(config: DemoConfig) -> int:
     )
     print()
     print(table(run, [*map(str, TEXT), *(f"joint_{arm}" for arm in JOINT)], ["exact_match"]))
-    print(f"\n{SAMPLE} of the documents, loaded with nine others:\n")
+    print(f"\n{SAMPLE} of the documents, alone (oracle) and loaded with nine others:\n")
+    trainings = ("sample_joint", *ISOLATED)
     pairs = [f"sample_joint_loaded10_minus_{arm}_loaded10" for arm in ISOLATED]
-    print(table(run, ["sample_joint_loaded10", *(f"{arm}_loaded10" for arm in ISOLATED), *pairs], ["exact_match"]))
+    shown = [f"{training}_{arm}" for training in trainings for arm in (ORACLE, TEN_LOADED)]
+    print(table(run, [*shown, *pairs], ["exact_match"]))
     print()
     common.show_answers(Answerer(model, store, embedder), questions)
     arms = dict.fromkeys(p["arm"] for p in predictions)
@@ -170,7 +180,7 @@ def isolated_store(
     from cas.selfstudy.conversations import Conversations
     from cas.training.trainer import Trainer
 
-    positions, initialization = ISOLATED[name]
+    positions, initialization, rate = ISOLATED[name]
     folder = Path(config.output) / name
     options = {"ratio": 16.0, "positions": positions, "initialisation": initialization, "seed": config.seed}
     store = common.open_store(folder, model, **options)
@@ -178,7 +188,7 @@ def isolated_store(
     its_conversations = Conversations(
         [c for d in sample.documents for c in conversations.by_document.get(d.id, ())], {}
     )
-    training = replace(settings.part(Training), isolation=1.0, guests=0)
+    training = replace(settings.part(Training), isolation=1.0, guests=0, **rate)
     common.train(Trainer(model, store, its_conversations, training), name)
     return store
 
