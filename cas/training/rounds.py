@@ -80,6 +80,8 @@ class Round:
             lines = [f"collection  {self.differences}: first the training that was begun without them{left}"]
         elif self.new and self.differs:
             lines = [f"collection  {self.differences}; the other {len(self.frozen)} cartridges stay as they are"]
+        if self.gone:
+            lines.append(f"pruned      {len(self.gone)} ({names(self.gone)})")
         if kept := [i for i in self.missing if i not in self.gone]:
             lines.append(f"missing     {len(kept)} ({names(kept)}): cartridges stay; --prune drops them")
         if self.unreadable:

@@ -101,6 +101,7 @@ def test_what_is_missing_stays_until_it_is_pruned(manuals: FrozenModel) -> None:
         status, out, err = call(train.main, *TRAIN, *words)
         assert status == 0 and state() == before, err
         assert ("missing     1 (valve): cartridges stay; --prune drops them" in out) == ("--prune" not in words)
+        assert ("pruned      1 (valve)" in out) == ("--prune" in words)
     assert call(query.main, "Which?", "--documents", "valve", "--max-new-tokens", "3")[0] == 0
     for _ in range(2):
         status, _, err = call(train.main, *PRUNE)
