@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers_commands import call
 from helpers_store import contents, converse, make_store, many_documents
 
 from cas import __main__ as tool
+from cas import query
 from cas.data.collection import Collection
 from cas.errors import CasError, ConfigError, StoreError, StoreExists, StoreMismatch
 from cas.model.frozen import FrozenModel
@@ -168,5 +170,8 @@ def test_the_command_merges_and_says_what(manuals: FrozenModel, tmp_path: Path) 
     status, out, err = call(tool.main, "merge", "all", str(a), str(b))
     assert (status, out) == (0, "all: 6 cartridges of 2 stores\n"), err
     assert call(tool.main, "verify", "--store", "all")[0] == 0
+    words = ("Which valve?", "--store", "all", "--documents", "doc-00,doc-05", "--max-new-tokens", "3", "--json")
+    status, out, err = call(query.main, *words)
+    assert status == 0 and [c["id"] for c in json.loads(out)["cartridges"]] == ["doc-00", "doc-05"], err
     status, _, err = call(tool.main, "merge", "all", str(a), str(b))
     assert status == 2 and err == "cas: all exists already; name a new folder for the merged store\n"
