@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -50,8 +51,8 @@ class Comparison:
         }
         for other in self.other_stores.values():
             other.check_model(model)
-        mean = sum(self.sizes.values()) / len(self.sizes)
-        beside = {round(times * k * mean) for k in self.ks() for times in (1, 3)}
+        self.mean_size = sum(self.sizes.values()) / len(self.sizes)
+        beside = {round(times * k * self.mean_size) for k in self.ks() for times in (1, 3)}
         wanted = config.budgets or [b for b in POWERS if b > max(beside)]
         self.budgets = sorted(b for b in {*wanted, *beside} if b < self.room)
         if too_large := [b for b in config.budgets or () if b >= self.room]:
@@ -101,22 +102,24 @@ class Comparison:
         return str(Arm("cas", max(self.ks(), key=score)))
 
     def tune_rag(
-        self, parts: Path, questions: Sequence[Question], metric: str, show: Callable[[int, int], None]
+        self, parts: Path, questions: Sequence[Question], metric: str, main: Arm, show: Callable[[int, int], None]
     ) -> dict[int, dict[str, Any]]:
-        """For every budget RAG's best setting on validation questions, and the settings that were tried.
+        """RAG's setting at every budget, and the settings that were tried. It is searched on validation questions at the
+        budgets that the verdict compares ``main`` with; the other budgets take that of the nearest one.
 
-        ``parts``: the folder where the result of each budget is written, and read when the command is run again.
+        ``parts``: the folder where the result of each search is written, and read when the command is run again.
         ``show``: gets how many settings were tried, and of how many.
         """
-        results: dict[int, dict[str, Any]] = {}
-        best = Setting()
-        tuned = [b for b in self.budgets if questions and b <= max(self.config.tune_up_to, self.budgets[0])]
-        done = 0
+        assert main.k is not None
+        beside = {round(times * main.k * self.mean_size) for times in (1, 3)}
+        budgets = [b for b in self.budgets if b in beside] or self.budgets[-1:]
+        tuned: dict[int, dict[str, Any]] = {}
+        best, done = Setting(), 0
 
         def search(budget: int, start: Setting) -> dict[str, Any]:
             def score(setting: Setting) -> float:
                 nonlocal done
-                show(done, total := len(tuned) * SETTINGS_TRIED)
+                show(done, total := len(budgets) * SETTINGS_TRIED)
                 prompts = self.rag_prompts(questions, setting, budget)
                 answers = answer_texts(self.model, prompts, {}, self.store.layout, self.config.max_new_tokens)
                 show(done := done + 1, total)
@@ -126,14 +129,15 @@ class Comparison:
             print(f"tuned       RAG at {budget} tokens: {chosen}", flush=True)
             return {"best": asdict(chosen), "tried": tried}
 
+        for budget in budgets if questions else ():
+            tuned[budget] = cached_json(parts / f"tune-{budget}.json", partial(search, budget, best))
+            best, done = Setting(**tuned[budget]["best"]), len(tuned) * SETTINGS_TRIED
+        results: dict[int, dict[str, Any]] = {}
         for budget in self.budgets:
-            if budget in tuned:
-                results[budget] = cached_json(parts / f"tune-{budget}.json", partial(search, budget, best))
-                best = Setting(**results[budget]["best"])
-                done = len(results) * SETTINGS_TRIED
-            else:
-                results[budget] = {"best": asdict(best), "tried": []}
-            self.settings[budget] = best
+            nearest = min(tuned, key=lambda b: abs(math.log(b / budget)), default=budget)
+            here = tuned.get(nearest, {"best": asdict(best), "tried": []})
+            results[budget] = here if nearest == budget else {"best": here["best"], "tried": [], "as_at": nearest}
+            self.settings[budget] = Setting(**here["best"])
         return results
 
     # -- prompts ------------------------------------------------------------------------------------------------------

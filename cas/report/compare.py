@@ -63,6 +63,7 @@ def compare(config: Config) -> int:
 
 def _compare(config: Config, store: Store) -> int:
     from cas.evaluation.answers import CachingEmbedder
+    from cas.evaluation.arms import Arm
     from cas.evaluation.resume import cached_json, check_settings
     from cas.model.frozen import FrozenModel
     from cas.report.arms import Comparison
@@ -86,11 +87,11 @@ def _compare(config: Config, store: Store) -> int:
     rag = Rag(model, store.texts(), CachingEmbedder(SentenceEmbedder(config.embedder)))
     comparison = Comparison(config, model, store, collection, rag)
     parts = parts_folder(output, model, (store, *comparison.other_stores.values()), collection)
-    with console.Display("tuning") as display:
-        settings = comparison.tune_rag(parts, validation, metric, display.show)
     main_arm = f"cas{comparison.ks()[-1]}"
     if validation:
         main_arm = cached_json(parts / "k.json", partial(comparison.best_k, validation, metric))
+    with console.Display("tuning") as display:
+        settings = comparison.tune_rag(parts, validation, metric, Arm.parse(main_arm), display.show)
     predictions: list[Prediction] = []
     measurements: dict[str, dict[str, float]] = {}
     arms = comparison.arms()

@@ -31,8 +31,6 @@ class Config:
     budgets: tuple[int, ...] | None = None
     """Tokens of retrieved text, as far as the model's window goes; as many as the cartridges of each of --ks have, and
     three times as many, are added. Default: powers of two beyond those, up to 8192."""
-    tune_up_to: int = 1024
-    """RAG is tuned at each budget up to this one; larger ones take its setting."""
     questions: int | None = None
     """Ask so many test questions; default all."""
     validation: int = 128

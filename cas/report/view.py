@@ -296,9 +296,11 @@ class View:
         """RAG's setting at each budget, and how it was found."""
         rows = []
         for budget, setting in self.settings["rag"].items():
-            how = "as at the budget before"
+            how = "not tuned"
             if setting["tried"]:
                 how = f"best of {len(setting['tried'])} on validation questions"
+            elif "as_at" in setting:
+                how = f"as at {setting['as_at']:,}"
             rows.append((f"{int(budget):,}", setting["said"], how))
         return rows
 

@@ -35,7 +35,7 @@ from cas.report.compare import compare
 from cas.report.config import Config
 from cas.report.pages import write_pages
 from cas.report.questions import split
-from cas.report.rag_baseline import CHOICES, Rag, Setting, tune
+from cas.report.rag_baseline import CHOICES, SETTINGS_TRIED, Rag, Setting, tune
 from cas.report.view import View
 from cas.store.store import Store
 from cas.training.initialization import initialize_cartridges
@@ -160,7 +160,6 @@ def asked(tmp_path: Path, tiny: Callable[..., FrozenModel], monkeypatch: pytest.
             collection="manuals",
             ks=(1, 2, 4),
             budgets=(16, 64, 4096),
-            tune_up_to=16,
             timed=2,
             max_new_tokens=4,
             with_chunk_k=2,
@@ -183,6 +182,10 @@ def test_a_report_from_a_folder_of_ones_own(asked: Callable[..., Path]) -> None:
     assert results["measurements"]["cas4.context_tokens"]["mean"] == 64  # 4 cartridges of 16
     assert results["measurements"]["rag64.context_tokens"]["high"] <= 64
     assert results["settings"]["collection"] == "manuals" and "--store DIR" in results["command"]
+    tokens = 16 * int(results["settings"]["main_arm"].removeprefix("cas"))
+    rag = {int(b): setting for b, setting in results["settings"]["rag"].items()}
+    assert {b for b, setting in rag.items() if len(setting["tried"]) == SETTINGS_TRIED} == {tokens, 3 * tokens} & {*rag}
+    assert all(setting["tried"] or setting["best"] == rag[setting["as_at"]]["best"] for setting in rag.values())
     assert "4 cartridges retrieved" in (folder / "report.md").read_text()
     figures = results["measurements"]
     assert figures["cas4.first_token_s_p50"]["mean"] <= figures["cas4.first_token_s_p95"]["mean"]
