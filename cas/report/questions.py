@@ -40,6 +40,9 @@ def load_questions(config: Config, model: FrozenModel, store: Store) -> tuple[Co
     seed = trained.get("collection_seed", 0) if config.collection_seed is None else config.collection_seed
     include, exclude = (tuple(trained.get(key) or ()) for key in ("include", "exclude"))
     now = Collection.load(name, seed=seed, include=include, exclude=exclude)
+    first = trained.get("documents")
+    if first is not None and config.collection is None and first < len(now):
+        now = now.select(first)
     now = split_as_stored(now, store, model.count_tokens)
     documents = tuple(Document(*text) for text in store.texts())
     if not documents:

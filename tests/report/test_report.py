@@ -34,7 +34,7 @@ from cas.report import kv_pruning
 from cas.report.compare import compare
 from cas.report.config import Config
 from cas.report.pages import write_pages
-from cas.report.questions import split
+from cas.report.questions import load_questions, split
 from cas.report.rag_baseline import CHOICES, SETTINGS_TRIED, Rag, Setting, tune
 from cas.report.view import View
 from cas.store.store import Store
@@ -375,6 +375,18 @@ def test_a_report_is_about_what_is_there_now(
     assert "not in the store: 1 document (added)" in said and "that the store does not hold: 1\n" in said
     assert read == trained and after["cas4.f1"] != before["cas4.f1"]
     assert len(list((folder / "parts").glob("*/cas4.json"))) == 2  # the earlier state is still there to return to
+
+
+def test_a_store_of_the_first_documents_is_compared_with_these(tmp_path: Path, asked: Callable[..., Path]) -> None:
+    """Documents that ``--documents`` kept out of the training are not missing from the store."""
+    (tmp_path / "manuals" / "zebra.md").write_text("A page that comes last.")
+    model: Any = SimpleNamespace(count_tokens=lambda text: len(text.split()))
+    found = []
+    with Store.open(tmp_path / "store") as store:
+        for line in ("documents: 5", ""):
+            (tmp_path / "store" / "config.yaml").write_text(f"collection: manuals\n{line}\n")
+            found.append(load_questions(Config(), model, store)[1])
+    assert found[0] == [] and found[1][0].startswith("not in the store: 1 document (zebra)")
 
 
 def test_questions_added_and_removed_and_cartridges_trained_further_are_asked_again(
