@@ -53,7 +53,9 @@ class Comparison:
             other.check_model(model)
         self.mean_size = sum(self.sizes.values()) / len(self.sizes)
         beside = {round(times * k * self.mean_size) for k in self.ks() for times in (1, 3)}
-        wanted = config.budgets or [b for b in POWERS if b > max(beside)]
+        whole = sum(row.tokens for row in store.answering().values())
+        beyond = [b for b in POWERS if max(beside) < b <= 4 * max(beside)]
+        wanted = config.budgets or [b for n, b in enumerate(beyond) if not n or beyond[n - 1] < whole]
         self.budgets = sorted(b for b in {*wanted, *beside} if b < self.room)
         if too_large := [b for b in config.budgets or () if b >= self.room]:
             self.note(f"RAG at {', '.join(map(str, too_large))} tokens: beyond the model's window")

@@ -30,7 +30,7 @@ class Config:
     """Cartridges to retrieve."""
     budgets: tuple[int, ...] | None = None
     """Tokens of retrieved text, as far as the model's window goes; as many as the cartridges of each of --ks have, and
-    three times as many, are added. Default: powers of two beyond those, up to 8192."""
+    three times as many, are added. Default: powers of two beyond those, up to four times the largest, or all text."""
     questions: int | None = None
     """Ask so many test questions; default all."""
     validation: int = 128
