@@ -54,7 +54,7 @@ EFFORTS = {
 
 _AT_LEAST_1 = {"conversations", "wordings", "chunk_tokens", "questions_per_call", "calls_per_unit", "question_tokens"}
 _AT_LEAST_1 |= {"answer_tokens", "top_k", "pool", "targets", "per_target", "rotate_every", "checkpoint_every"}
-_AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency", "exchange_every"}
+_AT_LEAST_1 |= {"max_new_tokens", "writer_concurrency", "exchange_every", "retrieve_k"}
 _AT_LEAST_0 = {"guests", "max_distractors", "warmup", "steps"}
 _SHARES = {"isolation", "rotate_fraction", "final_lr"}
 _POSITIVE = {"lr", "epochs"}

@@ -14,7 +14,7 @@ import os
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -58,11 +58,16 @@ class Collection:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.documents)
+
     def __getitem__(self, id: str) -> Document:
         """Raises CollectionError for an unknown id, with near ones."""
         if id not in self._by_id:
-            near = difflib.get_close_matches(id, self._by_id, n=3) or list(self._by_id)[:3]
-            raise CollectionError(f"no document {id!r} in {self.name}; near: {', '.join(near)}")
+            near, said = difflib.get_close_matches(str(id), self._by_id, n=3), "near"
+            if not near:
+                near, said = list(self._by_id)[:3], "it has"
+            raise CollectionError(f"no document {id!r} in {self.name}; {said}: {', '.join(near)}")
         return self._by_id[id]
 
     @staticmethod

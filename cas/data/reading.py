@@ -50,7 +50,7 @@ class Reading:
     def lines(self) -> list[str]:
         """What the user is told: one line of all that was not read, and one each of encodings and links, if any."""
         text = summary(self.left_out, convert.INSTALL)
-        lines = [f"{text}; --dry-run lists them"] if text else []
+        lines = [f"{text}; cas.train --dry-run lists them"] if text else []
         if self.encodings:
             as_what = (f"{codec}: {len(found)} ({names(found)})" for codec, found in sorted(self.encodings.items()))
             lines.append(f"read as {'; '.join(as_what)}")
@@ -244,10 +244,16 @@ def _convert(data: bytes, suffix: str, entry: Entry, id: str, where: str, readin
     if not data.strip():
         reading.left_out.append(LeftOut(where, "empty", id=id))
         return None
-    if suffix in convert.AS_TEXT and (decoded := decode(data)) is not None:
-        if decoded[1]:
-            reading.encodings[decoded[1]].append(where)
-        data = decoded[0].encode(errors="replace")
+    if suffix in convert.AS_TEXT:
+        decoded = decode(data)
+        if decoded is None and suffix in convert.PAGES:  # the library would make text of anything
+            reading.left_out.append(LeftOut(where, "other binary file", f"binary, not {kind}", id))
+            return None
+        if decoded is not None:
+            text, codec = decoded
+            if codec:
+                reading.encodings[codec].append(where)
+            data = text.encode(errors="replace")
     try:
         text, declared = convert.to_markdown(data, suffix)
     except convert.NotConverted as error:

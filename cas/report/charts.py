@@ -21,7 +21,7 @@ _COLORS = {name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "muted", "cas
 def charts(view: View) -> dict[str, str]:
     """SVG by name: accuracy against tokens before the question, KV memory, and the time to the first token."""
     axes = {
-        "tokens": ("context_tokens", 1.0, "tokens where the document goes (text, or cartridge positions)"),
+        "tokens": ("context_tokens", 1.0, "tokens of text, or cartridge positions"),
         "memory": ("kv_bytes", 2.0**20, "KV cache of one question, MiB"),
         "latency": ("first_token_s", 1e-3, "milliseconds to the first token, finding and loading included"),
     }

@@ -75,9 +75,10 @@ def _compare(config: Config, store: Store) -> int:
 
     output = Path(config.output)
     check_settings(output, {k: v for k, v in asdict(config).items() if k not in _MAY_CHANGE})
-    model = FrozenModel.from_store(store, config.model, config.revision, device=config.device)
-    store.check_model(model)
-    collection, remarks = load_questions(config, model, store)
+    with console.Display("loading", passing=True):
+        model = FrozenModel.from_store(store, config.model, config.revision, device=config.device)
+        store.check_model(model)
+        collection, remarks = load_questions(config, model, store)
     for remark in remarks:
         print(remark, file=sys.stderr, flush=True)
     validation, test = split(collection, config)
@@ -89,7 +90,8 @@ def _compare(config: Config, store: Store) -> int:
     parts = parts_folder(output, model, (store, *comparison.other_stores.values()), collection)
     main_arm = f"cas{comparison.ks()[-1]}"
     if validation:
-        main_arm = cached_json(parts / "k.json", partial(comparison.best_k, validation, metric))
+        with console.Display("choosing k", passing=True):
+            main_arm = cached_json(parts / "k.json", partial(comparison.best_k, validation, metric))
     with console.Display("tuning") as display:
         settings = comparison.tune_rag(parts, validation, metric, Arm.parse(main_arm), display.show)
     predictions: list[Prediction] = []
@@ -110,7 +112,8 @@ def _compare(config: Config, store: Store) -> int:
     uncached = SentenceEmbedder(config.embedder)
     with console.Display("timing", passing=True):
         measurements |= cached_json(parts / "timed.json", partial(time_arms, comparison, uncached, sample))
-    retrieval = cached_json(parts / "retrieval.json", partial(comparison.retrieval, test))
+    with console.Display("retrieval", passing=True):
+        retrieval = cached_json(parts / "retrieval.json", partial(comparison.retrieval, test))
     measurements |= retrieval["measured"]
     write_trec(output, test, retrieval["rankings"])
     if config.no_text:

@@ -38,11 +38,12 @@ TITLES = {
 
 def pairs_to_test(arms: Sequence[Arm], main: Arm, measurements: Figures) -> list[tuple[Arm, Arm]]:
     """The pairs of arms whose difference is tested: every number of retrieved cartridges with RAG at about half as many
-    to eight times as many tokens, and ``main``, which the verdict is about, with related arms."""
+    to eight times as many tokens; ``main``, which the verdict is about, with RAG at any budget and with related arms."""
     pairs: list[tuple[Arm, Arm]] = []
     for arm in (a for a in arms if is_retrieved(a)):
         tokens = measurements[f"{arm}.context_tokens"]["mean"]
-        pairs += [(arm, b) for b in arms if b.size is not None and tokens * 0.4 <= b.size <= tokens * 8.5]
+        near = [b for b in arms if b.size is not None and (arm == main or tokens * 0.4 <= b.size <= tokens * 8.5)]
+        pairs += [(arm, b) for b in near]
         pairs += [(arm, b) for b in (Arm("monolithic"), replace(arm, training="isolated")) if b in arms]
         pairs += [(b, arm) for b in (replace(arm, chunk=True),) if b in arms]
     related = [
@@ -160,7 +161,7 @@ class View:
         return {
             "as many tokens": largest(tokens),
             "three times the tokens": largest(3 * tokens),
-            "its best budget": rag[max(rag, key=lambda size: (self.figure(rag[size])["mean"], -size))],
+            "RAG's best budget": rag[max(rag, key=lambda size: (self.figure(rag[size])["mean"], -size))],
         }
 
     @property
@@ -175,12 +176,12 @@ class View:
             t = self.test(self.main, baseline)
             significant = t["p_holm"] < SIGNIFICANT
             rank = 0 if significant and t["mean"] < 0 else 2 if significant else 1
-            outcome = ("RAG wins", "No difference is shown", "CAS wins")[rank]
+            outcome = ("RAG wins", "no difference is shown", "CAS wins")[rank]
             cas, rag = (f"{self.figure(arm)['mean']:.1f} %" for arm in (self.main, baseline))
             setting = self.settings["rag"][str(baseline.size)]["said"]
             sentence = (
-                f"{outcome} against RAG at {budget} ({title_of(baseline)}, {setting}): {cas} over "
-                f"{title_of(self.main)} against {rag}, {_points(t)}, p = {t['p_holm']:.3f} after correction."
+                f"At {budget} {outcome}: {cas} over {title_of(self.main)} against {rag} ({title_of(baseline)}, {setting}), "
+                f"{_points(t)}, p = {t['p_holm']:.3f} after correction."
             )
             verdicts.append((rank, sentence))
         sentences = [sentence for _, sentence in sorted(verdicts, key=lambda v: v[0])]

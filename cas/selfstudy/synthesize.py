@@ -114,7 +114,7 @@ def synthesize(
     parts = [asked[i : i + PASSAGES_PER_UNIT] for i in range(0, len(asked), PASSAGES_PER_UNIT)]
     store.add_documents(documents, model.count_tokens)
     folder.mkdir(exist_ok=True)
-    history, unit, rebuilt, teacher = History(), 0, 0, None
+    history, unit, rebuilt, teacher, retried = History(), 0, 0, None, False
     advice = style.advice + ("" if model.reader else _ALWAYS if rebuild else f"{_ALWAYS} in a new --store")
     share = KeptShare(say, advice, settings.keep_going or style.capital_names)
     with store.training():  # one writer of units at a time
@@ -122,7 +122,7 @@ def synthesize(
             file, part = folder / f"unit-{unit:06d}.parquet", parts[unit] if unit < len(parts) else ()
             calls = [] if part else planner.plan(unit - len(parts), history)
             done, wanted = planner.progress(history)
-            written = file.exists() and settings.conversations is None
+            written = file.exists() and (alone or settings.conversations is None)
             if not (part or calls or written):
                 break
             conversations: Sequence[Asked]
@@ -141,6 +141,9 @@ def synthesize(
                     written_now, dropped = reconstruct(model, part, settings.top_k), Counter[str]()
                 else:
                     share.check(wanted - done, planner.most_questions(history))
+                    if any(call.is_retry for call in calls) and not retried and say is not None:
+                        retried = True
+                        say("asking again about documents of which nothing was kept")
                     if teacher is None:
                         subjects = Subjects(called.documents) if whole is None else whole[1]
                         teacher = Teacher(model, style, settings, subjects, writer)

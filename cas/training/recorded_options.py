@@ -73,6 +73,7 @@ def refuse_other_collection(config: TrainConfig, store: Store, documents: Collec
         same = (moved or same_source(recorded, given)) and _overlap(store, documents)
     before["collection"] = now["collection"] if same else None
     differ = [k for k in _SOURCE if before.get(k) != now[k] and (lacking or k == "collection")]
+    differ = [k for k in differ if not _only_adds(k, before.get(k), now[k])]
     if differ:
         missing, what = len(round.missing) + len(round.unreadable), "what it was trained on"
         if recorded is not None and "collection" in differ:
@@ -81,6 +82,13 @@ def refuse_other_collection(config: TrainConfig, store: Store, documents: Collec
             f"{store.folder} was trained with another {', '.join(f'--{k}'.replace('_', '-') for k in differ)}: {missing} of "
             f"its documents are missing here and {len(round.changed)} differ; give {what}, or a new --store"
         )
+
+
+def _only_adds(option: str, before: Any, now: Any) -> bool:
+    """Whether a choice of files takes in all that it took in before."""
+    if option == "exclude":
+        return {*now} <= {*before}
+    return option == "include" and (not now or (bool(before) and {*before} <= {*now}))
 
 
 def _overlap(store: Store, documents: Collection) -> bool:

@@ -79,7 +79,13 @@ class Round:
             left = f"; {len(self.change.withdraw)} leave it" if self.change.withdraw else ""
             lines = [f"collection  {self.differences}: first the training that was begun without them{left}"]
         elif self.new and self.differs:
-            lines = [f"collection  {self.differences}; the other {len(self.frozen)} cartridges stay as they are"]
+            others = len(self.frozen)
+            stay = (
+                f"the other {others} cartridges stay as they are"
+                if others != 1
+                else "the other cartridge stays as it is"
+            )
+            lines = [f"collection  {self.differences}; {stay}"]
         if self.gone:
             lines.append(f"pruned      {len(self.gone)} ({names(self.gone)})")
         if kept := [i for i in self.missing if i not in self.gone]:

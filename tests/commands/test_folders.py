@@ -37,6 +37,11 @@ def test_the_same_folder_however_it_is_spelled(manuals: FrozenModel, monkeypatch
     assert status == 2 and "was trained with another --collection" in err
     status, _, err = call(train.main, *words, "--exclude", "pump*")
     assert status == 2 and "was trained with another --exclude: 2 of its documents are missing" in err
+    words = [*TRAIN, "--collection", "manuals", "--store", "runs/part"]
+    assert call(train.main, *words, "--exclude", "valve*")[0] == 0
+    next(folder.glob("*pump*")).unlink()
+    status, out, err = call(train.main, *words, "--dry-run")
+    assert status == 0 and "missing     1 (pump)" in out, err  # it takes in more: no other collection
 
 
 def test_a_store_that_was_made_in_python_or_whose_folder_has_moved(manuals: FrozenModel) -> None:

@@ -67,7 +67,7 @@ def test_folder(folder: Path) -> None:
         Question("a", ("pump",), "Which?", ("this",)),
         Question("q2", ("pump", "manuals/main-valve_2"), "Which?", ("this",), None, "both"),
     )
-    assert collection.skipped == ("not read: 2 hidden, 1 image; --dry-run lists them",)
+    assert collection.skipped == ("not read: 2 hidden, 1 image; cas.train --dry-run lists them",)
     assert sorted(map(str, collection.left_out)) == [
         ".git/: hidden",
         ".hidden.txt: hidden",
@@ -116,7 +116,7 @@ def test_what_is_left_out(tmp_path: Path) -> None:
         ("g", "g.txt: same text as a.txt"),
     ]
     assert collection.skipped == (
-        "not read: 2 other binary files, 1 empty (c.md), 1 with the text of another (g.txt); --dry-run lists them",
+        "not read: 2 other binary files, 1 empty (c.md), 1 with the text of another (g.txt); cas.train --dry-run lists them",
     )
 
 
@@ -247,7 +247,7 @@ def test_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("p", ("a",)),
         ("two/q", ("two/b", "c")),
     ]
-    assert both.skipped[0] == "not read: 1 empty (documents.jsonl line 3); --dry-run lists them"
+    assert both.skipped[0] == "not read: 1 empty (documents.jsonl line 3); cas.train --dry-run lists them"
     fails(
         "one\\+three: no folder.*known are examples, million_tokens, niah, one, two",
         lambda: Collection.load("one+three"),
@@ -273,6 +273,8 @@ def test_select_questions_and_merge(folder: Path) -> None:
     assert collection.select(["pump"]).questions == collection.questions[:1]
     assert collection.questions_for(["pump"]) == collection.questions[:1]
     assert collection.questions_for(document.id for document in collection.documents) == collection.questions
+    assert list(collection) == [valve, pump]
+    fails("no document 'ferry' in .*it has: manuals/main-valve_2, pump", lambda: collection["ferry"])
     fails("no document 'pum' in .*near: pump", lambda: collection.select(["pum"]))
     fails("no document 'pum'", lambda: collection["pum"])
     for wrong in (0, -1, 3, []):

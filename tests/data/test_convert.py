@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -176,10 +177,19 @@ def test_a_file_that_cannot_be_converted_is_named_and_left_out(tmp_path: Path) -
     assert [d.id for d in collection.documents] == ["a"]
     assert collection.skipped == (
         "not read: 6 that cannot be converted (broken.docx, broken.epub, broken.ipynb, …), 1 empty (empty.pdf), "
-        "1 without text (scan.pdf); --dry-run lists them",
+        "1 without text (scan.pdf); cas.train --dry-run lists them",
     )
     lines = [str(item) for item in collection.left_out if item.kind == "that cannot be converted"]
     assert len(lines) == 6 and all("cannot be converted (" in line and len(line.splitlines()) == 1 for line in lines)
+
+
+@NEEDED
+def test_bytes_with_the_ending_of_a_page_are_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<h1>Pump</h1><p>It pumps.</p>")
+    (tmp_path / "bad.html").write_bytes(Random(0).randbytes(2000))
+    collection = Collection.load(tmp_path)
+    assert [d.id for d in collection.documents] == ["a.html"]
+    assert [str(item) for item in collection.left_out] == ["bad.html: binary, not HTML"]
 
 
 def test_without_the_extra_they_are_counted_with_what_to_install(
@@ -192,6 +202,6 @@ def test_without_the_extra_they_are_counted_with_what_to_install(
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
     collection = Collection.load(tmp_path)
     assert collection.skipped == (
-        "not read: 1 image, 2 PDF, 1 DOCX, 1 HTML (pip install 'cas-cartridges[documents]'); --dry-run lists them",
+        "not read: 1 image, 2 PDF, 1 DOCX, 1 HTML (pip install 'cas-cartridges[documents]'); cas.train --dry-run lists them",
     )
     assert "2.PDF: PDF, which needs: pip install 'cas-cartridges[documents]'" in map(str, collection.left_out)

@@ -25,7 +25,7 @@ def validation() -> tuple[Question, ...]:
 
 def test_counts(collection: Collection, validation: tuple[Question, ...]) -> None:
     assert len(collection) == 8
-    assert collection.skipped == ("not read: 1 question file (validation.jsonl); --dry-run lists them",)
+    assert collection.skipped == ("not read: 1 question file (validation.jsonl); cas.train --dry-run lists them",)
     ids = {document.id for document in collection.documents}
     for questions, number in ((collection.questions, 8), (validation, 2)):
         assert {question.kind for question in questions} == {"lookup"}

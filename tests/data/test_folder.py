@@ -112,7 +112,7 @@ def test_what_is_no_text_is_counted_by_kind(tmp_path: Path) -> None:
     assert line == (
         "not read: 5 images, 4 of another format (cut.doc, figure, letter.rtf, …), "
         "2 question files (hard.jsonl, sub/questions.jsonl), 1 JSON lines file (rows.jsonl), 1 archive, "
-        "1 empty (empty.py), 1 other binary file, 1 program, 1 video; --dry-run lists them"
+        "1 empty (empty.py), 1 other binary file, 1 program, 1 video; cas.train --dry-run lists them"
     )
 
 
@@ -125,7 +125,7 @@ def test_generated_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
     assert [d.id for d in collection.documents] == ["a"]
     assert collection.skipped == (
         "not read: 3 hidden, 1 CAS store, 1 __pycache__ folder, 1 node_modules folder, 1 virtual environment; "
-        "--dry-run lists them",
+        "cas.train --dry-run lists them",
     )
     texts(tmp_path, "~$a.docx", "a.md~", "desktop.ini")
     assert Collection.load(tmp_path).skipped[0].startswith("not read: 6 hidden, ")
@@ -159,7 +159,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     assert ids(tmp_path, include=["*.md"], exclude=["drafts", "deep"]) == ["a", "guides/c"]
     assert ids(tmp_path, exclude=["*.md", "*.log", "b.?Y"]) == ["guides/deep/e"]
     chosen = Collection.load(tmp_path, include=["*.md"], exclude=["drafts/"])
-    assert chosen.skipped == ("not read: 4 not in --include, 1 by --exclude; --dry-run lists them",)
+    assert chosen.skipped == ("not read: 4 not in --include, 1 by --exclude; cas.train --dry-run lists them",)
     with pytest.raises(CollectionError, match="no document to read; not read: 4 not in --include"):
         Collection.load(tmp_path, include=["*.pdf"], exclude=["guides", "drafts"])
     with pytest.raises(CollectionError, match="--include and --exclude choose files of a folder"):
@@ -181,7 +181,7 @@ def test_links(tmp_path: Path) -> None:
     collection = Collection.load(docs)
     assert [d.id for d in collection.documents] == ["a", "e", "sub/b"]
     assert collection.skipped == (
-        "not read: 3 linked folders (linked/, loop/, sub/self/), 2 broken links (gone.md, round.md); --dry-run lists them",
+        "not read: 3 linked folders (linked/, loop/, sub/self/), 2 broken links (gone.md, round.md); cas.train --dry-run lists them",
         "read through links out of the folder: 1 (e.md)",
     )
     (docs / "Inlink.md").symlink_to("a.md")

@@ -105,7 +105,7 @@ def test_an_id_names_one_text(tmp_path: Path) -> None:
     collection = Collection.load(write(tmp_path / "rows.jsonl", lines(a, a, {"id": "e", "text": ""})))
     assert [d.id for d in collection.documents] == ["a"]
     assert collection.skipped == (
-        "not read: 1 empty (rows.jsonl line 3), 1 repeated (rows.jsonl line 2); --dry-run lists them",
+        "not read: 1 empty (rows.jsonl line 3), 1 repeated (rows.jsonl line 2); cas.train --dry-run lists them",
     )
     with pytest.raises(CollectionError, match="line 2: id 'a' is taken by line 1"):
         Collection.load(write(tmp_path / "rows.jsonl", lines(a, other)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,16 @@ def test_where_nothing_can_be_written_the_advice_works(
     assert {c.kind for c in conversations.by_document["alder"]} == {KIND}
     assert {file: file.read_bytes() for file in store.conversations.glob("unit-*")} == before and len(before) > 1
     assert len(synthesize(model, wells(10), store, keep_going=True, **settings)) == len(conversations)  # exhausted
+
+
+def test_without_a_writer_what_was_written_stays(
+    new_store: Callable[..., Store], model: FrozenModel, writer: Writer
+) -> None:
+    """Also where the number of conversations is given."""
+    store, settings = new_store(), {"chunk_tokens": 120, "top_k": 5, "conversations": 60}
+    before = synthesize(model, wells(10), store, **settings)
+    assert {c.kind for c in chain(*before.by_document.values())} > {KIND}
+    assert plain(synthesize(model, wells(10), store, **settings, writer="none")) == plain(before)
 
 
 def test_stores_of_earlier_versions_go_on_without(
