@@ -24,8 +24,8 @@ GREEDY_BELOW = 1e-3  # temperature
 
 @dataclass
 class Row:
-    """A request with its cartridges. ``scores``: of retrieval, by document; ``loaded``: by document; ``most``: tokens of
-    the longest answer; ``timings``: seconds so far."""
+    """A request with its cartridges. ``scores``: of retrieval, by document; ``loaded``: by document; ``most``: tokens
+    of the longest answer; ``timings``: seconds so far."""
 
     ticket: Ticket
     scores: Mapping[str, float | None]

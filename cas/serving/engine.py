@@ -33,8 +33,8 @@ CLOSING = RequestError(503, "shutting_down", "the server is shutting down; ask a
 @dataclass(frozen=True)
 class Limits:
     """rows: requests that decode together. queue: requests that wait for that. seconds: until a request is given up.
-    cartridges: the most for one request. tokens: the longest answer. positions: prefix, prompt and answer positions of all
-    that decode together; the default depends on the device."""
+    cartridges: the most for one request. tokens: the longest answer. positions: prefix, prompt and answer positions of
+    all that decode together; the default depends on the device."""
 
     rows: int = 32
     queue: int = 128
@@ -108,6 +108,11 @@ class Engine:
     def decoding(self) -> int:
         """Requests that decode."""
         return len(self._batch)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._draining and all(thread.is_alive() for thread in self._threads)
 
     @property
     def decoded(self) -> int:

@@ -61,8 +61,8 @@ class Ticket:
     """A submitted request. Iterating over it gives the pieces of text as they are decoded."""
 
     def __init__(self, request: Request, seconds: float, listener: Callable[[Event], None] | None = None) -> None:
-        """``seconds``: until the engine gives up; ``listener``: called, by the engine's threads, with every event, which
-        must not block. Without one, iterate or call :meth:`result`."""
+        """``seconds``: until the engine gives up; ``listener``: called, by the engine's threads, with every event; must
+        not block. Without one, iterate or call :meth:`result`."""
         self.request = request
         self.created = time.perf_counter()
         self._deadline = self.created + seconds

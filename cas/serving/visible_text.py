@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 class VisibleText:
-    """Takes pieces of decoded text and returns what may be shown: without outer spaces, and only up to the first of some
-    stop strings, of which no beginning is shown either. The pieces returned, joined, are :attr:`text` at the end.
+    """Takes pieces of decoded text and returns what may be shown: without outer spaces, and only up to the first of
+    some stop strings, of which no beginning is shown either. The pieces returned, joined, are :attr:`text` at the end.
 
     Attributes: text: all of it so far; stopped: whether a stop string ended it.
     """

@@ -16,10 +16,11 @@ from cas.answering.prompts import cartridges as cartridge_prompt
 from cas.data.collection import Collection
 from cas.model.decoding import Generation, generate
 from cas.model.frozen import FrozenModel
-from cas.serving.batch import ROOM, Row, RunningBatch
+from cas.serving.batch import Row, RunningBatch
 from cas.serving.requests import Finished, Request, RequestError, Ticket
 from retrieval import HashEmbedder
 
+ROOM = 16  # instead of more: tests that take less time
 LOADED = (("pump",), (), ("tide", "lamp"), ("crane", "ferry", "pump", "tide"), ("pump",), ("ferry",), ("lamp", "tide"))
 QUESTIONS = ("Which valve is red?", "Why?", "When is high water, and where does the table hang?", "How much?", "And?")
 
@@ -53,12 +54,18 @@ def alone(answerer: Answerer, row: Row, max_new_tokens: int) -> Generation:
 @pytest.mark.parametrize(("kind", "policy"), [("llama", "fixed"), ("gemma3", "sequential"), ("mistral", "offset")])
 @torch.no_grad()
 def test_greedy_rows_that_join_at_any_step(
-    kind: str, policy: str, tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection
+    kind: str,
+    policy: str,
+    tmp_path: Path,
+    tiny: Callable[..., FrozenModel],
+    collection: Collection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Answers longer than the room of the cache, others that are short; rows that come while others are at different places."""
+    monkeypatch.setattr("cas.serving.batch.ROOM", ROOM)
     with answering(tmp_path / "s", tiny(kind), collection, positions=policy) as answerer:
         batch = RunningBatch(answerer, rows=32)
-        lengths = [5, ROOM + 20, 1, 30, 9, 2 * ROOM + 3, 17, 3, 40, 12]
+        lengths = [5, ROOM + 10, 1, 12, 9, 2 * ROOM + 3, 7, 3, 18, 6]
         rows = [make_row(answerer, n, max_tokens=most) for n, most in enumerate(lengths)]
         joins = {0: rows[:2], 3: rows[2:3], 4: rows[3:7], ROOM - 1: rows[7:8], ROOM + 5: rows[8:]}
         step, most = 0, 0

@@ -63,16 +63,16 @@ def together(engine: Engine, asked: list[dict[str, Any]]) -> list[Answer]:
 
 def test_many_threads_get_what_one_alone_would(engine: Engine) -> None:
     asked: list[dict[str, Any]] = []
-    for n, question in enumerate(QUESTIONS * 3):
+    for n, question in enumerate(QUESTIONS * 2):
         chosen = {"cartridges": ("tide", "pump", "tide")} if n % 5 == 4 else {"k": 1 + n % 3}
-        asked.append({"question": question, "max_tokens": (3, 30, 70)[n % 3], **chosen})
+        asked.append({"question": question, "max_tokens": (3, 12, 30)[n % 3], **chosen})
     answers = together(engine, asked)
     for options, answer in zip(asked, answers, strict=True):
         truth = engine.answerer.ask(
             options["question"], options.get("k", 4), options.get("cartridges"), options["max_tokens"]
         )
         same(answer, truth)
-    assert len({answer.answer for answer in answers}) > 12
+    assert len({answer.answer for answer in answers}) > 9
     assert engine.decoding == engine.queued == 0 and engine.decoded == sum(a.tokens["answer"] for a in answers)
     assert engine.answerer.cartridges.hits > engine.answerer.cartridges.misses == len(TEXTS)
 

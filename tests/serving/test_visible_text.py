@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cas.serving.visible_text import VisibleText
@@ -36,6 +36,7 @@ def test_no_stop_string(stop: tuple[str, ...]) -> None:
     assert "".join(shown(["a", " b"], *stop)) == "a b"
 
 
+@settings(deadline=None)  # other tests may run beside it
 @given(
     st.lists(st.text("ab \n", max_size=4), max_size=12), st.lists(st.text("ab \n", min_size=1, max_size=3), max_size=3)
 )
