@@ -8,7 +8,12 @@ from collections.abc import Sequence
 
 from cas import __version__, console
 
-OWN_MODULES = {"train": "cas.train", "query": "cas.query", "serve": "cas.serving.server", "report": "cas.report.compare"}
+OWN_MODULES = {
+    "train": "cas.train",
+    "query": "cas.query",
+    "serve": "cas.serving.server",
+    "report": "cas.report.compare",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -187,7 +187,7 @@ class Answerer:
             on_text(rest)
         prefill_s = (first - started) if first else total
         timings = {"retrieve_s": retrieve_s, "load_s": load_s, "prefill_s": prefill_s, "decode_s": total - prefill_s}
-        return self.answer(question, prompt, result, scores, loaded, timings)
+        return self.make_answer(question, prompt, result, scores, loaded, timings)
 
     def ask_many(self, questions: Sequence[str], k: int = 4, max_new_tokens: int = 128) -> list[Answer]:
         """Answer questions, each from its own k retrieved cartridges, up to 16 of them in one forward pass a token.
@@ -209,10 +209,10 @@ class Answerer:
             results = generate(self.model, prompts, kv, layout, max_new_tokens=most, watch=True)
             timings |= {"prefill_s": 0.0, "decode_s": clock.lap()}
             for question, prompt, result, found in zip(some, prompts, results, scores):
-                answers.append(self.answer(question, prompt, result, found, loaded, timings))
+                answers.append(self.make_answer(question, prompt, result, found, loaded, timings))
         return answers
 
-    def answer(
+    def make_answer(
         self,
         question: str,
         prompt: Prompt,

@@ -168,7 +168,7 @@ class RunningBatch:
         row.timings["decode_s"] = time.perf_counter() - row.begun - row.timings["prefill_s"]
         result = Generation(row.ids, last, {row.documents[key]: share for key, share in shares.items()})
         question = row.ticket.request.question
-        answer = self.answerer.answer(question, row.prompt, result, row.scores, row.loaded, row.timings)
+        answer = self.answerer.make_answer(question, row.prompt, result, row.scores, row.loaded, row.timings)
         ended = last or row.visible.stopped
         row.ticket.emit(Finished(replace(answer, answer=row.visible.text), "stop" if ended else "length"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,11 @@ class Ticket:
         """Of the engine: tell the listener, until the request is finished."""
         if not self.finished:
             self.finished = not isinstance(event, str)
-            self._listener(event)
+            try:
+                self._listener(event)
+            except Exception:  # it must not end the thread that all others are answered by
+                logging.getLogger("cas.serving").exception("a listener failed")
+                self.cancel()
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text. Raises: RequestError where the request is refused or fails."""

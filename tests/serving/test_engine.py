@@ -174,6 +174,16 @@ def test_a_step_that_fails_ends_those_that_decode_and_no_others(
     same(engine.ask("Which valve?", max_tokens=5), engine.answerer.ask("Which valve?", max_new_tokens=5))
 
 
+def test_a_listener_that_fails_harms_itself_alone(engine: Engine) -> None:
+    def fail(event: Event) -> None:
+        raise RuntimeError("broken")
+
+    request = Request("Why?", engine.answerer.model.question_tokens("Why?"), k=2, max_tokens=400)
+    broken = engine.submit(request, fail)
+    same(engine.ask("Which valve?", max_tokens=5), engine.answerer.ask("Which valve?", max_new_tokens=5))
+    assert broken.cancelled and engine.alive
+
+
 def test_the_queue_has_an_end_and_a_cancelled_request_leaves_it(
     store: Store, tiny: Callable[..., FrozenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
