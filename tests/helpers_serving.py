@@ -43,7 +43,7 @@ class Served:
         self, path: str, body: Any = None, method: str | None = None, **headers: str
     ) -> tuple[int, dict[str, str], Any]:
         """Status, headers and JSON (or text) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=180)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} if body is not None else {}
         if self.key is not None:
@@ -63,14 +63,14 @@ class Served:
 
     def connect(self) -> socket.socket:
         """A plain connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=180)
 
     def idle(self) -> None:
         """Wait until nothing decodes or waits."""
         until(lambda: self.engine.decoding == self.engine.queued == 0)
 
 
-def until(condition: Any, seconds: float = 60.0) -> None:
+def until(condition: Any, seconds: float = 180.0) -> None:
     """Wait for a condition."""
     end = time.monotonic() + seconds
     while not condition():

@@ -144,7 +144,7 @@ def test_a_signal_ends_it_when_what_decodes_is_finished(tmp_path: Path) -> None:
         while piece := first.recv(100_000):
             text += piece
         assert text.count(b'"content"') > 75 and b"data: [DONE]" in text
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
         assert process.stderr.read() == "stopped\n" and process.stdout.read() == ""
     finally:
         process.kill()

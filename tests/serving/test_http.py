@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -193,8 +194,10 @@ def test_a_full_queue_refuses(served: Served) -> None:
     assert served.chat("Why?")[0] == 200
 
 
-def test_a_client_that_leaves_frees_its_place(served: Served) -> None:
+def test_a_client_that_leaves_frees_its_place(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.idle()
+    model = served.engine.answerer.model  # whose answers never end by themselves here
+    monkeypatch.setattr(model, "template", replace(model.template, stop_ids=frozenset()))
     for stream in (True, False):
         for _ in range(2):
             client = served.connect()
@@ -203,7 +206,7 @@ def test_a_client_that_leaves_frees_its_place(served: Served) -> None:
             before = served.engine.decoded
             client.close()
             served.idle()
-            assert served.engine.decoded - before < 600
+            assert served.engine.decoded - before < 450
     for _ in range(3):  # before it has an answer, and in the middle of its question
         with served.connect() as client:
             client.sendall(post(chat(), length=500))
@@ -282,8 +285,6 @@ def test_an_error_inside_says_nothing(served: Served, monkeypatch: pytest.Monkey
 
 
 def test_an_answer_that_takes_too_long(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     monkeypatch.setattr(engine, "limits", replace(engine.limits, seconds=0.3))
     with serving(engine) as served:
         assert error(served.chat("Why?", max_tokens=900, cartridges=["ferry"])) == (503, "timeout")
