@@ -1,4 +1,4 @@
-"""``python -m cas train|query|report|ls|show|verify|export|compact|merge``: hand over to the command."""
+"""``python -m cas train|query|serve|report|ls|show|verify|export|compact|merge``: hand over to the command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from collections.abc import Sequence
 
 from cas import __version__, console
 
-OWN_MODULES = {"train": "cas.train", "query": "cas.query", "report": "cas.report.compare"}
+OWN_MODULES = {
+    "train": "cas.train",
+    "query": "cas.query",
+    "serve": "cas.serving.server",
+    "report": "cas.report.compare",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,13 +24,13 @@ StoreOption = Annotated[str | None, arg(help=_DEFAULT_STORE)]
 StoreArgument = Annotated[str | None, arg(metavar="[STORE]", help=_DEFAULT_STORE)]
 JsonOption = Annotated[bool, arg(name="json", help="Print JSON.")]
 Id = Annotated[str, arg(metavar="ID", help="A document's id.")]
-OWN_OPTIONS = "write train, query and report first, their options behind: cas train --collection DIR"
+OWN_OPTIONS = "write train, query, serve and report first, their options behind: cas train --collection DIR"
 OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; without one, the store.")]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands. Returns the exit status."""
-    commands = (train, query, report, ls, show, verify, export, compact, merge)
+    commands = (train, query, serve, report, ls, show, verify, export, compact, merge)
     return tyro.extras.subcommand_cli_from_dict(
         {command.__name__: command for command in commands},
         prog="cas",
@@ -47,6 +47,11 @@ def train() -> int:
 
 def query() -> int:
     """Answer questions from a store (cas query --help)."""
+    raise UserError(OWN_OPTIONS)
+
+
+def serve() -> int:
+    """Answer questions over HTTP, as OpenAI's API does (cas serve --help)."""
     raise UserError(OWN_OPTIONS)
 
 

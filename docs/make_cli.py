@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS = (
     "cas.train",
     "cas.query",
+    "cas serve",
     "cas.report",
     "cas",
     "cas ls",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cas.answering.cartridge_cache import CartridgeCache, Loading
 from cas.answering.prompts import cartridges as cartridge_prompt
 from cas.answering.prompts import room_for_answer
 from cas.errors import CollectionError, UserError
@@ -59,18 +60,20 @@ class Answer:
         return asdict(self)
 
 
-class Loading(NamedTuple):
-    """A cartridge for an answer [L, 2, H, P, D] and its document's title."""
-
-    kv: Tensor
-    title: str
-
-
 class Answerer:
     """Answers questions from a store, as it is when each is asked: documents may be added, changed or dropped meanwhile, by
-    this process or another. Keeps the last few cartridges it loaded in memory."""
+    this process or another. Keeps the cartridges it loaded last in memory. Threads can share it."""
 
-    def __init__(self, model: FrozenModel, store: Store, embedder: Embedder | None = None, keep: int = 16) -> None:
+    def __init__(
+        self,
+        model: FrozenModel,
+        store: Store,
+        embedder: Embedder | None = None,
+        keep: int = 16,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """``keep``: cartridges to keep in memory, and questions that are answered together; ``cache_bytes``: keep so many
+        bytes of cartridges instead. Raises: StoreMismatch for another model than the store's."""
         store.check_model(model)
         self.model, self.store, self._embedder = model, store, embedder
         self._index: ChunkIndex | None = None
@@ -78,39 +81,36 @@ class Answerer:
         self._stamp = -1  # of the store when it was last looked at
         self._indexed: dict[str, str] = {}  # {id: hash} of what the index is of
         self._keep = keep
-        self._hot: OrderedDict[tuple[str, int, int | None], Tensor] = OrderedDict()
+        self._retrieving = threading.RLock()  # neither the index nor an embedder takes two threads at once
+        self.cartridges = CartridgeCache(model, store, keep, cache_bytes)
 
     @property
     def index(self) -> ChunkIndex:
         """The retrieval index, opened at first need, of the documents that answer now."""
-        stamp = self.store.stamp
-        if self._index is None or stamp != self._stamp:
-            self.store.reload()
-            now = {name: row.hash for name, row in self.store.answering().items()}
-            if self._index is None or now != self._indexed:
-                texts = cache(self.store.texts)  # read where an index is not of them yet, and then once for both
-                self._index = open_index(self.store, self._embedder, texts=texts)
-                self._words = WordIndex.open(self._index, texts, self.store.folder / "index")
-            self._stamp, self._indexed = stamp, now
-        return self._index
+        with self._retrieving:
+            stamp = self.store.stamp
+            if self._index is None or stamp != self._stamp:
+                self.store.reload()
+                now = {name: row.hash for name, row in self.store.answering().items()}
+                self.cartridges.keep_only(now)
+                if self._index is None or now != self._indexed:
+                    texts = cache(self.store.texts)  # read where an index is not of them yet, and then once for both
+                    self._index = open_index(self.store, self._embedder, texts=texts)
+                    self._words = WordIndex.open(self._index, texts, self.store.folder / "index")
+                self._stamp, self._indexed = stamp, now
+            return self._index
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Ranked]]:
         """The k best documents for each question, by vectors and words: names unknown to the embedder are found by
         their spelling."""
-        return rank_documents(self.index, questions, k, self._words)
+        with self._retrieving:
+            return rank_documents(self.index, questions, k, self._words)
 
     def load(self, document: str) -> Tensor:
         """A cartridge in the model's dtype on its device."""
-        row = self.store.answering_row(document)
-        key = (document, row.version, row.kv_hash)
-        if key not in self._hot:
-            self._hot[key] = self.store.cartridge(document).to(self.model.device, self.model.dtype)
-            if len(self._hot) > self._keep:
-                self._hot.popitem(last=False)
-        self._hot.move_to_end(key)
-        return self._hot[key]
+        return self.cartridges.load(document).kv
 
-    def _retrieve_and_load(
+    def retrieve_and_load(
         self, questions: Sequence[str], k: int
     ) -> tuple[list[dict[str, float | None]], dict[str, Loading], float]:
         """Scores by document for each question, the documents' cartridges and titles, and the seconds that ranking took.
@@ -122,14 +122,15 @@ class Answerer:
             ]
             seconds = clock.lap()
             try:
-                return scores, self._load(name for found in scores for name in found), seconds
+                return scores, self.load_all(name for found in scores for name in found), seconds
             except CollectionError:
                 if attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError("returned or raised")
 
-    def _load(self, documents: Iterable[str]) -> dict[str, Loading]:
-        return {name: Loading(self.load(name), self.store.answering_row(name).title) for name in documents}
+    def load_all(self, documents: Iterable[str]) -> dict[str, Loading]:
+        """Cartridges by document. Raises: as :meth:`CartridgeCache.load`."""
+        return {name: self.cartridges.load(name) for name in dict.fromkeys(documents)}
 
     def _room(self, prompt: Prompt, loaded: Mapping[str, Loading]) -> int:
         sizes = [loaded[name].kv.shape[3] for name in prompt.cartridges]
@@ -155,9 +156,9 @@ class Answerer:
         clock, retrieve_s = _Clock(), 0.0
         if documents is not None:
             scores = dict.fromkeys(documents)
-            loaded = self._load(scores)
+            loaded = self.load_all(scores)
         else:
-            (scores,), loaded, retrieve_s = self._retrieve_and_load([question], k)
+            (scores,), loaded, retrieve_s = self.retrieve_and_load([question], k)
         prompt: Prompt = cartridge_prompt(self.model, question, list(loaded))
         most = min(max_new_tokens, self._room(prompt, loaded))
         load_s = clock.lap() - retrieve_s
@@ -186,7 +187,7 @@ class Answerer:
             on_text(rest)
         prefill_s = (first - started) if first else total
         timings = {"retrieve_s": retrieve_s, "load_s": load_s, "prefill_s": prefill_s, "decode_s": total - prefill_s}
-        return self._answer(question, prompt, result, scores, loaded, timings)
+        return self.make_answer(question, prompt, result, scores, loaded, timings)
 
     def ask_many(self, questions: Sequence[str], k: int = 4, max_new_tokens: int = 128) -> list[Answer]:
         """Answer questions, each from its own k retrieved cartridges, up to 16 of them in one forward pass a token.
@@ -199,7 +200,7 @@ class Answerer:
         answers: list[Answer] = []
         for start in range(0, len(questions), self._keep):
             some, clock = questions[start : start + self._keep], _Clock()
-            scores, loaded, retrieve_s = self._retrieve_and_load(some, k)
+            scores, loaded, retrieve_s = self.retrieve_and_load(some, k)
             timings = {"retrieve_s": retrieve_s, "load_s": clock.lap() - retrieve_s}
             prompts = [cartridge_prompt(self.model, question, list(found)) for question, found in zip(some, scores)]
             most = min(max_new_tokens, *(self._room(prompt, loaded) for prompt in prompts))
@@ -208,10 +209,10 @@ class Answerer:
             results = generate(self.model, prompts, kv, layout, max_new_tokens=most, watch=True)
             timings |= {"prefill_s": 0.0, "decode_s": clock.lap()}
             for question, prompt, result, found in zip(some, prompts, results, scores):
-                answers.append(self._answer(question, prompt, result, found, loaded, timings))
+                answers.append(self.make_answer(question, prompt, result, found, loaded, timings))
         return answers
 
-    def _answer(
+    def make_answer(
         self,
         question: str,
         prompt: Prompt,
@@ -220,6 +221,7 @@ class Answerer:
         loaded: Mapping[str, Loading],
         timings: dict[str, float],
     ) -> Answer:
+        """What is returned of one prompt's decoding over the cartridges that ``scores`` names."""
         positions = sum(loaded[name].kv.shape[3] for name in scores)
         held = self.store.layout.header + positions + len(prompt.tokens) + len(result.ids)
         return Answer(

@@ -29,6 +29,14 @@ class Template:
     stop_ids: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What stands between the texts of earlier turns: question, ``answer_ids``, ANSWER, ``question_ids``, QUESTION."""
+
+    answer_ids: tuple[int, ...]
+    question_ids: tuple[int, ...]
+
+
 def render_template(codec: TextCodec, system: str, stop_ids: set[int]) -> Template:
     """Render the chat template once with marks for document, question and answer, and cut it there.
 
@@ -58,6 +66,33 @@ def render_template(codec: TextCodec, system: str, stop_ids: set[int]) -> Templa
     return Template(header_ids, footer_ids, suffix_ids, end_ids or (min(stop_ids),), frozenset(stop_ids))
 
 
+def render_turns(codec: TextCodec, system: str) -> Turns:
+    """Render a conversation of two questions with marks, and cut out what stands between them.
+
+    Raises: ModelError for a template that does not show earlier turns as they were.
+    """
+    tokenizer = codec.tokenizer
+    document, first, answer = _marks(f"{system}{tokenizer.chat_template}")
+    second = first.replace("QUESTION", "FOLLOW-UP")
+    if tokenizer.chat_template is None:
+        text = f"{document}\n\nQuestion: {first}\nAnswer: {answer}\n\nQuestion: {second}"
+    else:
+        follow_up = [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
+        for messages in _conversations(f"{system}\n\n{document}", first):
+            try:
+                text = tokenizer.apply_chat_template([*messages, *follow_up], **_options(tokenizer))
+            except Exception:  # a template may raise anything
+                continue
+            places = [text.find(mark) for mark in (first, answer, second)]
+            if all(text.count(mark) == 1 for mark in (first, answer, second)) and places == sorted(places):
+                break
+        else:
+            raise ModelError("the chat template does not show earlier turns of a conversation")
+    _, rest = text.split(first)
+    between, rest = rest.split(answer)
+    return Turns(*(tuple(codec.encode_template(part)) for part in (between, rest.split(second)[0])))
+
+
 def _marks(text: str) -> tuple[str, str, str]:
     """Marks for document, question and answer that do not occur in a text."""
     sign = "\u241e"
@@ -66,15 +101,24 @@ def _marks(text: str) -> tuple[str, str, str]:
     return f"{sign}DOCUMENT{sign}", f"{sign}QUESTION{sign}", f"{sign}ANSWER{sign}"
 
 
+def _conversations(context: str, question: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """A first question with the context in the system message, and, for templates without one, in front of it."""
+    with_role = [{"role": "system", "content": context}, {"role": "user", "content": question}]
+    return with_role, [{"role": "user", "content": f"{context}\n\n{question}"}]
+
+
+def _options(tokenizer: Any) -> dict[str, Any]:
+    """How conversations are rendered: on a fixed day, and without thoughts."""
+    fixed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + tokenizer.get_chat_template()
+    options = {"chat_template": fixed, "tokenize": False, "date_string": _TODAY}
+    return options | {"enable_thinking": False, "thinking": False}
+
+
 def _render(tokenizer: Any, system: str, marks: tuple[str, str, str]) -> str:
     """A conversation in the chat template, with each mark once and in order."""
     document, question, answer = marks
-    context = f"{system}\n\n{document}"
-    with_role = [{"role": "system", "content": context}, {"role": "user", "content": question}]
-    without = [{"role": "user", "content": f"{context}\n\n{question}"}]
-    fixed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + tokenizer.get_chat_template()
-    options = {"chat_template": fixed, "tokenize": False, "date_string": _TODAY}
-    options |= {"enable_thinking": False, "thinking": False}
+    options = _options(tokenizer)
+    with_role, without = _conversations(f"{system}\n\n{document}", question)
     for messages in (with_role, without):
         try:
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
@@ -84,7 +128,11 @@ def _render(tokenizer: Any, system: str, marks: tuple[str, str, str]) -> str:
                 raise ModelError(f"the chat template cannot be rendered ({first_line(error)})") from error
             continue
         before, _, end = text.partition(answer)
-        if "add_generation_prompt" not in fixed and before.startswith(prompt) and before.strip() != prompt.strip():
+        if (
+            "add_generation_prompt" not in options["chat_template"]
+            and before.startswith(prompt)
+            and before.strip() != prompt.strip()
+        ):
             prompt = before
         # The text before the answer is the generation prompt, an empty thinking block included.
         text = prompt + answer + end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -166,14 +166,20 @@ def log_likelihood(
     return results
 
 
+def held_positions(prefixes: Sequence[Hashable], width: int, own: int) -> int:
+    """Positions that a batch holds, padding included, of rows with these prefixes of up to ``width`` positions and up to
+    ``own`` tokens. A prefix counts once for every group that reads it."""
+    groups = group_rows(prefixes, width)
+    return len(groups) * (width + own * max(map(len, groups)))
+
+
 class Waiting:
     """Prompts that wait for a batch, in the order of their cartridges and lengths."""
 
     def __init__(
         self, prompts: Sequence[Prompt], sizes: Mapping[str, int], room: int, positions: int, rows: int
     ) -> None:
-        """``positions``, ``rows``: the most that a batch holds, ``room`` positions behind every prompt included. A
-        prefix counts once for every group that reads it, as it is held once."""
+        """``positions``, ``rows``: the most that a batch holds, ``room`` positions behind every prompt included."""
         self.prompts, self.sizes, self.room, self.positions, self.rows = prompts, sizes, room, positions, rows
         self.order = deque(
             sorted(
@@ -195,8 +201,8 @@ class Waiting:
             prompt = self.prompts[self.order[0]]
             prefix = max(prefix, sum(self.sizes[name] for name in prompt.cartridges))
             own = max(own, len(prompt.tokens))
-            groups = group_rows([*seen, prompt.cartridges], prefix)
-            if seen and len(groups) * (prefix + (own + self.room) * max(map(len, groups))) > self.positions:
+            held = held_positions([*seen, prompt.cartridges], prefix, own + self.room)
+            if seen and held > self.positions:
                 break
             seen.append(prompt.cartridges)
             batch.append(self.order.popleft())

@@ -40,8 +40,8 @@ class Decoding:
         room: int,
         watch: bool = False,
     ) -> None:
-        """``prompts``: by their row numbers; ``room``: how many tokens will be decoded behind them; ``watch``: add up
-        the attention shares."""
+        """``prompts``: by their row numbers; ``room``: how many tokens will be decoded behind them, or after how many the
+        cache grows by as many; ``watch``: add up the attention shares."""
         self.model, self.cartridges, self.layout, self.room, self.watch = model, cartridges, layout, room, watch
         self.prompts = dict(prompts)
         self.rows = list(prompts)  # those that go on
@@ -73,6 +73,7 @@ class Decoding:
         # A slot without a row begins behind the prompts.
         self.first, self.offset = torch.full((slots,), self.end), torch.full((slots,), -self.end)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # [G, H, R, N + room, D]
+        self.columns = self.end + self.room
         self.shares = torch.zeros(slots, max(len(p.cartridges) for p in prompts) + 1, device=self.model.device)
         self.biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
@@ -80,7 +81,12 @@ class Decoding:
         """Give the rows slots, ``size`` to every group."""
         self.size = size  # R
         self.slot_of = {row: g * size + r for g, group in enumerate(self.groups) for r, row in enumerate(group)}
-        self.slots = self._slots(self.rows)
+        self._find_slots()
+
+    def _find_slots(self) -> None:
+        slots = [self.slot_of[row] for row in self.rows]
+        self.slots = torch.tensor(slots, device=self.model.device)
+        self.in_order = slots == list(range(len(self.groups) * self.size))  # every slot has a row, in the rows' order
 
     def _slots(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor([self.slot_of[row] for row in rows], device=self.model.device)
@@ -88,7 +94,7 @@ class Decoding:
     def _cache(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The cache of a layer, whose padding is zero: it is read, but counts nothing."""
         if layer not in self.own:
-            shape = (len(self.groups), like.shape[1], self.size, self.end + self.room, like.shape[-1])
+            shape = (len(self.groups), like.shape[1], self.size, self.columns, like.shape[-1])
             self.own[layer] = like.new_empty(shape), like.new_empty(shape)
             for cache in self.own[layer]:
                 cache[:, :, :, : self.end] = 0
@@ -179,13 +185,15 @@ class Decoding:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [rows, vocabulary] behind one more token [rows] of every row that goes on."""
+        if self.end == self.columns:
+            self.join()
         full = torch.zeros(len(self.first), 1, dtype=torch.long, device=self.first.device)
         full[self.slots, 0] = tokens.to(full.device)
         positions = self.offset[:, None] + self.end
         self.end += 1
         self.biases.clear()
         logits = self.model.forward(full, positions, self, rows=1)[:, 0]
-        return logits if len(self.slots) == len(full) else logits[self.slots]
+        return logits if self.in_order else logits[self.slots]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         keys, values = self.own[layer]
@@ -223,7 +231,7 @@ class Decoding:
         size = max(map(len, groups))
         if len(numbers) * size <= 0.875 * len(self.first):
             self._compact(numbers, [groups[g] for g in numbers], size)
-        self.slots = self._slots(rows)
+        self._find_slots()
 
     def _compact(self, numbers: list[int], groups: list[list[int]], size: int) -> None:
         """Lay out these rows of these groups anew, with ``size`` slots each; a slot without a row repeats another."""
@@ -246,23 +254,28 @@ class Decoding:
         self.groups = groups
         self._assign(size)
 
-    def join(self, other: Decoding) -> None:
-        """Go on with the rows of both batches, which have the same cartridges, layout and room."""
-        sources = []
-        for state in (self, other):
+    def join(self, *others: Decoding) -> None:
+        """Go on with the rows of all batches, which have the same cartridges, layout and room, in a cache that holds
+        nothing of rows that have ended and has room again."""
+        sources, rows = [], list[int]()
+        for state in (self, *others):
             state.slots = state._slots(state.rows)
             sources.append(
                 (state.rows, state.slots, state.size, state.end, state.first, state.offset, state.shares, state.own)
             )
-        del self.prefix, other.prefix  # before the new one takes memory
-        self.prompts |= other.prompts
-        self.starts |= other.starts
-        self.rows = [*self.rows, *other.rows]
+            rows += state.rows
+            del state.prefix  # before the new one takes memory
+        for other in others:
+            self.prompts |= other.prompts
+            self.starts |= other.starts
+        self.prompts = {row: self.prompts[row] for row in rows}
+        self.starts = {row: self.starts[row] for row in rows}
+        self.rows = rows
         self.end = max(end - int(first[slots].min()) for _, slots, _, end, first, *_ in sources)
         self._lay_out()
         self.first, self.offset = self.first.to(self.model.device), self.offset.to(self.model.device)
-        for rows, old, old_size, end, first, offset, shares, own in sources:
-            new = self._slots(rows)
+        for moved, old, old_size, end, first, offset, shares, own in sources:
+            new = self._slots(moved)
             self.first[new] = first[old] - end + self.end
             self.offset[new] = offset[old] + end - self.end
             self.shares[new, : shares.shape[1]] = shares[old, : self.shares.shape[1]]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def test_questions_asked_together_are_answered_as_one_by_one(manuals: FrozenMode
         with pytest.raises(UserError, match=r"empty|at least one"):
             answerer.ask_many(wrong, k=k)
     store.close()
+
+
+def test_threads_share_an_answerer(tmp_path: Path, tiny: Callable[..., FrozenModel], collection: Collection) -> None:
+    """Each gets what it would get alone, with few cartridges kept and the index opened by whoever comes first."""
+    questions = [text[:40] + "?" for text in list(TEXTS.values())[:3]]
+    with make_store(tmp_path / "s", tiny("llama"), collection) as store:
+        alone = answer.Answerer(tiny("llama"), store, HashEmbedder())
+        truth = [alone.ask(question, k=2, max_new_tokens=8).text for question in questions]
+        shared = answer.Answerer(tiny("llama"), store, HashEmbedder(), keep=2)
+
+        def ask(start: int) -> bool:
+            order = [(start + n) % len(questions) for n in range(len(questions))]
+            one = [shared.ask(questions[n], k=2, max_new_tokens=8).text == truth[n] for n in order]
+            many = [a.text for a in shared.ask_many([questions[n] for n in order], k=2, max_new_tokens=8)]
+            return all(one) and many == [truth[n] for n in order]
+
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(ask, range(2)))
 
 
 def test_documents_without_cartridge_are_not_retrieved(

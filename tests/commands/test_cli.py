@@ -85,6 +85,7 @@ def test_generated_pages_are_what_their_commands_write(page: str, monkeypatch: p
     [
         "train",
         "query",
+        "serve",
         "report",
         "ls",
         "show",
