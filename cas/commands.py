@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -17,6 +18,7 @@ from cas.errors import UserError
 from cas.options import store_folder
 
 if TYPE_CHECKING:
+    from cas.model.frozen import FrozenModel
     from cas.store.store import Store
 
 _DEFAULT_STORE = "The store; default $CAS_STORE, else the newest under runs/."
@@ -25,6 +27,15 @@ StoreArgument = Annotated[str | None, arg(metavar="[STORE]", help=_DEFAULT_STORE
 JsonOption = Annotated[bool, arg(name="json", help="Print JSON.")]
 Id = Annotated[str, arg(metavar="ID", help="A document's id.")]
 OWN_OPTIONS = "write train, query and report first, their options behind: cas train --collection DIR"
+ModelOption = Annotated[
+    str | None, arg(help="Where the store's model is now, if it has moved: a folder, .gguf file or Hub name.")
+]
+Format = Literal["safetensors", "peft", "transformers", "tokasaurus"]
+_FORMATS = (
+    "safetensors: a file OUT.safetensors, one cartridge as it is stored; peft: a folder, PEFT's CARTRIDGE adapter; "
+    "transformers: a file OUT.safetensors and OUT.json, for generate(); tokasaurus: a folder in the folder OUT for that "
+    "server, the only format that is pickled."
+)
 OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; without one, the store.")]
 
 
@@ -113,15 +124,19 @@ def verify(store: StoreOption = None) -> int:
 
 
 def export(
-    id: Positional[Id],
-    file: Positional[Annotated[str, arg(metavar="FILE", help="Where to write, FILE.safetensors.")]],
+    words: Positional[Annotated[tuple[str, ...], arg(metavar="ID... OUT", help="Documents, then a file or folder.")]],
+    format: Annotated[Format, arg(help=_FORMATS)] = "safetensors",
+    model: ModelOption = None,
     store: StoreOption = None,
 ) -> int:
-    """Write one cartridge as a safetensors file."""
-    if not file.endswith(".safetensors"):
-        raise UserError(f"{file}: name the file *.safetensors")
-    _open(store).export(id, file)
-    print(console.harmless(f"{id} -> {file}"))
+    """Write cartridges for other libraries (docs/exchange.md); several are composed in the order given."""
+    from cas.exchange.formats import export as write
+
+    if len(words) < 2:
+        raise UserError("name what to export, and where to: cas export ID... OUT")
+    with _open(store) as opened:
+        for line in write(opened, words[:-1], Path(words[-1]), format, partial(_load_model, model)):
+            print(console.harmless(line))
     return 0
 
 
@@ -149,6 +164,13 @@ def merge(
         join_indexes(merged, list(map(Path, stores)))
         print(console.harmless(f"{merged.folder}: {len(merged.rows())} cartridges of {len(stores)} stores"))
     return 0
+
+
+def _load_model(name: str | None, store: Store) -> FrozenModel:
+    from cas.model.frozen import FrozenModel
+
+    with console.Display("loading", passing=True):
+        return FrozenModel.from_store(store, name)
 
 
 def _open(store: str | None) -> Store:
