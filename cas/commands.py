@@ -1,4 +1,4 @@
-"""``python -m cas ls|show|verify|export|compact|merge``: parse, call, print."""
+"""``python -m cas ls|show|verify|export|import|compact|merge``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; wi
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands. Returns the exit status."""
-    commands = (train, query, report, ls, show, verify, export, compact, merge)
+    commands = (train, query, report, ls, show, verify, export, import_, compact, merge)
     return tyro.extras.subcommand_cli_from_dict(
-        {command.__name__: command for command in commands},
+        {command.__name__.rstrip("_"): command for command in commands},
         prog="cas",
         description=f"{sys.modules['cas'].__doc__}\n\ncas --version prints the version.",
         args=arguments,
@@ -136,6 +136,25 @@ def export(
         raise UserError("name what to export, and where to: cas export ID... OUT")
     with _open(store) as opened:
         for line in write(opened, words[:-1], Path(words[-1]), format, partial(_load_model, model)):
+            print(console.harmless(line))
+    return 0
+
+
+def import_(
+    folder: Positional[Annotated[str, arg(metavar="FOLDER", help="A CARTRIDGE adapter of PEFT, or a folder of them.")]],
+    store: StoreOption = None,
+    id: Annotated[str | None, arg(help="Its id; default the exported one's, else the folder's name.")] = None,
+    text: Annotated[str | None, arg(help="A file with the document's text, so that retrieval finds it.")] = None,
+    model: ModelOption = None,
+) -> int:
+    """Add cartridges that were trained elsewhere to a finished store of the same model (docs/exchange.md)."""
+    from cas.exchange.imported import import_adapters
+    from cas.store.store import Store
+
+    with Store.open(store_folder(store), write=True) as opened:
+        opened.refuse_unfinished()  # before a model is loaded
+        loaded = _load_model(model, opened)
+        for line in import_adapters(opened, loaded, Path(folder), id=id, text=Path(text) if text else None):
             print(console.harmless(line))
     return 0
 

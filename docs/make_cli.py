@@ -16,6 +16,7 @@ COMMANDS = (
     "cas show",
     "cas verify",
     "cas export",
+    "cas import",
     "cas compact",
     "cas merge",
 )

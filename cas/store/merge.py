@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cas.errors import ConfigError, EmbedderError, StoreExists, StoreMismatch
-from cas.store.changes import ends_round
 from cas.store.index import load_embedder
 from cas.store.records import blob_keys, record, row_key, text_key
 from cas.store.store import Store
@@ -162,9 +161,7 @@ def _refuse(stores: Sequence[Store]) -> None:
                     f"{store.folder} was made with {name} {store.meta[name]}, {first.folder} with {first.meta[name]}: "
                     f"train both with the same --{name}"
                 )
-        learning = [row.id for row in store.rows().values() if row.round == store.round]
-        if store.pending() or (learning and not ends_round(store.run_state())):
-            raise ConfigError(f"{store.folder} is in training; finish it first")
+        store.refuse_unfinished()
         if not store.answering():
             raise ConfigError(f"{store.folder} has no cartridges")
         for name in store.answering():

@@ -13,19 +13,17 @@ import torch
 import yaml
 from conftest import tiny_cartridges, tiny_hf
 from helpers_commands import call
+from helpers_exchange import QUESTION, SIZES, sized_store
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cas import __main__ as tool
-from cas.data.collection import Collection
 from cas.exchange.formats import export
 from cas.model.decoding import Prompt, generate
 from cas.model.frozen import FrozenModel
 from cas.store.store import Store
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"crane": 8, "ferry": 12, "lamp": 16}  # so that fixed positions leave a gap
-QUESTION = "Which valve is red, and why?"
 
 
 @pytest.fixture
@@ -34,19 +32,13 @@ def model(tiny: Callable[..., FrozenModel]) -> FrozenModel:
 
 
 @pytest.fixture
-def make(tmp_path: Path, collection: Collection) -> Iterator[Callable[..., Store]]:
-    """``make(model, positions, sizes)``: a store with cartridges of these sizes, under ``s-<positions>``."""
+def make(tmp_path: Path) -> Iterator[Callable[..., Store]]:
+    """``make(model, positions)``: a store with three cartridges, under ``s-<positions>``."""
     stores: list[Store] = []
 
-    def made(model: FrozenModel, positions: str = "fixed", sizes: dict[str, int] = SIZES) -> Store:
-        store = Store.create(tmp_path / f"s-{positions}", model, ratio=1, span=max(sizes.values()), positions=positions)
-        texts = {d.text: d for d in collection.documents if d.id in sizes}
-        store.add_documents(Collection("c", tuple(texts.values())), lambda text: sizes[texts[text].id])
-        for name, kv in tiny_cartridges(model, sizes).items():
-            store.write_tensors(name, {"kv": kv}, 0)
-        store.commit(store.rows(), None)
-        stores.append(store)
-        return store
+    def made(model: FrozenModel, positions: str = "fixed") -> Store:
+        stores.append(sized_store(tmp_path / f"s-{positions}", model, positions))
+        return stores[-1]
 
     yield made
     for store in stores:
