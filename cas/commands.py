@@ -1,4 +1,4 @@
-"""``python -m cas ls|show|verify|export|import|compact|merge``: parse, call, print."""
+"""``python -m cas ls|show|verify|export|import|compact|merge|push|pull``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ _FORMATS = (
     "transformers: a file OUT.safetensors and OUT.json, for generate(); tokasaurus: a folder in the folder OUT for that "
     "server, the only format that is pickled."
 )
+_VALUES = (
+    "Keep the cartridges of a finished store in a half (bfloat16) or a quarter (int8) of the bytes; they learn no more."
+)
 OptionalId = Annotated[str | None, arg(metavar="[ID]", help="A document's id; without one, the store.")]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands. Returns the exit status."""
-    commands = (train, query, report, ls, show, verify, export, import_, compact, merge)
+    commands = (train, query, report, ls, show, verify, export, import_, compact, merge, push, pull)
     return tyro.extras.subcommand_cli_from_dict(
         {command.__name__.rstrip("_"): command for command in commands},
         prog="cas",
@@ -159,14 +162,24 @@ def import_(
     return 0
 
 
-def compact(folder: Positional[StoreArgument] = None, store: StoreOption = None) -> int:
-    """Give the space of dropped and replaced cartridges back to the disk."""
+def compact(
+    folder: Positional[StoreArgument] = None,
+    store: StoreOption = None,
+    values: Annotated[Literal["bfloat16", "int8"] | None, arg(help=_VALUES)] = None,
+) -> int:
+    """Give the space of dropped and replaced cartridges back to the disk; with --values, store the others smaller."""
     from cas.store.files import compact as compact_file
     from cas.store.store import Store
 
     if folder is not None and store is not None:
         raise UserError("name one store: compact STORE, or compact --store STORE")
     with Store.open(store_folder(folder or store), write=True) as opened, opened.training():
+        if values is not None:
+            from cas.store.files import lock_alone
+            from cas.store.values import compact_values
+
+            lock_alone(opened.folder, opened.records.descriptor)  # before anything is written
+            compact_values(opened, values)
         before, after = compact_file(opened.records.environment, opened.records.descriptor)
         print(console.harmless(f"{opened.folder}: {before:,} bytes, now {after:,}"))
     return 0
@@ -182,6 +195,34 @@ def merge(
     with merge_stores(Path(target), list(map(Path, stores))) as merged:
         join_indexes(merged, list(map(Path, stores)))
         print(console.harmless(f"{merged.folder}: {len(merged.rows())} cartridges of {len(stores)} stores"))
+    return 0
+
+
+def push(
+    name: Positional[Annotated[str, arg(metavar="NAME", help="Repository on the Hugging Face Hub, owner/name.")]],
+    ids: Positional[Annotated[tuple[str, ...], arg(metavar="[ID...]", help="Documents; without any, all.")]] = (),
+    store: StoreOption = None,
+    public: Annotated[bool, arg(help="Make a new repository public; without it, it is private.")] = False,
+) -> int:
+    """Upload a finished store, or single cartridges of it, with the documents' texts (docs/exchange.md)."""
+    from cas.exchange.hub import push as upload
+
+    with _open(store) as opened:
+        print(console.harmless(f"{opened.folder} -> {upload(opened, name, ids, public=public)}"))
+    return 0
+
+
+def pull(
+    name: Positional[Annotated[str, arg(metavar="NAME", help="Repository on the Hugging Face Hub, owner/name.")]],
+    ids: Positional[Annotated[tuple[str, ...], arg(metavar="[ID...]", help="Documents; without any, all.")]] = (),
+    store: Annotated[str | None, arg(help="Folder of the new store; default runs/ and the repository's name.")] = None,
+    revision: Annotated[str | None, arg(help="Branch, tag or commit; default the newest.")] = None,
+) -> int:
+    """Download a store, or single cartridges of one, into a new store, and verify it."""
+    from cas.exchange.hub import pull as download
+
+    with download(name, Path(store or f"runs/{name.split('/')[-1]}"), ids, revision) as pulled:
+        print(console.harmless(f"{name} -> {pulled.folder}: {len(pulled.rows())} cartridges, verified"))
     return 0
 
 

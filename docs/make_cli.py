@@ -19,6 +19,8 @@ COMMANDS = (
     "cas import",
     "cas compact",
     "cas merge",
+    "cas push",
+    "cas pull",
 )
 
 

@@ -24,10 +24,12 @@ from cas.errors import CollectionError, ConfigError, StoreExists, StoreLocked, S
 from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
 from cas.options import Initialization
 from cas.store import changes
+from cas.store.blobs import Values
 from cas.store.files import writing
 from cas.store.reading import StoredDocuments
 from cas.store.records import (
     FORMAT,
+    FORMAT_VALUES,
     OLD,
     PENDING,
     READS,
@@ -83,6 +85,7 @@ class Store(StoredDocuments):
         initialisation: str = "matched",
         seed: int = 0,
         round: int = 0,
+        values: Values = "float32",
     ) -> Store:
         """A new, empty store, open for writing. Of the model it records the description alone.
 
@@ -90,7 +93,8 @@ class Store(StoredDocuments):
             tokens, ratio: size of a cartridge, as positions or as document tokens per position; exactly one of them.
             span: the largest size; where it is not given, the first documents added fix it.
             positions, initialisation: see :class:`cas.model.positions.Layout` and :mod:`cas.training.initialization`.
-            round: its first round, where cartridges of earlier ones are to be copied into it.
+            round: its first round, where cartridges of earlier ones are to be copied into it; values: how these may be
+                stored (:mod:`cas.store.values`).
         Raises: StoreExists if the folder holds a store or is a file; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
@@ -106,6 +110,8 @@ class Store(StoredDocuments):
             "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
             "positions": positions, "initialisation": initialisation, "seed": seed, **({"round": round} if round else {}),
         }  # fmt: skip
+        if values != "float32":
+            meta |= {"format": FORMAT_VALUES, "values": values}
         # Under another name first, so that a store that exists has its meta record.
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
@@ -141,7 +147,7 @@ class Store(StoredDocuments):
             store = cls(folder, records)
             if (stored := store.meta.get("format")) not in READS:
                 raise StoreMismatch(
-                    f"{folder} has store format {stored}, this version reads {READS[0]} to {FORMAT}; "
+                    f"{folder} has store format {stored}, this version reads {READS[0]} to {READS[-1]}; "
                     "train into a new --store"
                 )
         except BaseException:
@@ -189,7 +195,7 @@ class Store(StoredDocuments):
                 ) from error
             self.records.environment.reader_check()  # a killed reader would pin the pages it was reading
             self._delete_uncommitted()
-            if self.meta["format"] != FORMAT:  # an older version must not take our records for damaged ones
+            if self.meta["format"] < FORMAT:  # an older version must not take our records for damaged ones
                 self.meta["format"] = FORMAT
                 self.records.write(lambda txn: txn.put(b"meta", record(self.meta)))
             yield
@@ -204,7 +210,7 @@ class Store(StoredDocuments):
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small, or a
             document too long for the cartridges of this store; StoreLocked if a trainer holds the store.
         """
-        rows, meta = self.rows(), {**self.meta, "format": FORMAT}
+        rows, meta = self.rows(), {**self.meta, "format": max(FORMAT, self.meta["format"])}
         with self.records.read() as txn:
             left = {(row.id, row.hash) for row in self.records.rows(txn, WITHDRAWN).values()}
         given = [d for d in documents.documents if (d.id, d.hash) not in left]
