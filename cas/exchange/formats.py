@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cas.errors import UserError
 from cas.exchange.files import dump, write_tensors
+from cas.model.positions import MULTIPLE
 from cas.store.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def _tokasaurus(prefix: Prefix, out: Path) -> Path:
     import yaml
 
     if prefix.length % PAGE:
+        advice = "choose other documents"
+        if prefix.header % MULTIPLE:  # then none will do
+            advice = f"train with another --system: the header, {prefix.header} now, needs a multiple of {MULTIPLE}"
         raise UserError(
-            f"header and cartridges have {prefix.length} positions, and Tokasaurus takes multiples of {PAGE}; choose other "
-            "documents, or train with --tokens or --system that make one"
+            f"header and cartridges have {prefix.length} positions, and Tokasaurus takes multiples of {PAGE}; {advice}"
         )
     folder = out / _server_id("+".join(prefix.ids))
     fixed, learned = prefix.kv[:, :, None, :, : prefix.header], prefix.kv[:, :, None, :, prefix.header :]

@@ -123,10 +123,12 @@ def read_adapter(folder: Path, store: Store, model: FrozenModel, id: str | None 
         )
     ids = about.get("ids")
     single = ids[0] if isinstance(ids, list) and len(ids) == 1 else None
-    name = next((i for i in (id, single, folder.resolve().name) if _name(i)), None)
-    if name is None or (id is not None and name != id):
+    chosen = next((i for i in (id, single, folder.resolve().name) if _name(i)), None)
+    if chosen is None or (id is not None and chosen != id):
         raise UserError(f"{folder}: give an --id of visible characters, 500 at most")
-    return Adapter(folder, name, unflatten(rows, geometry.layers, geometry.kv_heads, geometry.head_dim), frozen, about)
+    return Adapter(
+        folder, chosen, unflatten(rows, geometry.layers, geometry.kv_heads, geometry.head_dim), frozen, about
+    )
 
 
 def fit(adapter: Adapter, store: Store, model: FrozenModel) -> tuple[Tensor, str | None]:

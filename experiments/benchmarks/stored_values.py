@@ -76,8 +76,8 @@ def run(config: Config) -> int:
                 ours, theirs = ([p for p in answers if p["arm"] == arm] for answers in (found, before))
                 exact = interval([p["scores"]["exact_match"] for p in ours], clusters)
                 other = sum(a.get("answer") != b.get("answer") for a, b in zip(ours, theirs, strict=True))
-                surprise = [[p["scores"]["log_perplexity"] for p in answers] for answers in (ours, theirs)]
-                rise = paired_difference(*surprise, clusters)
+                now, then = ([p["scores"]["log_perplexity"] for p in answers] for answers in (ours, theirs))
+                rise = paired_difference(now, then, clusters)
                 print(
                     f"{values:8} {arm:8} exact match {100 * exact.mean:.1f} [{100 * exact.low:.1f}, {100 * exact.high:.1f}] %, "
                     f"{other} other answers, log-perplexity {rise.mean:+.5f} [{rise.low:+.5f}, {rise.high:+.5f}]"

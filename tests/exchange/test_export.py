@@ -208,7 +208,10 @@ REFUSED = [
     (["lomp", "x", "--format", "peft"], "has no cartridge 'lomp'"),
     (["lamp", "lamp", "x", "--format", "peft"], "same id is given twice"),
     (["lamp", "file", "--format", "peft"], "file is a file; --format peft writes a folder"),
-    (["lamp", "ferry", "x", "--format", "tokasaurus"], "positions, and Tokasaurus takes multiples of 16"),
+    (
+        ["lamp", "ferry", "x", "--format", "tokasaurus"],
+        "positions, and Tokasaurus takes multiples of 16; train with another --system",
+    ),
 ]
 
 
