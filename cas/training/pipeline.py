@@ -295,13 +295,6 @@ def refuse(setup: Setup, store: Store) -> None:
         )
     if setup.memory is not None and not setup.round.new:
         refuse_other_settings(store, asdict(training_of(setup)))
-    values, round = store.meta.get("values"), setup.round
-    nothing_new = setup.memory is None and not (round.change or round.differs)
-    if values and nothing_new and not nothing_to_train(setup.config, store, round):
-        raise ConfigError(
-            f"{setup.folder} was compacted to {values} values and its cartridges learn no more; new documents train beside "
-            "them, but for other options give a new --store"
-        )
 
 
 def begin(setup: Setup, store: Store) -> None:
