@@ -17,8 +17,11 @@ COMMANDS = (
     "cas show",
     "cas verify",
     "cas export",
+    "cas import",
     "cas compact",
     "cas merge",
+    "cas push",
+    "cas pull",
 )
 
 

@@ -100,8 +100,8 @@ def test_imports_run_one_way(package: str) -> None:
 ROOMS = (
     "cas.errors", "cas.option_files", "cas.option_values", "cas.options", "cas.console", "cas.data", "cas.model", "cas.store",
     "cas.selfstudy",
-    "cas.training", "cas.answering", "cas.serving", "cas.evaluation", "cas.report", "cas.train", "cas.query", "cas.commands",
-    "cas.__main__",
+    "cas.training", "cas.answering", "cas.exchange", "cas.serving", "cas.evaluation",
+    "cas.report", "cas.train", "cas.query", "cas.commands", "cas.__main__",
 )  # fmt: skip
 
 

@@ -73,6 +73,15 @@ def broken_page(file: Path, txn: int, page_size: int) -> int | None:
     return None
 
 
+def lock_alone(folder: Path, descriptor: int) -> None:
+    """Lock a store's file for its replacement, until it is closed. Raises: StoreLocked if anyone else has the store open."""
+    try:
+        # Not only for writers: LMDB's file of readers is valid for the file that they have open.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreLocked(f"{folder} is open in another process; stop that one first") from error
+
+
 def compact(environment: Any, descriptor: int) -> tuple[int, int]:
     """Replace a store's file by one without free pages; the environment must be closed afterwards.
 
@@ -82,11 +91,7 @@ def compact(environment: Any, descriptor: int) -> tuple[int, int]:
     import lmdb
 
     file = Path(environment.path())
-    try:
-        # Not only for writers: LMDB's file of readers is valid for the file that they have open.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreLocked(f"{file.parent} is open in another process; stop that one first") from error
+    lock_alone(file.parent, descriptor)
     new, before = file.with_name(f"{file.name}.compact"), file.stat().st_size
     new.unlink(missing_ok=True)
     try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from cas.errors import ConfigError, EmbedderError, StoreExists, StoreMismatch
-from cas.store.changes import ends_round
+from cas.store.blobs import Values
 from cas.store.index import load_embedder
 from cas.store.records import blob_keys, record, row_key, text_key
 from cas.store.store import Store
@@ -24,11 +24,11 @@ _AT_ONCE = 16  # documents in one transaction
 _LOGS = ("seconds.jsonl", "metrics*.jsonl")
 
 
-class _Recorded:
+class RecordedModel:
     """A model as a store describes it."""
 
-    def __init__(self, store: Store) -> None:
-        self.described = store.meta["model"]
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self.described = described
 
     def describe(self) -> dict[str, Any]:
         return dict(self.described)
@@ -38,10 +38,17 @@ class _Recorded:
         return str(self.described["fingerprint"])
 
 
-def create_like(store: Store, folder: Path, round: int | None = None) -> Store:
-    """A new, empty store with the model and the settings of another one; ``round``: default the same one."""
+def create_like(store: Store, folder: Path, round: int | None = None, values: Values | None = None) -> Store:
+    """A new, empty store with the model and the settings of another one; ``round``, ``values``: default the same."""
     settings = {name: store.meta[name] for name in ("tokens", "ratio", "span", "positions", "initialisation", "seed")}
-    return Store.create(folder, _Recorded(store), round=store.round if round is None else round, **settings)
+    values = values or store.meta.get("values", "float32")
+    return Store.create(
+        folder,
+        RecordedModel(store.meta["model"]),
+        round=store.round if round is None else round,
+        values=values,
+        **settings,
+    )
 
 
 def copy_documents(
@@ -55,12 +62,12 @@ def copy_documents(
     names = list(names)
     for first in range(0, len(names), _AT_ONCE):
         with source.records.read() as txn:
-            read = [_read(source, txn, name, state, round) for name in names[first : first + _AT_ONCE]]
-        target.records.write(partial(_write, documents=read))
+            read = [read_document(source, txn, name, state, round) for name in names[first : first + _AT_ONCE]]
+        target.records.write(partial(write_documents, documents=read))
     target.records.sync()
 
 
-def _read(source: Store, txn: Any, name: str, state: bool, round: int | None) -> tuple[Any, ...]:
+def read_document(source: Store, txn: Any, name: str, state: bool, round: int | None) -> tuple[Any, ...]:
     """Row, text, cartridge and optimizer state (None: there is none, or it is not wanted) of a document."""
     records = source.records
     row, space = source._answering_row(txn, name)
@@ -76,7 +83,8 @@ def _read(source: Store, txn: Any, name: str, state: bool, round: int | None) ->
     return kept, records.text(txn, row, space), kv, moments
 
 
-def _write(txn: Any, documents: Sequence[tuple[Any, ...]]) -> None:
+def write_documents(txn: Any, documents: Sequence[tuple[Any, ...]]) -> None:
+    """Row, text, cartridge and optimizer state (or None) of documents, over what a store has under their ids."""
     for row, text, kv, state in documents:
         for prefix in (b"kv/", b"state/"):  # all versions that the target has
             key = prefix + row_key(row.id).removeprefix(b"row/") + b"/"
@@ -107,7 +115,8 @@ def merge_stores(folder: Path, sources: Sequence[Path]) -> Store:
             shutil.rmtree(unfinished)
         try:
             # The documents are of a round before the store's, so that they learn no more.
-            with create_like(stores[0], unfinished, round=1) as merged:
+            narrowest = max((s.meta.get("values", "float32") for s in stores), key=get_args(Values).index)
+            with create_like(stores[0], unfinished, round=1, values=narrowest) as merged:
                 for store in stores:
                     copy_documents(store, store.answering(), merged, round=0)
             for store in stores:
@@ -162,9 +171,7 @@ def _refuse(stores: Sequence[Store]) -> None:
                     f"{store.folder} was made with {name} {store.meta[name]}, {first.folder} with {first.meta[name]}: "
                     f"train both with the same --{name}"
                 )
-        learning = [row.id for row in store.rows().values() if row.round == store.round]
-        if store.pending() or (learning and not ends_round(store.run_state())):
-            raise ConfigError(f"{store.folder} is in training; finish it first")
+        store.refuse_unfinished()
         if not store.answering():
             raise ConfigError(f"{store.folder} has no cartridges")
         for name in store.answering():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cas.errors import CollectionError, StoreError, StoreLocked
+from cas.errors import CasError, CollectionError, StoreError, StoreLocked
 from cas.store.blobs import dump_tensors, parse_tensors
 from cas.store.files import broken_page, shared_lock
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 FORMAT = 3
-READS = (2, FORMAT)  # 2: records have no checksum
+FORMAT_VALUES = 4  # of a store that was compacted: cartridges need not be float32
+READS = (2, FORMAT, FORMAT_VALUES)  # 2: records have no checksum
 OLD, WITHDRAWN, PENDING = "old/", "withdrawn/", b"pending"  # keys of cas.store.changes
 
 
@@ -244,8 +245,13 @@ class Records:
     def tensors(
         self, txn: Any, kind: str, name: str, version: int, expected: int | None, space: str = ""
     ) -> dict[str, Tensor]:
-        """The tensors in a :meth:`blob`, float32 on the CPU."""
-        return parse_tensors(self.blob(txn, kind, name, version, expected, space))
+        """The tensors in a :meth:`blob`, float32 on the CPU, whatever they are stored as."""
+        try:
+            return parse_tensors(self.blob(txn, kind, name, version, expected, space))
+        except ValueError as error:
+            if isinstance(error, CasError):
+                raise
+            raise self.damaged(f"{kind} of {name!r} is {error}") from error
 
     def put_tensors(
         self, name: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]

@@ -16,17 +16,20 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from cas.errors import CollectionError, ConfigError, StoreExists, StoreLocked, StoreMismatch, StoreMissing
-from cas.model.positions import MULTIPLE, Positions, cartridge_size
+from cas.model.positions import MULTIPLE, Layout, Positions, cartridge_size
 from cas.options import Initialization
 from cas.store import changes
+from cas.store.blobs import Values
 from cas.store.files import writing
 from cas.store.reading import StoredDocuments
 from cas.store.records import (
     FORMAT,
+    FORMAT_VALUES,
     OLD,
     PENDING,
     READS,
@@ -82,6 +85,7 @@ class Store(StoredDocuments):
         initialisation: str = "matched",
         seed: int = 0,
         round: int = 0,
+        values: Values = "float32",
     ) -> Store:
         """A new, empty store, open for writing. Of the model it records the description alone.
 
@@ -89,7 +93,8 @@ class Store(StoredDocuments):
             tokens, ratio: size of a cartridge, as positions or as document tokens per position; exactly one of them.
             span: the largest size; where it is not given, the first documents added fix it.
             positions, initialisation: see :class:`cas.model.positions.Layout` and :mod:`cas.training.initialization`.
-            round: its first round, where cartridges of earlier ones are to be copied into it.
+            round: its first round, where cartridges of earlier ones are to be copied into it; values: how these may be
+                stored (:mod:`cas.store.values`).
         Raises: StoreExists if the folder holds a store or is a file; ConfigError for impossible settings.
         """
         cartridge_size(MULTIPLE, tokens, ratio, span)
@@ -105,6 +110,8 @@ class Store(StoredDocuments):
             "format": FORMAT, "model": model.describe(), "tokens": tokens, "ratio": ratio, "span": span,
             "positions": positions, "initialisation": initialisation, "seed": seed, **({"round": round} if round else {}),
         }  # fmt: skip
+        if values != "float32":
+            meta |= {"format": FORMAT_VALUES, "values": values}
         # Under another name first, so that a store that exists has its meta record.
         partial = folder / f"{_FILE}.partial"
         partial.unlink(missing_ok=True)
@@ -140,7 +147,7 @@ class Store(StoredDocuments):
             store = cls(folder, records)
             if (stored := store.meta.get("format")) not in READS:
                 raise StoreMismatch(
-                    f"{folder} has store format {stored}, this version reads {READS[0]} to {FORMAT}; "
+                    f"{folder} has store format {stored}, this version reads {READS[0]} to {READS[-1]}; "
                     "train into a new --store"
                 )
         except BaseException:
@@ -188,7 +195,7 @@ class Store(StoredDocuments):
                 ) from error
             self.records.environment.reader_check()  # a killed reader would pin the pages it was reading
             self._delete_uncommitted()
-            if self.meta["format"] != FORMAT:  # an older version must not take our records for damaged ones
+            if self.meta["format"] < FORMAT:  # an older version must not take our records for damaged ones
                 self.meta["format"] = FORMAT
                 self.records.write(lambda txn: txn.put(b"meta", record(self.meta)))
             yield
@@ -203,7 +210,7 @@ class Store(StoredDocuments):
         Raises: CollectionError if a stored document's text has changed; ConfigError if the model's window is too small, or a
             document too long for the cartridges of this store; StoreLocked if a trainer holds the store.
         """
-        rows, meta = self.rows(), {**self.meta, "format": FORMAT}
+        rows, meta = self.rows(), {**self.meta, "format": max(FORMAT, self.meta["format"])}
         with self.records.read() as txn:
             left = {(row.id, row.hash) for row in self.records.rows(txn, WITHDRAWN).values()}
         given = [d for d in documents.documents if (d.id, d.hash) not in left]
@@ -238,6 +245,44 @@ class Store(StoredDocuments):
                 txn.put(row_key(document.id), record(asdict(row)))
 
         with self.training():
+            self.records.write(write)
+            self.records.sync()
+            self.meta = meta
+
+    def refuse_unfinished(self) -> None:
+        """Raise ConfigError where a training of this store has not ended."""
+        learning = any(row.round == self.round for row in self.rows().values())
+        if self.pending() or (learning and not changes.ends_round(self.run_state())):
+            raise ConfigError(f"{self.folder} is in training; finish it first")
+
+    def layout_for(self, p: int) -> Layout:
+        """The layout with a cartridge of ``p`` positions added. Raises: ConfigError if the store cannot hold it."""
+        model, span = self.meta["model"], self.meta["span"] or p
+        if p > span and self.meta["positions"] == "fixed":
+            raise ConfigError(f"{self.folder} has fixed positions for cartridges of {span} at most, not of {p}")
+        if len(model["header_ids"]) + max(p, span) >= (window := model["geometry"]["max_positions"]):
+            raise ConfigError(f"a cartridge of {p} positions does not fit into the model's {window}")
+        return Layout(self.meta["positions"], len(model["header_ids"]), span)
+
+    def add_cartridge(self, name: str, title: str, text: str, kv: Tensor, tokens: int) -> None:
+        """A document with a cartridge that was trained elsewhere; it learns no more.
+
+        Args: kv: float32 [L, 2, H, P, D] as the store's layout places it; tokens: of the text.
+        Raises: CollectionError for an id that is taken; ConfigError for sizes; StoreLocked if a trainer holds the store.
+        """
+        if name in self.rows():
+            raise CollectionError(f"{self.folder} has a document {name!r} already")
+        span, hash = self.layout_for(kv.shape[3]).span, sha256(f"{title}\n{text}".encode()).hexdigest()
+        with self.training():
+            meta = {**self.meta, "span": span}
+            kv_hash, _ = self.records.put_tensors(name, 0, {"kv": kv}, self._about(name, title))
+            row = Row(name, title, hash, tokens, kv.shape[3], version=0, kv_hash=kv_hash, round=-1)
+
+            def write(txn: Any) -> None:
+                txn.put(b"meta", record(meta))
+                txn.put(text_key(name), text.encode())
+                txn.put(row_key(name), record(asdict(row)))
+
             self.records.write(write)
             self.records.sync()
             self.meta = meta
@@ -285,20 +330,24 @@ class Store(StoredDocuments):
         row, previous = self.row(name), self._uncommitted.get(name)
         if version is None:
             version = max(previous[0] if previous else row.version, 0) + 1
+        about = self._about(name, row.title)
+        self._uncommitted[name] = version, *self.records.put_tensors(name, version, tensors, about)
+        if previous is not None and previous[0] != version:
+            self.records.write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
+
+    def _about(self, name: str, title: str) -> dict[str, Any]:
+        """What a cartridge's file says about itself."""
         model = self.meta["model"]
-        about = {
+        return {
             "format": FORMAT,
             "id": name,
-            "title": row.title,
+            "title": title,
             "model": model["source"]["name"],
             "fingerprint": model["fingerprint"],
             "rope": model["rope"],
             "header": len(model["header_ids"]),
             "positions": self.meta["positions"],
         }
-        self._uncommitted[name] = version, *self.records.put_tensors(name, version, tensors, about)
-        if previous is not None and previous[0] != version:
-            self.records.write(lambda txn: [txn.delete(k) for k in blob_keys(name, previous[0])])
 
     def forget(self, name: str) -> None:
         """Drop a version that no commit has named: the last named one is the newest again."""

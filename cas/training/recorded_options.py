@@ -10,7 +10,7 @@ import yaml
 
 from cas import console
 from cas.data.collection import Collection, resolve_source, same_source
-from cas.errors import StoreMismatch
+from cas.errors import ConfigError, StoreMismatch
 from cas.options import CartridgeOptions, SelfStudy, TrainConfig, Training
 from cas.store.files import write_atomically
 from cas.store.store import Store
@@ -48,6 +48,17 @@ def nothing_to_train(config: TrainConfig, store: Store, round: Round) -> bool:
     return same and all(row.initialized for row in store.rows().values())
 
 
+def _refuse_compacted(config: TrainConfig, store: Store, round: Round) -> None:
+    """Raise ConfigError where other options are given for cartridges that learn no more, since they were compacted."""
+    values = store.meta.get("values")
+    nothing_new = not (round.learners or round.change or round.differs)
+    if values and nothing_new and not nothing_to_train(config, store, round):
+        raise ConfigError(
+            f"{store.folder} was compacted to {values} values and its cartridges learn no more; new documents train beside "
+            "them, but for other options give a new --store"
+        )
+
+
 def _plain(value: Any) -> Any:
     """As YAML has it."""
     return list(value) if isinstance(value, tuple) else value
@@ -56,6 +67,7 @@ def _plain(value: Any) -> Any:
 def refuse_other_collection(config: TrainConfig, store: Store, documents: Collection, round: Round) -> None:
     """Raise StoreMismatch if other documents were named than those that the store was trained on. Ones that only add to
     them are welcome."""
+    _refuse_compacted(config, store, round)
     lacking = bool(round.changed or round.missing)
     if not (lacking or round.unreadable):  # files that cannot be read may be another project's of the same names
         return

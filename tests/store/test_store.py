@@ -388,7 +388,7 @@ def test_other_models_headers_and_formats_are_refused(
     opened.records.write(lambda txn: txn.put(b"meta", json.dumps({**meta, "format": 1}).encode()))
     opened.close()
     for write in (True, False):  # the first refusal holds nothing
-        with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2 to 3") as caught:
+        with pytest.raises(StoreMismatch, match="has store format 1, this version reads 2 to 4") as caught:
             Store.open(folder, write=write)
         one_line(caught)
 
