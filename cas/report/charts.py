@@ -23,7 +23,7 @@ def charts(view: View) -> dict[str, str]:
     axes = {
         "tokens": ("context_tokens", 1.0, "tokens of text, or cartridge positions"),
         "memory": ("kv_bytes", 2.0**20, "KV cache of one question, MiB"),
-        "latency": ("first_token_s", 1e-3, "milliseconds to the first token, finding and loading included"),
+        "latency": ("first_token_s", 1e-3, "milliseconds to the first token"),
     }
     return {name: _chart(view, *axis) for name, axis in axes.items()}
 

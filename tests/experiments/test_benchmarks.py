@@ -106,8 +106,8 @@ def test_the_plot_and_its_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("expected", "measure"),
     [
         ({"residents3_vs_2"}, lambda work: training.residents(work, 1, (2, 3))),
-        ({"rotation_overhead"}, lambda work: training.rotation(work, 1, every=2)),
-        ({"documents6_vs_3"}, lambda work: training.documents(work, 1, (3, 6))),
+        pytest.param({"rotation_overhead"}, lambda work: training.rotation(work, 1, every=2), marks=pytest.mark.slow),
+        pytest.param({"documents6_vs_3"}, lambda work: training.documents(work, 1, (3, 6)), marks=pytest.mark.slow),
         ({"store_write_vs_copy", "store_read_vs_copy"}, lambda work: serving.store_speed(work, 3, 1)),
         ({"decode_many"}, lambda work: serving.decode_many(work, 1, tokens=2)),
         (
