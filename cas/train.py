@@ -49,6 +49,9 @@ def train(config: TrainConfig, again: str) -> int:
     except pipeline.Stopped:
         view.warn(f"interrupted, saved; go on with:\n  {again}")
         return view.interrupt.exit_status
+    except KeyboardInterrupt:  # a second Ctrl-C: what was saved last is what there is
+        view.warn(f"interrupted at once; go on with:\n  {again}")
+        return 130
     if not config.dry_run:
         store = store_folder(config.store, config.collection)
         view.line(

@@ -188,6 +188,12 @@ def test_interrupted_training_goes_on_by_the_printed_command(
             stopping.signal = 2
         return step(self, number, work)
 
+    def stopped_at_once(self: Trainer, number: int, work: Any) -> Any:
+        raise KeyboardInterrupt  # as a second Ctrl-C does
+
+    monkeypatch.setattr(Trainer, "train_step", stopped_at_once)
+    status, _, err = call(train.main, *TRAIN, "--store", "runs/cut")
+    assert status == 130 and "interrupted at once; go on with:\n  python -m cas.train --collection manuals" in err
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     status, _, err = call(train.main, *TRAIN, "--store", "runs/cut")
     assert status == 130 and "go on with:\n  python -m cas.train --collection manuals" in err and whole[0] == 0
