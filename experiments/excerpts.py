@@ -37,11 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(config: Config) -> int:
     """Cut, and write documents.jsonl and questions.jsonl."""
     from cas.data.collection import Collection, save_jsonl
-    from experiments.claims.joint_vs_isolated import excerpts
+    from experiments.claims.joint_vs_isolated import excerpts, shortest
 
-    whole = Collection.load(config.collection)
-    shortest = sorted(whole.documents, key=lambda d: (len(d.text), d.id))[: config.shortest]
-    cut = excerpts(whole.select([d.id for d in shortest]), config.words)
+    cut = excerpts(shortest(Collection.load(config.collection), config.shortest), config.words)
     save_jsonl(cut, config.output)
     print(f"written     {config.output}: {len(cut)} documents, {len(cut.questions)} questions")
     return 0

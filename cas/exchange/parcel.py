@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection as AnyOf
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from cas.exchange.files import dump
 from cas.exchange.model_card import card
 from cas.store.blobs import Values, metadata_of, parse_tensors
 from cas.store.files import write_atomically, writing
-from cas.store.merge import RecordedModel, read_document, write_documents
+from cas.store.merge import RecordedModel, built_beside, read_document, write_documents
 from cas.store.records import Row, checksum, hashed
 from cas.store.store import Store
 
@@ -93,24 +92,17 @@ def unpack(folder: Path, about: dict[str, Any], ids: AnyOf[str], target: Path) -
     chosen = choose(about, ids)
     if target.exists() and any(target.iterdir()):
         raise StoreExists(f"{target} exists already; name a new folder as --store")
-    unfinished = target.with_name(f"{target.name}.partial")
-    if Store.exists(unfinished):  # of one that was killed
-        shutil.rmtree(unfinished)
     settings = {name: about[name] for name in (*_SETTINGS, "values")}
-    try:
-        with Store.create(unfinished, RecordedModel(about["model"]), round=1, **settings) as store:
-            for first in range(0, len(chosen), _AT_ONCE):
-                documents = [_read(folder, about, d) for d in chosen[first : first + _AT_ONCE]]
-                store.records.write(partial(write_documents, documents=documents))
-            store.records.sync()
-            if broken := store.verify():
-                raise StoreError(f"{target.name}: {broken[0]}")
-        if target.exists():
-            target.rmdir()
-        unfinished.replace(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with (
+        built_beside(target) as unfinished,
+        Store.create(unfinished, RecordedModel(about["model"]), round=1, **settings) as store,
+    ):
+        for first in range(0, len(chosen), _AT_ONCE):
+            documents = [_read(folder, about, d) for d in chosen[first : first + _AT_ONCE]]
+            store.records.write(partial(write_documents, documents=documents))
+        store.records.sync()
+        if broken := store.verify():
+            raise StoreError(f"{target.name}: {broken[0]}")
     return Store.open(target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,22 @@ def write_documents(txn: Any, documents: Sequence[tuple[Any, ...]]) -> None:
         txn.put(row_key(row.id), record(asdict(row)))
 
 
+@contextlib.contextmanager
+def built_beside(folder: Path) -> Iterator[Path]:
+    """Where to build a store that becomes ``folder``, empty or absent, at the end. Nothing of it is left after an error."""
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    if Store.exists(unfinished):  # of a command that was killed
+        shutil.rmtree(unfinished)
+    try:
+        yield unfinished
+        if folder.exists():
+            folder.rmdir()
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def merge_stores(folder: Path, sources: Sequence[Path]) -> Store:
     """A new store of all documents of finished stores; it is trained no more, and documents can be added to it.
 
@@ -110,10 +126,7 @@ def merge_stores(folder: Path, sources: Sequence[Path]) -> Store:
     with contextlib.ExitStack() as stack:
         stores = [stack.enter_context(Store.open(source)) for source in sources]
         _refuse(stores)
-        unfinished = folder.with_name(f"{folder.name}.partial")
-        if Store.exists(unfinished):  # of a merge that was killed
-            shutil.rmtree(unfinished)
-        try:
+        with built_beside(folder) as unfinished:
             # The documents are of a round before the store's, so that they learn no more.
             narrowest = max((s.meta.get("values", "float32") for s in stores), key=get_args(Values).index)
             with create_like(stores[0], unfinished, round=1, values=narrowest) as merged:
@@ -121,12 +134,6 @@ def merge_stores(folder: Path, sources: Sequence[Path]) -> Store:
                     copy_documents(store, store.answering(), merged, round=0)
             for store in stores:
                 copy_logs(store.folder, unfinished)
-            if folder.exists():
-                folder.rmdir()
-            unfinished.replace(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
     return Store.open(folder, write=True)
 
 

@@ -65,8 +65,8 @@ def _plain(value: Any) -> Any:
 
 
 def refuse_other_collection(config: TrainConfig, store: Store, documents: Collection, round: Round) -> None:
-    """Raise StoreMismatch if other documents were named than those that the store was trained on. Ones that only add to
-    them are welcome."""
+    """Raise StoreMismatch if other documents were named than those that the store was trained on, ConfigError if it was
+    compacted and other options are given. Documents that only add to them are welcome."""
     _refuse_compacted(config, store, round)
     lacking = bool(round.changed or round.missing)
     if not (lacking or round.unreadable):  # files that cannot be read may be another project's of the same names
@@ -84,8 +84,8 @@ def refuse_other_collection(config: TrainConfig, store: Store, documents: Collec
         moved = os.path.isabs(recorded) and not os.path.exists(recorded)
         same = (moved or same_source(recorded, given)) and _overlap(store, documents)
     before["collection"] = now["collection"] if same else None
-    differ = [k for k in _SOURCE if before.get(k) != now[k] and (lacking or k == "collection")]
-    differ = [k for k in differ if not _only_adds(k, before.get(k), now[k])]
+    changed = [k for k in _SOURCE if before.get(k) != now[k] and (lacking or k == "collection")]
+    differ = [k for k in changed if not _only_adds(k, before.get(k), now[k])]
     if differ:
         missing, what = len(round.missing) + len(round.unreadable), "what it was trained on"
         if recorded is not None and "collection" in differ:

@@ -94,13 +94,7 @@ def experiment(config: Config) -> int:
     from cas.model.frozen import FrozenModel
     from cas.selfstudy.synthesize import SelfStudy, synthesize
 
-    whole = Collection.load(config.collection)
-    chosen = sorted((d for d in whole.documents if d.id.startswith(config.prefix)), key=lambda d: (len(d.text), d.id))[
-        : config.shortest
-    ]
-    if not chosen:
-        raise ConfigError(f"--prefix {config.prefix}: no document of {config.collection} has such an id")
-    documents = whole.select([d.id for d in chosen])
+    documents = shortest(Collection.load(config.collection), config.shortest, config.prefix)
     if config.excerpt_words is not None:
         documents = excerpts(documents, config.excerpt_words)
     model = FrozenModel.from_pretrained(config.model)
@@ -119,6 +113,15 @@ def experiment(config: Config) -> int:
     for arm in arms:
         train(config, model, documents, training, held_out, arm)
     return measure(config, model, documents, everything) if config.train in ("both", "none") else 0
+
+
+def shortest(collection: Collection, count: int, prefix: str = "") -> Collection:
+    """The shortest documents whose ids begin with ``prefix``, at most ``count``. Raises: ConfigError if there are none."""
+    wanted = (d for d in collection.documents if d.id.startswith(prefix))
+    chosen = sorted(wanted, key=lambda d: (len(d.text), d.id))[:count]
+    if not chosen:
+        raise ConfigError(f"--prefix {prefix}: no document of {collection.name} has such an id")
+    return collection.select([d.id for d in chosen])
 
 
 def excerpts(collection: Collection, words: int) -> Collection:
